@@ -1,0 +1,93 @@
+"""The networks of H-JEPA: a scalar Hamiltonian, and the unconstrained predictor it is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .activations import NAMES, Activation
+
+
+class LatentHNN(nn.Module):
+    """Hamiltonian neural network H(z) on latents z = [q, p] (Greydanus et al., 2019).
+
+    An MLP with one smooth activation after every hidden layer. Weights are Xavier-normal with gain 0.5 and
+    biases zero, as published. The layers are `.net`, an `nn.Sequential`, so state-dict keys are
+    `net.0.weight`, `net.0.bias`, `net.2.weight`, ...
+
+    Parameters
+    ----------
+    latent_dim : int
+        Size of z, even: the first half is q, the second p.
+    hidden_dims : sequence of int
+        Widths of the hidden layers; empty gives a linear H.
+    activation : str
+        One of softplus, tanh, silu, gelu, gelu-tanh, sin.
+
+    Raises
+    ------
+    ValueError
+        An odd or non-positive size, or an unknown activation.
+    """
+
+    def __init__(
+        self, latent_dim: int = 1024, hidden_dims: Sequence[int] = (512, 512, 256), activation: str = "softplus"
+    ) -> None:
+        super().__init__()
+        if latent_dim < 2 or latent_dim % 2:
+            raise ValueError(f"latent_dim must be even and positive (z = [q, p]), found {latent_dim}")
+        if activation not in NAMES:
+            raise ValueError(f"activation must be one of {', '.join(NAMES)}; found {activation!r}")
+        self.latent_dim = latent_dim
+        self.net = _mlp((latent_dim, *hidden_dims, 1), Activation(activation).module)
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight, gain=0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """H(z): [..., latent_dim] to [..., 1]."""
+        return self.net(z)
+
+
+class BaselineMLP(nn.Module):
+    """Unconstrained next-latent predictor: z+ = f(z), or z + f(z) with `residual`.
+
+    Parameters
+    ----------
+    latent_dim : int
+        Size of z.
+    hidden_dims : sequence of int
+        Widths of the hidden layers, each followed by ReLU.
+    residual : bool
+        Predict the change of z instead of z.
+    """
+
+    def __init__(self, latent_dim: int = 1024, hidden_dims: Sequence[int] = (512, 512), residual: bool = False) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.residual = residual
+        self.net = _mlp((latent_dim, *hidden_dims, latent_dim), nn.ReLU)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """One step: [..., latent_dim] to [..., latent_dim]."""
+        return z + self.net(z) if self.residual else self.net(z)
+
+    def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
+        """`n_steps` steps from z0 [B, latent_dim]; returns [B, n_steps + 1, latent_dim], z0 first."""
+        states = [z0]
+        for _ in range(n_steps):
+            states.append(self(states[-1]))
+        return torch.stack(states, dim=-2)
+
+
+def _mlp(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    if min(widths) < 1:
+        raise ValueError(f"layer widths must be positive, found {tuple(widths)}")
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), activation()]
+    return nn.Sequential(*layers[:-1])

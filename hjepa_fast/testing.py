@@ -1,0 +1,45 @@
+"""Inputs for tests and benchmarks, made the same way everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .models import LatentHNN
+
+
+def make_hnn(
+    latent_dim: int,
+    hidden_dims: Sequence[int],
+    activation: str = "softplus",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> LatentHNN:
+    """A random Hamiltonian whose weights and biases are all of order one, so that no term of a gradient is negligible."""
+    hnn = LatentHNN(latent_dim, hidden_dims, activation)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in hnn.net:
+            if isinstance(layer, nn.Linear):
+                scale = layer.in_features**-0.5
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * scale)
+                layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) * 0.3)
+    return hnn.to(dtype)
+
+
+def make_separable_hnn(d: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> LatentHNN:
+    """An MLP Hamiltonian that is T(p) + V(q): each of its `2 width` hidden units reads either q or p, of size d."""
+    hnn = make_hnn(2 * d, (2 * width,), "softplus", dtype, seed)
+    first = hnn.net[0]
+    assert isinstance(first, nn.Linear)
+    with torch.no_grad():
+        first.weight[:width, d:] = 0
+        first.weight[width:, :d] = 0
+    return hnn
+
+
+def make_states(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    """Standard normal states of the given shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -1,0 +1,20 @@
+"""Seeds, deterministic arithmetic, and the header that says what this machine leaves out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_report_header() -> list[str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so nothing here runs on one"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads; GPU: {gpu}"]
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch._dynamo.reset() if "torch._dynamo" in __import__("sys").modules else None

@@ -1,0 +1,166 @@
+"""Networks and integrator modules: published sizes, layouts and checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hjepa_fast as hf
+from hjepa_fast.testing import make_hnn, make_states
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_published_parameter_counts():
+    assert count(hf.LatentHNN()) == 919_041
+    assert count(hf.BaselineMLP()) == 1_312_768
+
+
+def test_published_state_dict_keys():
+    keys = {f"net.{i}.{kind}" for i in (0, 2, 4, 6) for kind in ("weight", "bias")}
+    assert set(hf.LatentHNN().state_dict()) == keys
+    for kind in (hf.SymplecticIntegrator, hf.EulerIntegrator):
+        module = kind(hf.LatentHNN(8, (4, 4, 4)))
+        assert set(module.state_dict()) == {"dt"} | {f"hnn.{key}" for key in keys}
+        assert module.dt.shape == ()
+
+
+def test_initialisation_is_xavier_with_half_gain():
+    torch.manual_seed(0)
+    hnn = hf.LatentHNN()
+    for layer in hnn.net[::2]:
+        expected = 0.5 * (2 / (layer.in_features + layer.out_features)) ** 0.5
+        if layer.weight.numel() > 10_000:
+            assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not layer.bias.any()
+
+
+def test_dt_is_learned_within_its_bounds():
+    hnn, z = make_hnn(4, (6,)), make_states(3, 4)
+    module = hf.SymplecticIntegrator(hnn, dt=0.5)
+    module.step(z).square().sum().backward()
+    assert module.dt.grad.abs() > 0
+    for outside, bound in ((-1.0, 0.1), (5.0, 2.0)):
+        with torch.no_grad():
+            module.dt.fill_(outside)
+        torch.testing.assert_close(module.rollout(z, 3), hf.leapfrog(hnn, z, bound, 3))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(hf.SymplecticIntegrator, "leapfrog"), (hf.EulerIntegrator, "euler")])
+def test_modules_are_the_functions(kind, name):
+    hnn, z = make_hnn(4, (6,)), make_states(3, 4)
+    module = kind(hnn, dt=0.3)
+    expected = hf.rollout(hnn, z, 0.3, 4, integrator=name).states
+    torch.testing.assert_close(module.rollout(z, 4), expected)
+    torch.testing.assert_close(module.step(module.step(z)), expected[:, 2])
+    assert module.dt.dtype == torch.float64
+
+
+def test_baseline_rollouts():
+    z = torch.randn(3, 6)
+    plain, residual = hf.BaselineMLP(6, (5,)), hf.BaselineMLP(6, (5,), residual=True)
+    residual.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(residual(z), z + plain(z))
+    states = plain.rollout(z, 3)
+    assert states.shape == (3, 4, 6)
+    torch.testing.assert_close(states[:, 3], plain(plain(plain(z))))
+
+
+class OwnHNN(nn.Module):
+    """What a user would write: the MLP as .net, one output."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(4, 6), nn.GELU("tanh"), nn.Linear(6, 5, bias=False), nn.GELU("tanh"), nn.Linear(5, 1)
+        )
+        self.scale = scale
+
+    def forward(self, z):
+        return self.net(z) * self.scale
+
+
+class Unscaled(OwnHNN):
+    def forward(self, z):
+        return self.net(z)
+
+
+class TakesPairs(OwnHNN):
+    def forward(self, q, p):
+        return self.net(torch.cat((q, p), -1))
+
+
+@pytest.mark.parametrize("make", [Unscaled, TakesPairs, lambda: OwnHNN().net])
+def test_own_modules_are_hamiltonians(make):
+    module, z = make(), torch.randn(2, 4)
+    net = getattr(module, "net", module)
+    torch.testing.assert_close(hf.leapfrog(module, z, 0.1, 2), hf.leapfrog(net, z, 0.1, 2))
+    hf.leapfrog(module, z, 0.1, 2).sum().backward()
+    assert net[2].weight.grad.any()
+
+
+def test_forward_that_changes_the_output_of_net_is_refused():
+    with pytest.raises(ValueError, match=r"OwnHNN.forward gives .* where its .net gives"):
+        hf.leapfrog(OwnHNN(scale=2.0), torch.randn(2, 4), 0.1, 2)
+
+
+def sequential(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (nn.Linear(4, 1), TypeError, "found Linear"),
+        (hf.SymplecticIntegrator(hf.LatentHNN(4, (3,))), TypeError, "pass its .hnn"),
+        (sequential(), TypeError, "no layers"),
+        (sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)), TypeError, "layer 1 .* smooth activation .* found ReLU"),
+        (sequential(nn.Linear(4, 3), nn.Linear(3, 1)), TypeError, "layer 1 .* found Linear"),
+        (sequential(nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)), TypeError, "layer 0 .* must be nn.Linear, found LayerNorm"),
+        (sequential(nn.Linear(4, 3), nn.Tanh()), TypeError, "start and end with nn.Linear"),
+        (sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.SiLU(), nn.Linear(3, 1)), TypeError, "mixes activations"),
+        (sequential(nn.Linear(4, 2)), ValueError, "one output, Sequential has 2"),
+        (sequential(nn.Linear(5, 1)), ValueError, "even size; Sequential takes 5"),
+        (sequential(nn.Linear(4, 3).double(), nn.Tanh(), nn.Linear(3, 1)), ValueError, "share one dtype, found .*float32.*float64"),
+    ],
+)  # fmt: skip
+def test_what_is_no_hamiltonian_is_named(module, error, message):
+    with pytest.raises(error, match=message):
+        hf.energy(module, torch.randn(2, 4))
+
+
+def test_layers_with_hooks_are_refused():
+    hnn = hf.LatentHNN(4, (3,))
+    hnn.net[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="layer 0 .* forward hooks"):
+        hf.energy(hnn, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h, z: hf.leapfrog(h, z.tolist(), 0.1, 1), TypeError, "z0 must be a tensor, found list"),
+        (lambda h, z: hf.leapfrog(h, z[:, :3], 0.1, 1), ValueError, r"\[..., 4\] .* found \[2, 3\]"),
+        (lambda h, z: hf.leapfrog(h, z.half(), 0.1, 1), TypeError, "found torch.float16"),
+        (lambda h, z: hf.leapfrog(h, z.double(), 0.1, 1), TypeError, "found torch.float64 and torch.float32"),
+        (lambda h, z: hf.leapfrog(h, z.to("meta"), 0.1, 1), ValueError, "one device, found meta and cpu"),
+        (lambda h, z: hf.leapfrog(h, z, 0.1, -1), ValueError, "n_steps must be >= 0, found -1"),
+        (lambda h, z: hf.leapfrog(h, z, 0.1, 1.5), TypeError, "n_steps must be an int, found float 1.5"),
+        (lambda h, z: hf.leapfrog(h, z, "1", 1), TypeError, "dt must be a number or a tensor, found str"),
+        (lambda h, z: hf.leapfrog(h, z, float("nan"), 1), ValueError, "dt must be finite, found nan"),
+        (lambda h, z: hf.leapfrog(h, z, torch.ones(3), 2), ValueError, r"broadcast to \[2, 2\]; found \[3\]"),
+        (lambda h, z: hf.leapfrog(h, z, torch.ones(1, 2, 2), 2), ValueError, r"found \[1, 2, 2\]"),
+        (lambda h, z: hf.leapfrog(h, z, torch.tensor(1), 2), TypeError, "floating-point tensor, found torch.int64"),
+        (lambda h, z: hf.rollout(h, z, 0.1, 1, integrator="verlet"), ValueError, "one of leapfrog, euler; found 'verlet'"),
+        (lambda h, z: hf.rollout(h, z, 0.1, 1, backend="fast"), ValueError, "backend must be one of .* found 'fast'"),
+        (lambda h, z: hf.LatentHNN(5), ValueError, "even and positive .* found 5"),
+        (lambda h, z: hf.LatentHNN(4, (3,), "relu"), ValueError, "found 'relu'"),
+        (lambda h, z: hf.LatentHNN(4, (0,)), ValueError, "positive, found"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(hf.LatentHNN(4, (3,)), torch.randn(2, 4))
