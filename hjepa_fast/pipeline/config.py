@@ -1,0 +1,160 @@
+"""Every number of the pipeline, once. The command line's options and their defaults are made from these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import UsageError
+
+PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
+OFFLINE_ENCODER = "offline"
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Synthetic clips of balls in a square box (the published setting is the default)."""
+
+    n_videos: int = _option(50, "number of videos")
+    n_frames: int = _option(150, "frames per video")
+    n_balls: int = _option(2, "balls per video; the published videos have 2")
+    radius: tuple[float, ...] = _option((20.0,), "ball radius in pixels: one value, or one per ball")
+    size: int = _option(256, "side of the square frame in pixels, even")
+    fps: int = _option(30, "frames per second")
+    background: Literal["black", "gradient"] = _option("black", "black as published, or a smooth static colour gradient")
+    video_seed: int = _option(42, "seed of the initial velocities and positions")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Clips of consecutive frames to one latent each."""
+
+    encoder: str = _option(
+        PUBLISHED_ENCODER, "hub name or folder of a V-JEPA 2 checkpoint, or 'offline' for the small untrained one shipped here"
+    )
+    revision: str = _option("main", "revision of a hub checkpoint")
+    clip_frames: int = _option(16, "consecutive frames in a clip")
+    clip_stride: int = _option(4, "frames between the starts of two clips")
+    encode_batch: int = _option(8, "clips encoded at once")
+    encode_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
+        "auto", "encoder precision; auto is float16 on a GPU and float32 on a CPU"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Latents to training windows."""
+
+    window: int = _option(16, "consecutive latents in a training window")
+    split: Literal["video", "window"] = _option(
+        "video", "what the test set is made of: whole videos, or windows as published (overlapping windows leak)"
+    )
+    test_fraction: float = _option(0.2, "share of videos or windows held out")
+    split_seed: int = _option(42, "seed of the split")
+    standardize: bool = _option(True, "standardise each latent dimension with training statistics (published: off)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, shared by all models."""
+
+    epochs: int = _option(50, "passes over the training windows")
+    batch_size: int = _option(32, "windows per step; the last incomplete batch is dropped")
+    lr: float = _option(1e-3, "AdamW's learning rate at the start")
+    lr_end: float = _option(1e-5, "learning rate that the cosine annealing ends at")
+    weight_decay: float = _option(1e-5, "AdamW's weight decay")
+    grad_clip: float = _option(1.0, "largest gradient norm, for the network and for dt separately")
+    energy_weight_start: float = _option(0.1, "weight lambda of the energy loss in the first epoch")
+    energy_weight_end: float = _option(1.0, "weight lambda of the energy loss in the last epoch")
+    energy_reference: Literal["z1", "z0"] = _option(
+        "z1", "state that the energy loss compares with: the first prediction (notebook) or the initial state (paper, eq. 7)"
+    )
+    dt: float = _option(1.0, "initial step size, learnable")
+    seed: int = _option(42, "seed of initial weights and batch order")
+    amp: Literal["off", "bfloat16"] = _option("off", "autocast for the forward pass")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured after training."""
+
+    extended_steps: int = _option(50, "steps of the extended rollout")
+    dream_steps: int = _option(20, "steps of a free rollout from one state")
+    timing_warmup: int = _option(10, "rollouts before timing starts")
+    timing_runs: int = _option(100, "timed rollouts; the median is reported")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run; `config.json` in a run's folder holds exactly this."""
+
+    videos: VideoConfig = VideoConfig()
+    encode: EncodeConfig = EncodeConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as written to `config.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> Config:
+        """Build from nested plain values; missing fields take their defaults, unknown ones are refused.
+
+        Raises:
+            UsageError: an unknown section or field, or a value of the wrong type; `source` names the file.
+        """
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{source}: a configuration is a JSON object, found {type(values).__name__}")
+        sections = {f.name: f.default for f in dataclasses.fields(cls)}
+        _refuse_unknown(values, sections, source, "section")
+        return cls(**{name: _section(type(default), values.get(name, {}), f"{source}: {name}")
+                      for name, default in sections.items()})  # fmt: skip
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], source: str, what: str) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UsageError(f"{source}: unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def _section(kind: type, values: Any, source: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{source}: expected a JSON object, found {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    _refuse_unknown(values, hints, source, "field")
+    return kind(**{name: coerce(hints[name], value, f"{source}.{name}") for name, value in values.items()})
+
+
+def coerce(hint: Any, value: Any, source: str) -> Any:
+    """Check `value` against a field's type, turning lists into tuples and ints into floats.
+
+    Raises:
+        UsageError: the value does not fit; the message starts with `source`.
+    """
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise UsageError(f"{source}: {value!r} is not one of {', '.join(map(str, choices))}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise UsageError(f"{source}: expected a list of numbers, found {value!r}")
+        return tuple(coerce(typing.get_args(hint)[0], item, source) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else coerce(next(a for a in typing.get_args(hint) if a is not type(None)), value, source)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UsageError(f"{source}: expected {hint.__name__}, found {value!r}")
