@@ -440,7 +440,7 @@ def test_changing_frame_size(tmp_path: Path) -> None:
         encode(tmp_path / f"{name}.h264", moving_square(5, 64, width), "libx264")
     joined = (tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes()
     (tmp_path / "joined.mp4").write_bytes(joined)
-    check_refused(tmp_path / "joined.mp4", "(64, 96)", "(64, 128)")
+    check_refused(tmp_path / "joined.mp4", "96 x 64", "128 x 64")
 
 
 @pytest.mark.parametrize(

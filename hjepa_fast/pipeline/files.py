@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def natural_order(path: Path) -> tuple[list[int | str], str]:
+    """A key that sorts video_2 before video_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())], path.name
 
 
 def _umask() -> int:
@@ -91,8 +97,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
             save_file(contiguous, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             # safetensors reports the operating system's error only as text
-            full = f"os error {errno.ENOSPC}" in str(error)
-            raise HJEPAError(f"cannot write {path}: {'the disk is full' if full else error}") from error
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise HJEPAError(f"cannot write {path}: {error}") from error
 
 
 def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -247,8 +246,10 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def read_video(path: Path) -> Video:
+def read_video(path: Path, each: Callable[[np.ndarray], np.ndarray] | None = None) -> Video:
     """Decode a whole mp4, avi or mov of any size and rate.
+
+    `each`, if given, is applied to every frame [H, W, 3] as it is decoded, so that full-size frames need not be kept.
 
     A rotation by a multiple of 90 degrees that the file asks for (phones do) is applied; mirroring is not. Frames that
     an edit list hides are left out. A container that declares no frame count (mkv) cannot be checked for missing frames.
@@ -270,10 +271,12 @@ def read_video(path: Path) -> Video:
                 raise VideoError(f"no video stream in {path}")
             if stream.codec_context is None:
                 raise VideoError(f"no decoder here for the video stream of {path}")
-            frames, damaged = [], 0
+            frames, sizes, damaged = [], set(), 0
             for frame in container.decode(stream):
                 damaged += frame.is_corrupt
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                sizes.add(image.shape[:2])
+                frames.append(image if each is None else each(image))
             declared = stream.frames
             if "mp4" in container.format.name.split(","):
                 # the sample table counts what an edit list hides; its index says which frames are shown
@@ -294,8 +297,8 @@ def read_video(path: Path) -> Video:
         raise VideoError(f"{path} is damaged: {damaged} of {len(frames)} frames are corrupt. Copy or export it again")
     if not fps > 0:
         raise VideoError(f"{path} declares no frame rate. Export it again at a constant frame rate")
-    if sizes := {frame.shape[:2] for frame in frames} - {frames[0].shape[:2]}:
-        raise VideoError(f"{path} changes its frame size from {frames[0].shape[:2]} to {', '.join(map(str, sizes))}")
+    if len(sizes) > 1:
+        raise VideoError(f"{path} changes its frame size: {' and '.join(f'{w} x {h}' for h, w in sorted(sizes))}")
     return Video(np.stack(frames), fps, path)
 
 
@@ -324,7 +327,7 @@ def _list(folder: Path) -> list[Path]:
         raise VideoError(f"expected a folder of videos, found a file: {folder}") from error
     except OSError as error:
         raise VideoError(f"cannot list {folder}: {error.strerror}") from error
-    return sorted(found, key=lambda p: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name.lower())], p.name))
+    return sorted(found, key=files.natural_order)
 
 
 def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], None] | None = None) -> list[Path]:

@@ -1,0 +1,42 @@
+# A fresh clone needs `make demo` and `make test`, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
+	@echo "make test    install, then every test"
+	@echo "make lint    install, then ruff and mypy"
+	@echo "make clean   remove $(VENV) and build products; runs are kept"
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)"
+
+setup: $(VENV)/.ready
+
+# torch comes first and alone: extensions build against it, and nothing else may choose its version
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/hjepa-fast reproduce --encoder offline --background gradient --out $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hjepa_fast.egg-info

@@ -1,0 +1,116 @@
+"""A free rollout from one latent or one clip of a video."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api import energy
+from ..errors import LatentError, UsageError
+from ..integrators import SymplecticIntegrator
+from . import checkpoints, files, zoo
+from .config import EncodeConfig
+from .figures import dream_figure, save
+from .latents import Latents, encode_videos, read_latents
+from .runs import resolve_device
+
+
+@dataclass(frozen=True)
+class Dream:
+    """Where a dream was written, and what it did, in words."""
+
+    text: str
+    paths: list[Path]
+
+
+def dream(
+    checkpoint: Path,
+    out: Path,
+    *,
+    latents: Path | None = None,
+    video: Path | None = None,
+    index: int = 0,
+    n_steps: int = 20,
+    encoder: str | None = None,
+    device: str = "auto",
+) -> Dream:
+    """Roll a trained model out from one latent and plot it.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint written by `train`.
+    out : Path
+        Stem of the files written: `.safetensors` (`states` [n_steps + 1, d] in latent units, `energy` [n_steps + 1] where
+        the model has a Hamiltonian), `.png`, `.pdf`.
+    latents, video : Path
+        One of them: a file made by `encode`, or a video, which is encoded first.
+    index : int
+        Which latent of the file, or clip of the video, to start from.
+    encoder : str, optional
+        Encoder for `video`; by default the one named in the checkpoint.
+
+    Raises
+    ------
+    UsageError
+        An index out of range, or fewer than one step.
+    LatentError
+        Latents of another size, or of another encoder than the model's.
+    """
+    if n_steps < 1:
+        raise UsageError(f"a dream needs at least 1 step, found {n_steps}")
+    loaded = checkpoints.load(checkpoint)
+    model = checkpoints.restore(loaded, checkpoint).eval()
+    if video is not None:
+        source = video
+        sequence = _encode_one(video, loaded.facts["encoding"], encoder, device)
+    else:
+        assert latents is not None
+        source = latents
+        sequence = read_latents(latents)
+    found, label = sequence.latents.shape[1], sequence.metadata.get("label")
+    if found != loaded.facts["latent_dim"] or label != loaded.facts["encoder"]:
+        raise LatentError(
+            f"{checkpoint} was trained on {loaded.facts['latent_dim']} dimensions of {loaded.facts['encoder']}; "
+            f"{source} gives {found} of {label}"
+        )
+    if not 0 <= index < len(sequence.latents):
+        raise UsageError(f"index {index} is out of range: {source} has latents 0 to {len(sequence.latents) - 1}")
+
+    target = resolve_device(device)
+    model = model.to(target)
+    z0 = ((sequence.latents[index] - loaded.mean) / loaded.std).to(target)
+    H: Tensor | None = None
+    with torch.no_grad():
+        states = model.rollout(z0[None], n_steps)[0]
+        if isinstance(model, SymplecticIntegrator):
+            H = energy(model.hnn, states).cpu()
+    states = states.cpu()
+    title = f"{zoo.MODELS[loaded.facts['model']].title}: {n_steps} steps from {source.name}, latent {index}"
+    paths = save(dream_figure(states, H, title), out)
+    tensors = {"states": states * loaded.std + loaded.mean} | ({} if H is None else {"energy": H})
+    tensor_path = out.with_name(f"{out.name}.safetensors")
+    files.save_tensors(tensor_path, tensors, {"checkpoint": str(checkpoint.name), "source": source.name})
+    text = f"{title}; mean step length {states.diff(dim=0).norm(dim=1).mean():.4g}"
+    if H is not None:
+        text += f", largest energy drift {(H - H[0]).abs().max():.4g}"
+    return Dream(text, [tensor_path, *paths])
+
+
+def _encode_one(video: Path, encoding: dict[str, Any], encoder: str | None, device: str) -> Latents:
+    """Encode one video as the model's training videos were."""
+    if encoder is None:
+        encoder = encoding["model"]
+    config = EncodeConfig(
+        encoder=encoder,
+        revision=encoding.get("revision", EncodeConfig.revision),
+        clip_frames=encoding["clip_frames"],
+        clip_stride=encoding["clip_stride"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return read_latents(encode_videos([video], Path(folder), config, device)[0])

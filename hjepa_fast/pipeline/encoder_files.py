@@ -1,0 +1,103 @@
+"""Where an encoder's checkpoint is: shipped here, in a local folder, in the hub's local cache, or on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ..errors import EncoderError, HJEPAError
+from . import offline_encoder
+from .config import OFFLINE_ENCODER
+
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
+
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that an encoder's name stands for, or None for a hub name (owner/model).
+
+    Raises
+    ------
+    EncoderError
+        `name` is neither.
+    """
+    if name == OFFLINE_ENCODER:
+        return offline_encoder.FOLDER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or name.startswith((".", "/", "~")) or len(path.parts) != 2:
+        raise EncoderError(f"encoder {name!r} is neither a folder, nor a hub name (owner/model), nor {OFFLINE_ENCODER!r}")
+    return None
+
+
+def cached_folder(name: str, revision: str) -> Path | None:
+    """A hub checkpoint's folder in the local cache, named by its commit; None if it is not there. No network."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
+    return folder if any(folder.glob("model*.safetensors")) else None
+
+
+def download(name: str, revision: str) -> Path:
+    """Fetch a hub checkpoint to the local cache; return its folder, named by its commit.
+
+    Raises
+    ------
+    EncoderError
+        The hub or the checkpoint cannot be reached; the message names the ways out.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        # One request without retries, so that a missing network or model is reported at once.
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EncoderError(
+            f"encoder {name} (revision {revision}) is not in the local cache and cannot be had from the hub: {reason}. "
+            "Point --encoder at a local folder holding the checkpoint (config.json and model.safetensors), "
+            f"or use --encoder {OFFLINE_ENCODER} for the small untrained one."
+        ) from error
+
+
+def provenance(name: str, revision: str, folder: Path | None) -> dict[str, str | None]:
+    """What identifies the checkpoint in `folder` (None: a hub checkpoint that is not in the local cache).
+
+    Raises
+    ------
+    EncoderError
+        A local folder does not hold a checkpoint.
+    """
+    local = local_folder(name)
+    if local is None:
+        return {"model": name, "revision": revision, "commit": folder.name if folder else None}
+    digests = [file_sha256(file) for file in weight_files(local)]
+    return {
+        "model": name if name == OFFLINE_ENCODER else local.name,
+        "weights_sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "config_sha256": file_sha256(local / "config.json"),
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files; EncoderError if `folder` lacks them or config.json."""
+    found = sorted(folder.glob("model*.safetensors"))
+    if not found or not (folder / "config.json").is_file():
+        raise EncoderError(f"{folder} is not an encoder: it must hold config.json and model.safetensors")
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes; HJEPAError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HJEPAError(f"cannot read {path}: {error.strerror or error}") from error

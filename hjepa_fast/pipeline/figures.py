@@ -1,0 +1,252 @@
+"""The figures of a run, drawn from its files; nothing is trained or evaluated again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import HJEPAError, MissingDependencyError
+from . import checkpoints, files, zoo
+from .evaluate import PERSISTENCE
+from .latents import load_latents
+from .videos import find_videos, load_ground_truth, read_video
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .runs import Run
+
+# Okabe and Ito's palette, distinguishable with any colour vision
+COLORS = {
+    "hnn": "#0072B2",
+    "hnn-no-energy": "#009E73",
+    "hnn-euler": "#D55E00",
+    "baseline": "#CC79A7",
+    "baseline-residual": "#E69F00",
+    PERSISTENCE: "#999999",
+}
+TRUE = "#000000"
+
+
+def draw(run: Run) -> list[Path]:
+    """Draw every figure that the run has data for, as PNG and PDF in its folder `figures`.
+
+    Raises
+    ------
+    HJEPAError
+        The run was not evaluated.
+    MissingDependencyError
+        Matplotlib is not installed.
+    """
+    summary = files.read_json(run.summary, "the run's summary (run 'hjepa-fast evaluate' first)")
+    arrays, _ = files.load_tensors(run.arrays, "the run's evaluation (run 'hjepa-fast evaluate' first)")
+    rows = {row["name"]: row for row in summary["models"]}
+    written = []
+    for name, figure in (
+        ("energy", _energy(summary, rows, arrays)),
+        ("phase", _phase(rows, arrays)),
+        ("comparison", _comparison(run, rows, arrays)),
+        ("ablation", _ablation(rows)),
+        ("dataset", _dataset(run)),
+    ):
+        if figure is not None:
+            figure.suptitle(f"{figure.get_suptitle()}\n{_caption(summary)}", fontsize=10)
+            written += save(figure, run.figures / name)
+    return written
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as PNG and PDF, atomically."""
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".pdf")]
+    for path in paths:
+        with files.atomic_path(path) as temporary:
+            # no creation date: the same run gives the same file
+            figure.savefig(temporary, dpi=130, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    return paths
+
+
+def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure without pyplot's global state, and its axes [n_rows, n_columns]."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("figures need matplotlib: pip install 'hjepa_fast[pipeline]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(title)
+    return figure, axes
+
+
+def dream_figure(states: Tensor, energy: Tensor | None, title: str) -> Figure:
+    """A free rollout [n + 1, d]: its path in the plane of its two largest components, step lengths, energy [n + 1]."""
+    figure, axes = new_figure(title, 1, 2 if energy is None else 3, 10.5, 3.6)
+    path = _principal_plane(states, states)
+    axes[0, 0].plot(*path.T, "-", color=COLORS["hnn"], lw=1)
+    axes[0, 0].scatter(*path.T, c=np.arange(len(path)), cmap="viridis", s=18, zorder=3)
+    axes[0, 0].set(xlabel="first component", ylabel="second component", title="path (dark to bright)")
+    axes[0, 1].plot(np.arange(1, len(states)), states.diff(dim=0).norm(dim=1), ".-", color=COLORS["hnn"])
+    axes[0, 1].set(xlabel="step", ylabel="|z(t+1) - z(t)|", title="step length", ylim=(0, None))
+    if energy is not None:
+        axes[0, 2].plot(energy - energy[0], ".-", color=COLORS["hnn"])
+        axes[0, 2].set(xlabel="step", ylabel="H(z(t)) - H(z(0))", title="energy drift")
+    return figure
+
+
+def _caption(summary: dict[str, Any]) -> str:
+    scale = "standardised" if summary["standardized"] else "raw"
+    return f"encoder: {summary['encoder']}; {scale} latents; split by {summary['split']}; {summary['n_test']} test windows"
+
+
+def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-") -> None:
+    """Median and 10th to 90th percentile over the first dimension of values [n, T]."""
+    low, middle, high = torch.quantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0).numpy()
+    axis.plot(x, middle, style, color=color, label=label, lw=1.6)
+    if style == "-":
+        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
+def _drift_panel(axis: Axes, arrays: dict[str, Tensor], names: list[str], n_steps: int) -> None:
+    for name in names:
+        H = arrays[f"{name}/energy"][:, : n_steps + 1]
+        _band(axis, np.arange(n_steps + 1), (H - H[:, :1]).abs(), COLORS[name], _title(name))
+    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|")
+
+
+def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
+    names = [name for name in rows if f"{name}/energy" in arrays and name != PERSISTENCE]
+    if not names:
+        return None
+    figure, axes = new_figure("Energy drift of predictions (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
+    for axis, n_steps in zip(axes.flat, (summary["n_steps"], summary["extended_steps"]), strict=True):
+        _drift_panel(axis, arrays, names, n_steps)
+        axis.set_title(f"{n_steps} steps", fontsize=9)
+    if zoo.FULL_MODEL in names:
+        H = arrays[f"{zoo.FULL_MODEL}/energy_true"]
+        _band(axes[0, 0], np.arange(H.shape[1]), (H - H[:, :1]).abs(), TRUE, "full model's H on true latents", "--")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _phase(rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
+    if zoo.FULL_MODEL not in rows:
+        return None
+    true = arrays["true/example"]
+    d = true.shape[1] // 2
+    pairs = min(4, d)
+    predicted = arrays[f"{zoo.FULL_MODEL}/example"][: len(true)]
+    figure, axes = new_figure("One test window: phase portraits and time series", 2, pairs, 2.9 * pairs, 5.6)
+    for i in range(pairs):
+        for states, color, label in ((true, TRUE, "true"), (predicted, COLORS["hnn"], "HNN (full)")):
+            q, p = states[:, i], states[:, d + i]
+            axes[0, i].plot(q, p, ".-", color=color, label=label, lw=1, ms=3)
+            axes[0, i].plot(q[:1], p[:1], "o", color=color, ms=6, mfc="none")
+            axes[1, i].plot(q, "-", color=color, lw=1.4, label=f"q, {label}")
+            axes[1, i].plot(p, "--", color=color, lw=1.4, label=f"p, {label}")
+        axes[0, i].set(xlabel=f"q{i + 1}", ylabel=f"p{i + 1}")
+        axes[1, i].set(xlabel="step", ylabel=f"q{i + 1}, p{i + 1}")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    axes[1, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure:
+    figure, axes = new_figure("HNN and baseline", 2, 2, 10, 7.4)
+    names = [name for name in rows if name in ("hnn", "baseline", "baseline-residual", PERSISTENCE)] or list(rows)
+    for name in names:
+        errors = arrays[f"{name}/step_mse"]
+        _band(axes[0, 0], np.arange(1, errors.shape[1] + 1), errors, COLORS[name], _title(name))
+    axes[0, 0].set(xlabel="step", ylabel="MSE", title="error at each step (median, 10th to 90th percentile)")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    with_energy = [name for name in names if f"{name}/energy" in arrays and name != PERSISTENCE]
+    if with_energy:
+        n_steps = arrays[f"{names[0]}/step_mse"].shape[1]
+        _drift_panel(axes[0, 1], arrays, with_energy, n_steps)
+        axes[0, 1].set_title("energy drift")
+    true = arrays["true/example"]
+    axes[1, 0].plot(*true[:, :2].T, ".-", color=TRUE, label="true", lw=1.2)
+    for name in names:
+        if name != PERSISTENCE:
+            axes[1, 0].plot(*arrays[f"{name}/example"][: len(true), :2].T, ".-", color=COLORS[name], label=_title(name), lw=1.2)
+    axes[1, 0].set(xlabel="latent dimension 0", ylabel="latent dimension 1", title="one test window")
+    axes[1, 0].legend(fontsize=7, frameon=False)
+    for name, path in run.trained().items():
+        last = path.with_name("last.safetensors")
+        history = checkpoints.load(last if last.exists() else path).facts["history"]
+        epochs = [row["epoch"] for row in history]
+        axes[1, 1].semilogy(epochs, [row["test_mse"] for row in history], color=COLORS[name], label=_title(name), lw=1.4)
+        axes[1, 1].semilogy(epochs, [row["train_mse"] for row in history], ":", color=COLORS[name], lw=1)
+    axes[1, 1].set(xlabel="epoch", ylabel="MSE", title="training (dotted) and test error")
+    axes[1, 1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _ablation(rows: dict[str, Any]) -> Figure:
+    figure, axes = new_figure("Ablation (mean and standard deviation over test windows)", 1, 2, 10, 4.2)
+    for axis, key, label in ((axes[0, 0], "mse", "MSE"), (axes[0, 1], "drift", "max |H(z(t)) - H(z(0))|")):
+        shown = [name for name in rows if rows[name][f"{key}_mean"] is not None]
+        for position, name in enumerate(shown):
+            mean, std = rows[name][f"{key}_mean"], rows[name][f"{key}_std"] or 0.0
+            # a bar of a positive quantity does not reach below zero
+            axis.bar(position, mean, color=COLORS[name], yerr=[[min(std, mean)], [std]], capsize=4, error_kw={"lw": 1})
+        axis.set_xticks(range(len(shown)), [rows[name]["title"] for name in shown], rotation=20, ha="right", fontsize=8)
+        axis.set_ylabel(label)
+    return figure
+
+
+def _dataset(run: Run) -> Figure | None:
+    inputs = run.read_inputs()
+    videos, folder = inputs["videos"], inputs["latents"]
+    assert folder is not None
+    latents = load_latents(folder)
+    try:
+        paths = find_videos(videos) if videos is not None else []
+    except HJEPAError:
+        paths = []  # the videos may have been deleted since; the latents still show the data's diversity
+    shown = [paths[i] for i in np.linspace(0, len(paths) - 1, min(4, len(paths))).round().astype(int)]
+    figure, axes = new_figure("Dataset diversity", 2 if shown else 1, max(len(shown), 2), 11, 5.8 if shown else 3.4)
+    for axis, path in zip(axes[0], shown, strict=False):
+        axis.imshow(read_video(path).frames[0])
+        axis.set_title(path.stem, fontsize=8)
+        axis.set_axis_off()
+    below = axes[-1]
+    truths = [truth for truth in map(load_ground_truth, paths) if truth is not None]
+    if truths:
+        for truth in truths:
+            for ball in range(truth.positions.shape[1]):
+                below[0].plot(*truth.positions[:, ball].T, color=f"C{ball}", lw=0.5, alpha=0.5)
+        below[0].invert_yaxis()
+        below[0].set_aspect("equal")
+        below[0].set_title("ball centres, all videos", fontsize=8)
+    everything = torch.cat([item.latents for item in latents])
+    step_lengths = torch.cat([item.latents.diff(dim=0).norm(dim=1) for item in latents])
+    plane = below[1] if truths else below[0]
+    for item in latents:
+        plane.plot(*_principal_plane(item.latents, everything).T, lw=0.6, alpha=0.7)
+    plane.set_title("latents, two largest components", fontsize=8)
+    rest = list(below[2:]) if truths else list(below[1:])
+    if rest:
+        rest[0].hist(step_lengths, bins=40, color=COLORS["hnn"])
+        rest[0].set_title("distance between neighbouring latents", fontsize=8)
+    for axis in rest[1:]:
+        axis.set_axis_off()
+    return figure
+
+
+def _principal_plane(states: Tensor, basis_of: Tensor) -> np.ndarray:
+    """States [n, d] in the two largest principal components of `basis_of` [m, d]: [n, 2]."""
+    centre = basis_of.mean(dim=0)
+    _, _, components = torch.linalg.svd((basis_of - centre).double(), full_matrices=False)
+    plane = ((states - centre).double() @ components[:2].T).numpy()
+    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+
+
+def _title(name: str) -> str:
+    return "Persistence" if name == PERSISTENCE else zoo.MODELS[name].title

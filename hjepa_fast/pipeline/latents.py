@@ -1,0 +1,309 @@
+"""Videos to latents, one file per video; reading them back; and a probe of what they tell about the motion."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import HJEPAError, LatentError, UsageError
+from . import files, preprocess
+from .config import EncodeConfig
+from .encoder_files import file_sha256
+from .encoders import Encoder, encoder_provenance, load_encoder
+from .videos import Trajectories, Video, read_video
+
+SUFFIX = ".safetensors"
+RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_SOURCE_KEYS = ("source", "source_sha256")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One video's latents, float32 [n_clips, latent_dim], and each clip's first frame, int64 [n_clips].
+
+    `metadata` holds "provenance" (a dict: encoder, clips, preprocessing, source video), "label" (the encoder in words),
+    "fps" and "n_frames".
+    """
+
+    name: str
+    latents: Tensor
+    start_frame: Tensor
+    metadata: dict[str, Any]
+    path: Path
+
+
+def encode_videos(
+    videos: Sequence[Path],
+    folder: Path,
+    config: EncodeConfig,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    encoder: Encoder | None = None,
+) -> list[Path]:
+    """Encode each video to `folder`/<stem>.safetensors, the complete file or none.
+
+    Clip t is frames [t * clip_stride, t * clip_stride + clip_frames); trailing frames that fill no clip are left out.
+    A video shorter than one clip is padded with its last frame, with a warning. Files that are there already and were
+    made by the same encoder from the same video are kept, so an interrupted run is resumed by running it again; the
+    encoder is loaded only if something is left to do.
+
+    Parameters
+    ----------
+    videos, folder
+        Files with different stems, and another folder than theirs; it is made if missing.
+    device : str
+        "auto" or a torch device; unused if `encoder` is given.
+    progress : callable, optional
+        Called as progress(done_clips, total_clips). Until the last video is read, the total is an estimate.
+    encoder : Encoder, optional
+        Used instead of loading `config.encoder`.
+
+    Returns
+    -------
+    list of Path, in the order of `videos`
+
+    Raises
+    ------
+    LatentError
+        Two videos have the same stem, or the encoder's output is not finite.
+    UsageError
+        A number in `config` cannot be used with this encoder, or `folder` holds the videos.
+    VideoError, EncoderError, HJEPAError
+        A video cannot be read, the encoder cannot be loaded, or a file cannot be written.
+    """
+    for field in ("clip_frames", "clip_stride", "encode_batch"):
+        if getattr(config, field) < 1:
+            raise UsageError(f"{field} must be at least 1, found {getattr(config, field)}")
+    videos = [Path(video) for video in videos]
+    targets = _targets(videos, Path(folder))
+    hashes = {video: file_sha256(video) for video in videos}
+
+    def outdated(recipe: dict[str, Any]) -> list[Path]:
+        return [video for video in videos if not _is_current(targets[video], recipe | _source(video, hashes[video]))]
+
+    if encoder is None:
+        recipe = _recipe(config, encoder_provenance(config.encoder, config.revision, device, config.encode_dtype))
+        if not outdated(recipe):
+            return list(targets.values())
+        encoder = load_encoder(config.encoder, config.revision, device, config.encode_dtype)
+    if config.clip_frames % encoder.tubelet_size:
+        raise UsageError(
+            f"clip_frames must be a multiple of {encoder.tubelet_size}, the frames per token of encoder {encoder.label}, "
+            f"found {config.clip_frames}"
+        )
+    recipe = _recipe(config, encoder.provenance) | {"crop": encoder.crop}
+    todo = outdated(recipe)
+    done = planned = 0
+    for number, (video, frames) in enumerate(_read_ahead(todo, encoder.crop), start=1):
+        clips = _clip_frames(video, len(frames), config)
+        planned += len(clips)
+        total = planned + round(planned / number * (len(todo) - number))
+        # Clips overlap: moving the frames once and gathering there saves most of the transfer.
+        frames = frames.to(encoder.device)
+        parts = []
+        for batch in clips.split(config.encode_batch):
+            parts.append(encoder(preprocess.normalize(frames[batch.to(encoder.device)])))
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+        latents = torch.cat(parts)
+        if not latents.isfinite().all():
+            raise LatentError(f"encoder {encoder.label} gave non-finite latents for {video.path}; try --encode-dtype float32")
+        metadata = {
+            "provenance": json.dumps(recipe | _source(video.path, hashes[video.path])),
+            "label": encoder.label,
+            "fps": repr(video.fps),
+            "n_frames": str(len(video.frames)),
+        }
+        files.save_tensors(targets[video.path], {"latents": latents, "start_frame": clips[:, 0]}, metadata)
+    return list(targets.values())
+
+
+def _targets(videos: list[Path], folder: Path) -> dict[Path, Path]:
+    by_name: dict[str, Path] = {}
+    for video in videos:
+        if other := by_name.get(video.stem):
+            raise LatentError(f"{other} and {video} would both be encoded to {video.stem}{SUFFIX}: rename one of them")
+        if video.parent.resolve() == folder.resolve():
+            raise UsageError(f"latents cannot go to {folder}, the folder of the videos, where ground truth has the same names")
+        by_name[video.stem] = video
+    if others := [path.name for path in _list(folder) if path.stem not in by_name]:
+        warnings.warn(f"{folder} also holds latents of {len(others)} other videos, such as {others[0]}", stacklevel=3)
+    return {video: folder / f"{stem}{SUFFIX}" for stem, video in by_name.items()}
+
+
+def _recipe(config: EncodeConfig, encoder: dict[str, str | None]) -> dict[str, Any]:
+    clips = {"clip_frames": config.clip_frames, "clip_stride": config.clip_stride}
+    return encoder | clips | {"preprocessing": preprocess.VERSION}
+
+
+def _source(video: Path, digest: str) -> dict[str, str]:
+    return dict(zip(_SOURCE_KEYS, (video.name, digest), strict=True))
+
+
+def _is_current(target: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `target` was made as `wanted`; what is not known (None, a commit outside the cache) is not compared."""
+    try:
+        found = json.loads((files.read_metadata(target) or {}).get("provenance", "{}"))
+    except json.JSONDecodeError:
+        return False
+    return all(value is None or found.get(key) == value for key, value in wanted.items())
+
+
+def _read_ahead(paths: list[Path], crop: int) -> Iterator[tuple[Video, Tensor]]:
+    """Each video and what the encoder sees of it, uint8 [T, 3, crop, crop]; the next is decoded while this one is encoded."""
+
+    def read(path: Path) -> tuple[Video, Tensor]:
+        # cropped frame by frame: a minute of full-size frames would need gigabytes
+        video = read_video(
+            path, lambda frame: preprocess.resize_and_crop(frame[None], crop)[0].permute(1, 2, 0).contiguous().numpy()
+        )
+        return video, torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [pool.submit(read, path) for path in paths[:1]]
+        for following in range(1, len(paths) + 1):
+            current = pending.pop().result()
+            pending = [pool.submit(read, path) for path in paths[following : following + 1]]
+            yield current
+
+
+def _clip_frames(video: Video, n_frames: int, config: EncodeConfig) -> Tensor:
+    """Frame numbers of every clip, int64 [n_clips, clip_frames]."""
+    if n_frames < config.clip_frames:
+        warnings.warn(
+            f"{video.path} has {n_frames} frames, fewer than the {config.clip_frames} of one clip: "
+            f"its last frame is repeated {config.clip_frames - n_frames} times",
+            stacklevel=3,
+        )
+    starts = torch.arange(0, max(n_frames - config.clip_frames, 0) + 1, config.clip_stride)
+    return (starts[:, None] + torch.arange(config.clip_frames)).clamp(max=n_frames - 1)
+
+
+def _list(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+    return sorted(found, key=files.natural_order)
+
+
+def load_latents(folder: Path) -> list[Latents]:
+    """Read every latent file of a folder, video_2 before video_10; hidden and unfinished files are ignored.
+
+    Raises
+    ------
+    LatentError
+        The folder is missing or empty, a file is not a latent file, not finite or of odd latent size, or two files
+        differ in latent size or in how they were encoded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LatentError(f"latent folder not found: {folder}")
+    videos = [read_latents(path) for path in _list(folder)]
+    if not videos:
+        raise LatentError(f"no latents in {folder}: expected files ending in {SUFFIX}, as `encode_videos` writes them")
+    first = videos[0]
+    for video in videos[1:]:
+        sizes = first.latents.shape[1], video.latents.shape[1]
+        if sizes[0] != sizes[1]:
+            raise LatentError(f"latent sizes differ: {first.path} has {sizes[0]}, {video.path} has {sizes[1]}")
+        ours, theirs = ({k: v for k, v in x.metadata["provenance"].items() if k not in _SOURCE_KEYS} for x in (first, video))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise LatentError(
+                    f"{first.path} and {video.path} were encoded differently: {key} is {ours.get(key)!r} and "
+                    f"{theirs.get(key)!r}. Encode all videos again, or delete the latents that do not belong"
+                )
+    return videos
+
+
+def read_latents(path: Path) -> Latents:
+    """Read one latent file.
+
+    Raises
+    ------
+    LatentError
+        It is missing, unreadable, not a latent file, not finite, or of odd latent size.
+    """
+    try:
+        tensors, metadata = files.load_tensors(path, "latent file")
+        latents, start_frame = tensors["latents"], tensors["start_frame"]
+        known = {
+            "provenance": json.loads(metadata["provenance"]),
+            "label": metadata["label"],
+            "fps": float(metadata["fps"]),
+            "n_frames": int(metadata["n_frames"]),
+        }
+        if latents.dtype != torch.float32 or latents.ndim != 2 or start_frame.shape != latents.shape[:1]:
+            raise LatentError(f"shapes {list(latents.shape)} and {list(start_frame.shape)}, {latents.dtype}")
+    except (HJEPAError, KeyError, ValueError) as error:
+        raise LatentError(f"{path} is not a readable latent file; delete it and encode again ({error})") from error
+    if latents.shape[1] % 2:
+        raise LatentError(f"{path} has latents of odd size {latents.shape[1]}; z = [q, p] needs an even one")
+    if not latents.isfinite().all():
+        raise LatentError(f"{path} has {int((~latents.isfinite()).sum())} non-finite values; delete it and encode again")
+    return Latents(path.stem, latents, start_frame, known, path)
+
+
+def probe(
+    latents: Sequence[Latents], trajectories: Sequence[Trajectories], test_fraction: float = 0.2, seed: int = 42
+) -> dict[str, float | int]:
+    """How well a ridge regression reads ball positions and velocities, averaged over each clip, from its latent.
+
+    Whole videos are held out; the ridge strength is chosen on a fifth of the training videos.
+    `trajectories[i]` is the ground truth of `latents[i]`'s video; `test_fraction` of the videos is held out. The result
+    has "position_r2" and "velocity_r2" on those videos (the mean R^2 of the coordinates) and "n_test_videos".
+
+    Raises
+    ------
+    LatentError
+        Too few videos, or ground truth that does not fit them.
+    """
+    n_test = max(1, round(test_fraction * len(latents)))
+    n_validation = max(1, round((len(latents) - n_test) / 5))
+    if len(latents) - n_test - n_validation < 1:
+        raise LatentError(f"a probe needs videos to train, to validate and to test with; found {len(latents)}")
+    for video, truth in zip(latents, trajectories, strict=True):
+        if len(truth.positions) != video.metadata["n_frames"]:
+            raise LatentError(
+                f"ground truth of {video.name} has {len(truth.positions)} frames, its video {video.metadata['n_frames']}"
+            )
+    order = np.random.default_rng(seed).permutation(len(latents))
+    test, validation, rest = np.split(order, [n_test, n_test + n_validation])
+    features = [video.latents.double().numpy() for video in latents]
+    scores: dict[str, float | int] = {"n_test_videos": n_test}
+    for name, field in (("position_r2", "positions"), ("velocity_r2", "velocities")):
+        targets = [_clip_means(v, getattr(truth, field)) for v, truth in zip(latents, trajectories, strict=True)]
+        tried = [_ridge_r2(features, targets, rest, validation, strength) for strength in RIDGE_STRENGTHS]
+        scores[name] = _ridge_r2(features, targets, order[n_test:], test, RIDGE_STRENGTHS[int(np.argmax(tried))])
+    return scores
+
+
+def _clip_means(video: Latents, motion: np.ndarray) -> np.ndarray:
+    """[n_clips, balls * 2]: the mean of `motion` [T, balls, 2] over each clip's frames."""
+    length = video.metadata["provenance"]["clip_frames"]
+    return np.stack([motion[start : start + length].mean(axis=0).ravel() for start in video.start_frame.tolist()])
+
+
+def _ridge_r2(
+    features: list[np.ndarray], targets: list[np.ndarray], train: np.ndarray, test: np.ndarray, strength: float
+) -> float:
+    x, y = (np.concatenate([part[i] for i in train]) for part in (features, targets))
+    x_test, y_test = (np.concatenate([part[i] for i in test]) for part in (features, targets))
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    std[std == 0] = 1
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    weights = np.linalg.solve(x.T @ x + strength * len(x) * np.eye(x.shape[1]), x.T @ (y - y.mean(axis=0)))
+    residual = ((y_test - y.mean(axis=0) - x_test @ weights) ** 2).sum(axis=0)
+    spread = ((y_test - y_test.mean(axis=0)) ** 2).sum(axis=0)
+    moving = spread > 0
+    if not moving.any():
+        raise LatentError("the held-out videos' ground truth does not vary, so R^2 has no meaning")
+    return float((1 - residual[moving] / spread[moving]).mean())

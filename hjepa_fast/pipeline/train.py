@@ -1,0 +1,248 @@
+"""Training: multi-step rollouts, an energy loss that grows, AdamW with cosine annealing, resumable to the same losses."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import energy
+from ..errors import TrainingError, UsageError
+from ..integrators import SymplecticIntegrator
+from . import checkpoints, files, zoo
+from .checkpoints import Checkpoint
+from .config import DataConfig, TrainConfig
+from .windows import Dataset
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def energy_weight(epoch: int, config: TrainConfig) -> float:
+    """lambda(e) = start + (end - start) (e - 1) / (E - 1) for epoch e = 1..E."""
+    share = (epoch - 1) / max(config.epochs - 1, 1)
+    return config.energy_weight_start + (config.energy_weight_end - config.energy_weight_start) * share
+
+
+def learning_rate(epoch: int, config: TrainConfig) -> float:
+    """Cosine annealing over the epochs, `lr` in the first one; e = 1..E."""
+    share = (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
+    return config.lr_end + (config.lr - config.lr_end) * share
+
+
+def loss_terms(model: zoo.Model, windows: Tensor, config: TrainConfig, energy_loss: bool) -> tuple[Tensor, Tensor]:
+    """Mean squared error of a rollout from each window's first state, and the energy term (0 if not used).
+
+    The energy term is mean |H(z_t) - H(z_r)| over the predicted states t = 1..T, with r = 1 as in the published
+    notebook, or r = 0 as in the paper's equation (7).
+
+    Parameters
+    ----------
+    windows : Tensor [B, window, latent_dim]
+    """
+    states = model.rollout(windows[:, 0], windows.shape[1] - 1)
+    mse = (states[:, 1:] - windows[:, 1:]).square().mean()
+    if not energy_loss or not isinstance(model, SymplecticIntegrator):
+        return mse, mse.new_zeros(())
+    H = energy(model.hnn, states)
+    reference = H[:, 1:2] if config.energy_reference == "z1" else H[:, :1]
+    return mse, (H[:, 1:] - reference).abs().mean()
+
+
+def check_config(config: TrainConfig, dataset: Dataset) -> None:
+    """Numbers that training cannot use are refused before it starts.
+
+    Raises
+    ------
+    UsageError
+        The message names the option, its value and what was expected.
+    """
+    for name in ("epochs", "batch_size", "lr", "grad_clip", "dt"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} must be positive, found {value}")
+    for name in ("lr_end", "weight_decay", "energy_weight_start", "energy_weight_end"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} must not be negative, found {value}")
+    if len(dataset.train) < config.batch_size:
+        raise UsageError(
+            f"batch_size {config.batch_size} is larger than the training set of {len(dataset.train)} windows; "
+            "incomplete batches are dropped, so nothing would be trained"
+        )
+
+
+def train(
+    name: str,
+    dataset: Dataset,
+    folder: Path,
+    config: TrainConfig,
+    data_config: DataConfig,
+    device: torch.device | str = "cpu",
+    log: Log | None = None,
+) -> Path:
+    """Train one model of the zoo and keep the checkpoint with the best test error.
+
+    Writes into `folder`, each atomically: `best.safetensors` and `last.safetensors` (with the facts beside them as
+    JSON) and `history.csv`, one row an epoch. If `last.safetensors` is there with the same settings and data, training goes
+    on after its epoch, to the same losses as an uninterrupted run.
+
+    Parameters
+    ----------
+    name : str
+        A key of `zoo.MODELS`.
+    log : callable, optional
+        Called with each epoch's row of the history.
+
+    Returns
+    -------
+    Path
+        `best.safetensors`.
+
+    Raises
+    ------
+    TrainingError
+        The loss is not finite (the message names epoch and batch), or `folder` holds a run with other settings.
+    """
+    check_config(config, dataset)
+    spec = zoo.MODELS[name]
+    model = zoo.build(name, dataset.latent_dim, config.dt, config.seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    facts: dict[str, Any] = {
+        "model": name,
+        "latent_dim": dataset.latent_dim,
+        "encoder": dataset.label,
+        "encoding": dataset.encoding,
+        "train": dataclasses.asdict(config),
+        "data": dataclasses.asdict(data_config),
+        "data_fingerprint": dataset.fingerprint(),
+    }
+    history: list[dict[str, Any]] = []
+    last = folder / "last.safetensors"
+    if last.exists():
+        history = _resume(last, facts, model, optimizer)
+
+    train_windows, test_windows = dataset.train.to(device), dataset.test.to(device)
+    network = [p for n, p in model.named_parameters() if n != "dt"]
+    step_sizes = [p for n, p in model.named_parameters() if n == "dt"]
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        started = time.perf_counter()
+        lr, weight = learning_rate(epoch, config), energy_weight(epoch, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(2, device=device)
+        n_batches = 0
+        for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
+            n_batches += 1
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(config, device):
+                mse, energy_term = loss_terms(model, train_windows[batch.to(device)], config, spec.energy_loss)
+                loss = mse + weight * energy_term
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"{spec.title}: the loss is {loss.item()} in epoch {epoch}, batch {n_batches} "
+                    f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
+                    f"{last.name} holds the epoch before; try a smaller --lr or --dt."
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(network, config.grad_clip)
+            if step_sizes:
+                nn.utils.clip_grad_norm_(step_sizes, config.grad_clip)
+            optimizer.step()
+            sums += torch.stack((mse.detach().float(), energy_term.detach().float()))
+        train_mse, train_energy = (sums / n_batches).tolist()
+        row = {
+            "epoch": epoch,
+            "lr": lr,
+            "energy_weight": weight if spec.energy_loss else 0.0,
+            "train_loss": train_mse + (weight * train_energy if spec.energy_loss else 0.0),
+            "train_mse": train_mse,
+            "train_energy": train_energy,
+            "test_mse": rollout_error(model, test_windows),
+            "dt": _dt(model) if step_sizes else None,
+            "seconds": time.perf_counter() - started,
+        }
+        if not math.isfinite(row["test_mse"]):
+            raise TrainingError(f"{spec.title}: the test error is {row['test_mse']} after epoch {epoch}; try a smaller --lr")
+        history.append(row)
+        _save(folder, model, optimizer, dataset, {**facts, "epoch": epoch, "history": history})
+        if log:
+            log(row)
+    return folder / "best.safetensors"
+
+
+def rollout_error(model: zoo.Model, windows: Tensor) -> float:
+    """Mean squared error of rollouts over all windows [n, window, latent_dim], without gradients."""
+    with torch.no_grad():
+        total = sum(
+            (model.rollout(part[:, 0], part.shape[1] - 1)[:, 1:] - part[:, 1:]).square().mean().item() * len(part)
+            for part in windows.split(256)
+        )
+    return total / len(windows)
+
+
+def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Shuffled index batches; a function of seed and epoch alone, so that a resumed run sees the same ones."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return iter(torch.randperm(n, generator=generator)[: n - n % size].split(size))
+
+
+def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
+    if config.amp == "off":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, config.amp))
+
+
+def _dt(model: zoo.Model) -> float:
+    return model.step_size.item() if isinstance(model, SymplecticIntegrator) else math.nan
+
+
+def _save(folder: Path, model: zoo.Model, optimizer: torch.optim.Optimizer, dataset: Dataset, facts: dict[str, Any]) -> None:
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    moments = {
+        f"{names[index]}/{key}": tensor
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, tensor in values.items()
+    }
+    history = facts["history"]
+    # best first: whatever interrupts, last.safetensors never claims an epoch whose best was not kept
+    if history[-1]["test_mse"] <= min(row["test_mse"] for row in history):
+        checkpoints.save(folder / "best.safetensors", Checkpoint(facts, state, dataset.mean, dataset.std, {}))
+    checkpoints.save(folder / "last.safetensors", Checkpoint(facts, state, dataset.mean, dataset.std, moments))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    files.write_text(folder / "history.csv", table.getvalue())
+
+
+def _resume(last: Path, facts: dict[str, Any], model: zoo.Model, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    checkpoint = checkpoints.load(last)
+    for key, value in facts.items():
+        found = checkpoint.facts.get(key)
+        if found != value:
+            raise TrainingError(
+                f"{last.parent} holds a run with another {key}: found {found!r}, expected {value!r}. "
+                "Choose another folder, or delete this one to start again."
+            )
+    checkpoints.load_state(model, checkpoint.model, last)
+    state = optimizer.state_dict()
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        moments = {key.rpartition("/")[2]: t for key, t in checkpoint.optimizer.items() if key.rpartition("/")[0] == name}
+        if moments:
+            state["state"][index] = {
+                # AdamW keeps its step counter on the CPU
+                key: t if key == "step" else t.to(parameter.device)
+                for key, t in moments.items()
+            }
+    optimizer.load_state_dict(state)
+    return list(checkpoint.facts["history"])

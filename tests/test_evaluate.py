@@ -1,0 +1,98 @@
+"""Measurements against plain loops over windows and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import hjepa_fast as hf
+from hjepa_fast.errors import UsageError
+from hjepa_fast.pipeline import evaluate, zoo
+from hjepa_fast.pipeline.config import DataConfig, EvaluateConfig
+from hjepa_fast.pipeline.latents import load_latents
+from hjepa_fast.pipeline.tables import summary_table
+from hjepa_fast.pipeline.windows import prepare
+from synthetic import write_latents
+
+CONFIG = EvaluateConfig(extended_steps=9, dream_steps=6, timing_warmup=1, timing_runs=2)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return prepare(load_latents(write_latents(tmp_path)), DataConfig(window=5))
+
+
+@pytest.fixture
+def models():
+    return {name: zoo.build(name, 6, 0.8, seed=4) for name in zoo.MODELS}
+
+
+def test_numbers_match_loops(dataset, models):
+    result = evaluate.evaluate(models, dataset, CONFIG)
+    rows = {row["name"]: row for row in result.rows}
+    assert list(rows) == ["persistence", *zoo.MODELS]
+    for name in rows:
+        errors, drifts, long_drifts, true_drifts = [], [], [], []
+        hnn = (models[name] if name in models and zoo.MODELS[name].integrator else models["hnn"]).hnn
+        H = lambda z, hnn=hnn: hnn(z).item()  # noqa: E731
+        for window in dataset.test:
+            states = [window[0]]
+            with torch.no_grad():
+                for _ in range(9):
+                    states.append(states[0] if name == "persistence" else models[name].rollout(states[-1][None], 1)[0, 1])
+                errors.append(torch.stack([(states[t] - window[t]).square().mean() for t in range(1, 5)]))
+                drifts.append(max(abs(H(z) - H(states[0])) for z in states[:5]))
+                long_drifts.append(max(abs(H(z) - H(states[0])) for z in states))
+                true_drifts.append(max(abs(H(z) - H(window[0])) for z in window))
+        errors = torch.stack(errors)
+        row = rows[name]
+        assert row["mse_mean"] == pytest.approx(errors.mean().item(), rel=1e-4)
+        assert row["mse_std"] == pytest.approx(errors.mean(1).std(correction=0).item(), rel=1e-3)
+        assert row["mse_per_step"] == pytest.approx(errors.mean(0).tolist(), rel=1e-4)
+        assert row["mse_relative"] == pytest.approx(row["mse_mean"] / dataset.variance, rel=1e-6)
+        assert row["drift_mean"] == pytest.approx(sum(drifts) / len(drifts), rel=1e-3, abs=1e-6)
+        assert row["drift_extended_mean"] == pytest.approx(sum(long_drifts) / len(long_drifts), rel=1e-3, abs=1e-6)
+        assert row["drift_true_mean"] == pytest.approx(sum(true_drifts) / len(true_drifts), rel=1e-3, abs=1e-6)
+    assert rows["persistence"]["drift_mean"] == rows["persistence"]["step_length"] == rows["persistence"]["params"] == 0
+    assert rows["persistence"]["ms_per_step"] is None
+    assert rows["hnn"]["ms_per_step"] > 0
+    assert rows["hnn"]["dt"] == pytest.approx(0.8)
+    assert rows["baseline"]["dt"] is None
+    assert rows["hnn"]["params"] == sum(p.numel() for p in models["hnn"].hnn.parameters())
+    assert result.arrays["hnn/energy"].shape == (len(dataset.test), 10)
+    assert result.arrays["hnn/example"].shape == (10, 6)
+
+
+def test_step_length_is_that_of_the_free_rollout(dataset, models):
+    row = evaluate.evaluate({"hnn": models["hnn"]}, dataset, CONFIG).rows[1]
+    with torch.no_grad():
+        states = hf.leapfrog(models["hnn"].hnn, dataset.test[evaluate.EXAMPLE, 0], 0.8, 6)
+    expected = sum((states[t + 1] - states[t]).norm().item() for t in range(6)) / 6
+    assert row["step_length"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_the_full_model_baselines_have_no_energy(dataset, models):
+    result = evaluate.evaluate({"baseline": models["baseline"]}, dataset, CONFIG)
+    assert all(row["drift_mean"] is None for row in result.rows)
+    assert "baseline/energy" not in result.arrays
+    summary = {
+        "encoder": "e", "split": "window", "standardized": True, "n_train": 1, "n_test": 1, "latent_dim": 6, "n_steps": 4,
+        "epochs": 1, "probe": None, "hardware": evaluate.hardware("cpu"), "models": result.rows,
+    }  # fmt: skip
+    table = summary_table(summary)
+    assert "| Baseline MLP" in table
+    assert "split by window (windows of one video overlap" in table
+
+
+def test_a_diverging_model_is_reported_not_crashed(dataset, models):
+    with torch.no_grad():
+        models["baseline"].net[-1].weight.mul_(1e12)
+    row = evaluate.evaluate({"baseline": models["baseline"]}, dataset, CONFIG).rows[1]
+    assert row["mse_mean"] is None
+
+
+def test_bad_counts_are_named(dataset):
+    with pytest.raises(UsageError, match="timing_runs must be at least 1, found 0"):
+        evaluate.evaluate({}, dataset, dataclasses.replace(CONFIG, timing_runs=0))
