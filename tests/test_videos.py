@@ -337,6 +337,9 @@ def test_rotation_is_applied(tmp_path: Path, turns: int) -> None:
     moved = bright @ np.array([[a, b], [c, d]])
     found = np.argwhere(turned[2, :, :, 0] > 150)[:, ::-1] - (centre[::-1] if turns % 2 else centre)
     assert {tuple(p) for p in found} == {tuple(p) for p in moved}
+    # what is applied to each frame sees it turned, and as memory that torch takes
+    corners = videos.read_video(tmp_path / "turned.mov", lambda frame: torch.from_numpy(frame)[:9, :7].numpy()).frames
+    np.testing.assert_array_equal(corners, turned[:, :9, :7])
 
 
 def test_edit_list_is_not_a_truncation(tmp_path: Path) -> None:

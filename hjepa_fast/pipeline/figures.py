@@ -81,6 +81,7 @@ def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: fl
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(9)
     figure.suptitle(title)
     return figure, axes
 
@@ -116,8 +117,8 @@ def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, sty
 def _drift_panel(axis: Axes, arrays: dict[str, Tensor], names: list[str], n_steps: int) -> None:
     for name in names:
         H = arrays[f"{name}/energy"][:, : n_steps + 1]
-        _band(axis, np.arange(n_steps + 1), (H - H[:, :1]).abs(), COLORS[name], _title(name))
-    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|")
+        _band(axis, np.arange(1, n_steps + 1), (H[:, 1:] - H[:, :1]).abs(), COLORS[name], _title(name))
+    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|", yscale="log")
 
 
 def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
@@ -130,7 +131,7 @@ def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Ten
         axis.set_title(f"{n_steps} steps", fontsize=9)
     if zoo.FULL_MODEL in names:
         H = arrays[f"{zoo.FULL_MODEL}/energy_true"]
-        _band(axes[0, 0], np.arange(H.shape[1]), (H - H[:, :1]).abs(), TRUE, "full model's H on true latents", "--")
+        _band(axes[0, 0], np.arange(1, H.shape[1]), (H[:, 1:] - H[:, :1]).abs(), TRUE, "full model's H on true latents", "--")
     axes[0, 0].legend(fontsize=7, frameon=False)
     return figure
 
@@ -213,7 +214,8 @@ def _dataset(run: Run) -> Figure | None:
     shown = [paths[i] for i in np.linspace(0, len(paths) - 1, min(4, len(paths))).round().astype(int)]
     figure, axes = new_figure("Dataset diversity", 2 if shown else 1, max(len(shown), 2), 11, 5.8 if shown else 3.4)
     for axis, path in zip(axes[0], shown, strict=False):
-        axis.imshow(read_video(path).frames[0])
+        frames = read_video(path).frames
+        axis.imshow(frames[len(frames) // 2])  # synthetic videos all start alike
         axis.set_title(path.stem, fontsize=8)
         axis.set_axis_off()
     below = axes[-1]

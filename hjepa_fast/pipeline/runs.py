@@ -231,7 +231,10 @@ def reproduce(
     from .figures import draw
 
     zoo.check_models(tuple(names))
-    resolve_device(device)
+    target = resolve_device(device)
+    say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
+    if config.encode.encoder == OFFLINE_ENCODER:
+        say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
     run = Run(out)
     latents = out / "latents"
     run.start(config, videos or out / "videos", latents)
