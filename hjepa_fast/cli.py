@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quick",
         action="store_true",
-        help="a smoke test in under two minutes on two cores: offline encoder, 10 short videos with a "
+        help="a smoke test in under two minutes on two cores: offline encoder, 10 videos with a "
         "gradient background, 3 epochs; other options override these",
     )
     _add_models(command)

@@ -23,7 +23,7 @@ from .windows import Dataset, prepare
 Say = Callable[[str], None]
 
 QUICK: dict[str, dict[str, Any]] = {
-    "videos": {"n_videos": 10, "n_frames": 92, "background": "gradient"},
+    "videos": {"n_videos": 10, "background": "gradient"},
     "encode": {"encoder": OFFLINE_ENCODER},
     "train": {"epochs": 3},
     "evaluate": {"timing_runs": 20},

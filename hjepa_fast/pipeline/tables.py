@@ -8,12 +8,12 @@ from typing import Any
 COLUMNS = ("model", "MSE", "MSE / variance", "energy drift", "drift, true latents", "std of H", "parameters", "dt", "ms/step")
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
+def _number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
 
 
 def _spread(mean: float | None, std: float | None) -> str:
-    return "-" if mean is None else f"{mean:.4f} ± {_number(std)}"
+    return "-" if mean is None else f"{_number(mean)} ± {_number(std)}"
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
