@@ -13,7 +13,7 @@ def _number(value: float | None, form: str = ".3g") -> str:
 
 
 def _spread(mean: float | None, std: float | None) -> str:
-    return "-" if mean is None else f"{_number(mean)} ± {_number(std)}"
+    return "-" if mean is None else f"{_number(mean, '.4g')} ± {_number(std)}"
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
