@@ -1,8 +1,8 @@
 """Fast Hamiltonian world models in PyTorch: whole rollouts of an MLP Hamiltonian, and the H-JEPA system around them."""
 
-from .api import Rollout, energy, leapfrog, rollout
+from .api import Rollout, backends, energy, leapfrog, rollout
 from .integrators import EulerIntegrator, SymplecticIntegrator
-from .models import BaselineMLP, LatentHNN
+from .models import BaselineMLP, LatentHNN, SeparableHNN
 
 __version__ = "0.1.0"
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "EulerIntegrator",
     "LatentHNN",
     "Rollout",
+    "SeparableHNN",
     "SymplecticIntegrator",
+    "backends",
     "energy",
     "leapfrog",
     "rollout",

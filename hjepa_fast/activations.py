@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,14 @@ class Activation(NamedTuple):
             return F.softplus(a, self.beta, self.threshold)
         return _FUNCTIONS[self.name](a)
 
+    def derivatives(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s(a), s'(a), s''(a), elementwise. Where PyTorch's softplus is linear, so is this one."""
+        if self.name == "softplus":
+            sigma = torch.sigmoid(self.beta * a)
+            linear = self.beta * a > self.threshold
+            return self(a), sigma.masked_fill(linear, 1.0), (self.beta * sigma * (1 - sigma)).masked_fill(linear, 0.0)
+        return _DERIVATIVES[self.name](a)
+
     def module(self) -> nn.Module:
         """A fresh module that computes s."""
         if self.name == "softplus":
@@ -43,6 +52,50 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu-tanh": lambda a: F.gelu(a, approximate="tanh"),
     "sin": torch.sin,
+}
+
+
+def _tanh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.tanh(a)
+    slope = 1 - t * t
+    return t, slope, -2 * t * slope
+
+
+def _silu(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sigma = torch.sigmoid(a)
+    slope = sigma * (1 - sigma)
+    return a * sigma, sigma + a * slope, slope * (2 + a * (1 - 2 * sigma))
+
+
+def _gelu(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
+    pdf = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    return a * cdf, cdf + a * pdf, pdf * (2 - a * a)
+
+
+def _gelu_tanh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(scale * (a + cubic * a**3))
+    u1, u2 = scale * (1 + 3 * cubic * a * a), 6 * scale * cubic * a
+    slope = 1 - t * t
+    return (
+        0.5 * a * (1 + t),
+        0.5 * (1 + t) + 0.5 * a * slope * u1,
+        slope * u1 + 0.5 * a * slope * (u2 - 2 * t * u1 * u1),
+    )
+
+
+def _sin(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = torch.sin(a)
+    return s, torch.cos(a), -s
+
+
+_DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "tanh": _tanh,
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu-tanh": _gelu_tanh,
+    "sin": _sin,
 }
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,

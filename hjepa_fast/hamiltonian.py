@@ -1,4 +1,4 @@
-"""An MLP Hamiltonian as plain tensors: what every backend computes with."""
+"""A Hamiltonian as plain tensors: what every backend computes with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import activations
 from .activations import Activation
+from .models import SeparableHNN
 
 
 class MLPHamiltonian(NamedTuple):
@@ -27,6 +28,10 @@ class MLPHamiltonian(NamedTuple):
     def latent_dim(self) -> int:
         return self.weights[0].shape[1]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.weights, *self.biases)
+
     def energy(self, z: Tensor) -> Tensor:
         """H(z): [..., 2d] to [...]."""
         *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
@@ -35,7 +40,66 @@ class MLPHamiltonian(NamedTuple):
         return F.linear(z, w_out, b_out).squeeze(-1)
 
 
-def from_module(module: nn.Module) -> MLPHamiltonian:
+class Term(NamedTuple):
+    """A function of q or of p alone: an MLP (no layers: zero) plus the quadratic form (k . x^2) / 2 (None: zero)."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    activation: Activation
+    stiffness: Tensor | None
+    """k, [d] or [1]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.weights, *self.biases, *(() if self.stiffness is None else (self.stiffness,)))
+
+    def value(self, x: Tensor) -> Tensor:
+        """[..., d] to [...]."""
+        value = MLPHamiltonian(self.weights, self.biases, self.activation).energy(x) if self.weights else x.new_zeros(())
+        return value if self.stiffness is None else value + 0.5 * (self.stiffness * x * x).sum(-1)
+
+
+class SeparableHamiltonian(NamedTuple):
+    """H(q, p) = T(p) + V(q)."""
+
+    V: Term
+    T: Term
+    latent_dim: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.V.tensors, *self.T.tensors)
+
+    def energy(self, z: Tensor) -> Tensor:
+        """H(z): [..., 2d] to [...]."""
+        q, p = z.chunk(2, dim=-1)
+        return self.T.value(p) + self.V.value(q)
+
+
+Hamiltonian = MLPHamiltonian | SeparableHamiltonian
+
+
+def from_module(module: nn.Module) -> Hamiltonian:
+    """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `mlp_from_module`.
+    """
+    if not isinstance(module, SeparableHNN):
+        return mlp_from_module(module)
+    V = mlp_from_module(module.potential, "even or odd")
+    T = None if module.kinetic is None else mlp_from_module(module.kinetic, "even or odd")
+    unit = V.weights[0].new_ones(1)
+    return SeparableHamiltonian(
+        V=Term(V.weights, V.biases, V.activation, module.stiffness),
+        T=Term((), (), V.activation, unit) if T is None else Term(T.weights, T.biases, T.activation, None),
+        latent_dim=2 * V.weights[0].shape[1],
+    )
+
+
+def mlp_from_module(module: nn.Module, inputs: str = "even") -> MLPHamiltonian:
     """Read the MLP out of a module that is, or holds as `.net`, an `nn.Sequential` of Linear layers.
 
     The tensors are the module's own, so gradients reach its parameters. A layer without bias gets zeros.
@@ -71,7 +135,7 @@ def from_module(module: nn.Module) -> MLPHamiltonian:
         raise TypeError(f"{_name(module)} mixes activations, one is supported: {sorted(used)}")
     if linears[-1].out_features != 1:
         raise ValueError(f"a Hamiltonian has one output, {_name(module)} has {linears[-1].out_features}")
-    if linears[0].in_features % 2:
+    if inputs == "even" and linears[0].in_features % 2:
         raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; {_name(module)} takes {linears[0].in_features}")
     weights = tuple(layer.weight for layer in linears)
     biases = tuple(w.new_zeros(w.shape[0]) if layer.bias is None else layer.bias
@@ -99,7 +163,7 @@ def _sequential(module: nn.Module) -> nn.Sequential:
 _forward_checked: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-def check_forward(module: nn.Module, mlp: MLPHamiltonian, z: Tensor) -> None:
+def check_forward(module: nn.Module, mlp: Hamiltonian, z: Tensor) -> None:
     """Once for each class of module: its forward must compute what its `.net` does.
 
     A user's class could scale or shift the output of `.net`; a rollout of `.net` alone would then be silently wrong.
@@ -111,7 +175,7 @@ def check_forward(module: nn.Module, mlp: MLPHamiltonian, z: Tensor) -> None:
         The module's output differs from its `.net`'s.
     """
     kind = type(module)
-    if isinstance(module, nn.Sequential) or kind in _forward_checked or not _is_plain(z):
+    if isinstance(module, (nn.Sequential, SeparableHNN)) or kind in _forward_checked or not _is_plain(z):
         return
     with torch.no_grad():
         row = z[:1]

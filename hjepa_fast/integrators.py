@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .api import rollout
+from .api import Rollout, rollout
 
 DT_BOUNDS = (0.1, 2.0)
 """Range that a learnable dt is clamped to where it is used (H-JEPA)."""
@@ -42,9 +44,13 @@ class SymplecticIntegrator(nn.Module):
         """dt as it is used: clamped, 0-d, differentiable."""
         return self.dt.clamp(*DT_BOUNDS)
 
+    def trajectory(self, z0: Tensor, n_steps: int, **options: Any) -> Rollout:
+        """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others."""
+        return rollout(self.hnn, z0, self.step_size, n_steps, integrator=self.integrator, backend=self.backend, **options)
+
     def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
         """States [..., n_steps + 1, 2d] from z0 [..., 2d], z0 first."""
-        return rollout(self.hnn, z0, self.step_size, n_steps, integrator=self.integrator, backend=self.backend).states
+        return self.trajectory(z0, n_steps).states
 
     def step(self, z: Tensor) -> Tensor:
         """The state one step after z: [..., 2d] to [..., 2d]."""

@@ -37,20 +37,61 @@ class LatentHNN(nn.Module):
         self, latent_dim: int = 1024, hidden_dims: Sequence[int] = (512, 512, 256), activation: str = "softplus"
     ) -> None:
         super().__init__()
-        if latent_dim < 2 or latent_dim % 2:
-            raise ValueError(f"latent_dim must be even and positive (z = [q, p]), found {latent_dim}")
-        if activation not in NAMES:
-            raise ValueError(f"activation must be one of {', '.join(NAMES)}; found {activation!r}")
+        _check_hamiltonian(latent_dim, activation)
         self.latent_dim = latent_dim
-        self.net = _mlp((latent_dim, *hidden_dims, 1), Activation(activation).module)
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight, gain=0.5)
-                nn.init.zeros_(layer.bias)
+        self.net = _hamiltonian_mlp((latent_dim, *hidden_dims, 1), activation)
 
     def forward(self, z: Tensor) -> Tensor:
         """H(z): [..., latent_dim] to [..., 1]."""
         return self.net(z)
+
+
+class SeparableHNN(nn.Module):
+    """Hamiltonian T(p) + V(q), for which the leapfrog method is truly symplectic, reversible and of order 2.
+
+    Initialised like `LatentHNN`.
+
+    Parameters
+    ----------
+    latent_dim : int
+        Size of z = [q, p], even.
+    potential_dims : sequence of int
+        Widths of the hidden layers of V, the `nn.Sequential` `.potential`.
+    kinetic_dims : sequence of int or None
+        The same for T, `.kinetic`; None for T(p) = |p|^2 / 2.
+    activation : str
+        As for `LatentHNN`.
+    quadratic : bool
+        Add sum_i k_i q_i^2 / 2 to V, with the learnable `.stiffness` k [latent_dim / 2], initially 1. It keeps q bounded.
+
+    Raises
+    ------
+    ValueError
+        An odd or non-positive size, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 1024,
+        potential_dims: Sequence[int] = (512, 512, 256),
+        kinetic_dims: Sequence[int] | None = None,
+        activation: str = "softplus",
+        quadratic: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_hamiltonian(latent_dim, activation)
+        d = latent_dim // 2
+        self.latent_dim = latent_dim
+        self.potential = _hamiltonian_mlp((d, *potential_dims, 1), activation)
+        self.kinetic = None if kinetic_dims is None else _hamiltonian_mlp((d, *kinetic_dims, 1), activation)
+        self.stiffness = nn.Parameter(torch.ones(d)) if quadratic else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """H(z): [..., latent_dim] to [..., 1]."""
+        q, p = z.chunk(2, dim=-1)
+        T = 0.5 * (p * p).sum(-1, keepdim=True) if self.kinetic is None else self.kinetic(p)
+        V = self.potential(q)
+        return T + (V if self.stiffness is None else V + 0.5 * (self.stiffness * q * q).sum(-1, keepdim=True))
 
 
 class BaselineMLP(nn.Module):
@@ -82,6 +123,23 @@ class BaselineMLP(nn.Module):
         for _ in range(n_steps):
             states.append(self(states[-1]))
         return torch.stack(states, dim=-2)
+
+
+def _check_hamiltonian(latent_dim: int, activation: str) -> None:
+    if latent_dim < 2 or latent_dim % 2:
+        raise ValueError(f"latent_dim must be even and positive (z = [q, p]), found {latent_dim}")
+    if activation not in NAMES:
+        raise ValueError(f"activation must be one of {', '.join(NAMES)}; found {activation!r}")
+
+
+def _hamiltonian_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
+    """With the published initialisation: Xavier-normal weights of gain 0.5, zero biases."""
+    net = _mlp(widths, Activation(activation).module)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight, gain=0.5)
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 def _mlp(widths: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:

@@ -42,4 +42,4 @@ def make_separable_hnn(d: int, width: int, dtype: torch.dtype = torch.float64, s
 
 def make_states(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """Standard normal states of the given shape."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

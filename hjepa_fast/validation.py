@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .hamiltonian import MLPHamiltonian
+from .hamiltonian import Hamiltonian
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def check_state(z: Tensor, mlp: MLPHamiltonian, name: str) -> None:
+def check_state(z: Tensor, H: Hamiltonian, name: str) -> None:
     """z must be [..., 2d] in the network's dtype and on its device.
 
     Raises
@@ -27,9 +27,9 @@ def check_state(z: Tensor, mlp: MLPHamiltonian, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, found {type(z).__name__}")
     if z.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64 or bfloat16, found {z.dtype}")
-    if z.ndim == 0 or z.shape[-1] != mlp.latent_dim:
-        raise ValueError(f"{name} must be [..., {mlp.latent_dim}] for this Hamiltonian, found {list(z.shape)}")
-    weight = mlp.weights[0]
+    if z.ndim == 0 or z.shape[-1] != H.latent_dim:
+        raise ValueError(f"{name} must be [..., {H.latent_dim}] for this Hamiltonian, found {list(z.shape)}")
+    weight = H.tensors[0]
     if z.dtype != weight.dtype:
         raise TypeError(f"{name} and the Hamiltonian must share one dtype, found {z.dtype} and {weight.dtype}")
     if z.device != weight.device:
@@ -51,7 +51,7 @@ def check_steps(n_steps: int) -> None:
 
 
 def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
-    """dt as a tensor that broadcasts against z0's leading shape plus [n_steps], in z0's dtype.
+    """dt as a tensor [1 or B, 1 or n_steps], B being the product of z0's leading sizes; float64 if z0 is, else float32.
 
     A number or 0-d tensor serves every step; [n_steps] is per step; [..., 1] per sample; [..., n_steps] both.
     A tensor is never read back to the host.
@@ -68,7 +68,7 @@ def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
             raise TypeError(f"dt must be a number or a tensor, found {type(dt).__name__}")
         if not math.isfinite(dt):
             raise ValueError(f"dt must be finite, found {dt}")
-        return torch.full((), dt, dtype=z0.dtype, device=z0.device)
+        return torch.full((1, 1), dt, dtype=torch.promote_types(z0.dtype, torch.float32), device=z0.device)
     if not dt.is_floating_point():
         raise TypeError(f"dt must be a floating-point tensor, found {dt.dtype}")
     if dt.device != z0.device:
@@ -80,7 +80,10 @@ def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
             f"dt must be 0-d, [n_steps], [..., 1] per sample or [..., n_steps], that is, broadcast to {list(target)}; "
             f"found {list(dt.shape)}"
         )
-    return dt.to(z0.dtype)
+    dt = dt.to(torch.promote_types(z0.dtype, torch.float32))
+    if dt.ndim < 2:
+        return dt.reshape(1, -1)
+    return dt.expand(*z0.shape[:-1], dt.shape[-1]).reshape(math.prod(z0.shape[:-1]), dt.shape[-1])
 
 
 def check_choice(value: str, choices: Sequence[str], name: str) -> None:

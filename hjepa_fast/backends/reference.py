@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from ..hamiltonian import MLPHamiltonian
+from ..hamiltonian import Hamiltonian
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Gradient, Gradient, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -33,28 +34,27 @@ def euler_step(Hq: Gradient, Hp: Gradient, q: Tensor, p: Tensor, dt: Tensor) -> 
 STEPS: dict[str, Step] = {"leapfrog": leapfrog_step, "euler": euler_step}
 
 
-def rollout(mlp: MLPHamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: str) -> Tensor:
+def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: str) -> Tensor:
     """Roll z0 [B, 2d] forward; returns [B, n_steps + 1, 2d], z0 first.
 
     Differentiable with respect to z0, dt and the network where grad mode is on, any number of times.
 
     Parameters
     ----------
-    mlp : MLPHamiltonian
+    H : Hamiltonian
     z0 : Tensor [B, 2d]
-    dt : Tensor, broadcasts to [B, n_steps]
+    dt : Tensor [1 or B, 1 or n_steps]
     n_steps : int
     integrator : str, a key of STEPS
     """
     if torch.is_inference_mode_enabled():
         # autograd refuses tensors made in inference mode, and gradients of H are needed even there
         with torch.inference_mode(False):
-            weights = tuple(w.clone() if w.is_inference() else w for w in mlp.weights)
-            biases = tuple(b.clone() if b.is_inference() else b for b in mlp.biases)
+            ordinary = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H)
             with torch.no_grad():
-                return rollout(mlp._replace(weights=weights, biases=biases), z0.clone(), dt.clone(), n_steps, integrator)
+                return rollout(ordinary, z0.clone(), dt.clone(), n_steps, integrator)
 
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.weights, *mlp.biases))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *H.tensors))
 
     def gradient(of_p: bool) -> Gradient:
         def grad_H(q: Tensor, p: Tensor) -> Tensor:
@@ -62,15 +62,15 @@ def rollout(mlp: MLPHamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrato
                 x = p if of_p else q
                 # a fresh node, so that the gradient is the partial one even where p was computed from q
                 x = x.view_as(x) if differentiable and x.requires_grad else x.detach().requires_grad_()
-                H = mlp.energy(torch.cat((q, x) if of_p else (x, p), dim=-1)).sum()
-                return torch.autograd.grad(H, x, create_graph=differentiable)[0]
+                total = H.energy(torch.cat((q, x) if of_p else (x, p), dim=-1)).sum()
+                return torch.autograd.grad(total, x, create_graph=differentiable)[0]
 
         return grad_H
 
     Hq, Hp = gradient(of_p=False), gradient(of_p=True)
     d = z0.shape[-1] // 2
     step = STEPS[integrator]
-    dts = dt.expand(*torch.broadcast_shapes(dt.shape, (1, n_steps))).unbind(-1)
+    dts = dt.to(z0.dtype).expand(-1, n_steps).unbind(-1)
     q, p = z0[:, :d], z0[:, d:]
     states = [z0]
     for t in range(n_steps):

@@ -79,6 +79,9 @@ class TrainConfig:
     )
     dt: float = _option(1.0, "initial step size, learnable")
     seed: int = _option(42, "seed of initial weights and batch order")
+    backend: Literal["auto", "cpp", "torch", "reference"] = _option(
+        "auto", "what computes the rollouts; auto is the fastest that is there, reference is nested autograd"
+    )
     amp: Literal["off", "bfloat16"] = _option("off", "autocast for the forward pass")
 
 

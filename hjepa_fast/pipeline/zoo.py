@@ -48,7 +48,7 @@ def check_models(names: tuple[str, ...]) -> None:
         raise UsageError(f"unknown model {', '.join(unknown) or '(none given)'}; known: {', '.join(MODELS)}")
 
 
-def build(name: str, latent_dim: int, dt: float, seed: int) -> Model:
+def build(name: str, latent_dim: int, dt: float, seed: int, backend: str = "auto") -> Model:
     """A fresh model; models of one kind get the same initial weights from one seed.
 
     Raises
@@ -65,4 +65,6 @@ def build(name: str, latent_dim: int, dt: float, seed: int) -> Model:
         if latent_dim % 2:
             raise UsageError(f"a Hamiltonian needs latents of even size (z = [q, p]), found {latent_dim}")
         hnn = LatentHNN(latent_dim)
-        return EulerIntegrator(hnn, dt) if spec.integrator == "euler" else SymplecticIntegrator(hnn, dt)
+        if spec.integrator == "euler":
+            return EulerIntegrator(hnn, dt, backend=backend)
+        return SymplecticIntegrator(hnn, dt, integrator=spec.integrator, backend=backend)

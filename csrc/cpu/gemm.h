@@ -1,0 +1,182 @@
+// Products of a few rows with packed weights, and sums of outer products.
+#pragma once
+
+namespace hjepa_fast::HJEPA_ISA {
+
+// Accumulators are MR x 2 vectors: as many rows as the registers hold beside two vectors of B and one broadcast.
+constexpr int MAX_MR = HJEPA_VECTOR_BYTES == 64 ? 12 : 6;
+
+template <class T>
+constexpr i64 NR = 2 * LANES<T>;
+
+// Leading dimension of scratch for rows of n numbers: whole panels, so that nothing needs a remainder, and not a power
+// of two, so that rows do not compete for the same lines of the cache.
+template <class T>
+i64 ld(i64 n) {
+  return round_up(n, NR<T>) + 64 / i64(sizeof(T));
+}
+
+template <class T>
+i64 n_panels(i64 columns) {
+  return (columns + NR<T> - 1) / NR<T>;
+}
+
+// How products are formed. Numbers of x and B are taken in units along the inner dimension: single ones, or pairs of
+// bfloat16 in the space of one float.
+template <class T>
+struct Plain {
+  using Scalar = T;
+  using Unit = T;
+  static constexpr i64 DEPTH = 1;
+  static HJEPA_INLINE void add_product(Vec<T>& acc, Unit x, Vec<T> b) { acc += x * b; }
+  static HJEPA_INLINE Unit unit(T x, T) { return x; }
+  static const Unit* rows(const T* X, i64, i64, i64, T*) { return X; }
+};
+
+#ifdef HJEPA_BF16
+struct Bf16 {
+  using Scalar = float;
+  using Unit = float;  // two bfloat16
+  static constexpr i64 DEPTH = 2;
+  static HJEPA_INLINE void add_product(Vec<float>& acc, Unit x, Vec<float> b) {
+    acc = bits<Vec<float>>(_mm512_dpbf16_ps(bits<__m512>(acc), bits<__m512bh>(splat_bits(x)), bits<__m512bh>(b)));
+  }
+  static HJEPA_INLINE __m512i splat_bits(Unit x) { return _mm512_set1_epi32(bits<int>(x)); }
+  static HJEPA_INLINE Unit unit(float even, float odd) {
+    const __m128i pair = bits<__m128i>(_mm_cvtne2ps_pbh(_mm_setzero_ps(), _mm_setr_ps(even, odd, 0, 0)));
+    return bits<float>(_mm_cvtsi128_si32(pair));
+  }
+  // The rows X [n, inner], padded with zeros to a whole number of pairs.
+  static const Unit* rows(const float* X, i64 n, i64 inner, i64 ldx, float* converted) {
+    for (i64 r = 0; r < n; ++r)
+      for (i64 k = 0; k < inner; k += 32) {
+        const __mmask16 low = inner - k < 16 ? (1u << (inner - k)) - 1 : 0xffff;
+        const __mmask16 high = inner - k < 32 ? (inner - k < 16 ? 0 : (1u << (inner - k - 16)) - 1) : 0xffff;
+        const __m512 x0 = _mm512_maskz_loadu_ps(low, X + r * ldx + k);
+        const __m512 x1 = _mm512_maskz_loadu_ps(high, X + r * ldx + k + 16);
+        store(converted + r * ldx + k / 2, bits<Vec<float>>(_mm512_cvtne2ps_pbh(x1, x0)));
+      }
+    return converted;
+  }
+};
+#endif
+
+template <class P>
+i64 packed_size(i64 inner, i64 columns) {
+  using T = typename P::Scalar;
+  return n_panels<T>(columns) * ((inner + P::DEPTH - 1) / P::DEPTH) * NR<T>;
+}
+
+template <class P, class T>
+void pack(const T* W, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last) {
+  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH, ldW = transposed ? inner : columns;
+  for (i64 panel = first; panel < last; ++panel) {
+    T* to = packed + panel * units * NR<T>;
+    const i64 column = panel * NR<T>, n = columns - column < NR<T> ? columns - column : NR<T>;
+    const auto at = [&](i64 k, i64 j) {
+      return k < inner && j < n ? (transposed ? W[(column + j) * ldW + k] : W[k * ldW + column + j]) : T(0);
+    };
+    if (P::DEPTH == 1 && !transposed && n == NR<T>) {
+      for (i64 k = 0; k < inner; ++k) __builtin_memcpy(to + k * NR<T>, W + k * ldW + column, NR<T> * sizeof(T));
+      continue;
+    }
+    // short runs of k, so that the lines of a transposed W stay in the cache while they are used
+    for (i64 k0 = 0; k0 < units; k0 += 16)
+      for (i64 j = 0; j < NR<T>; ++j)
+        for (i64 k = k0; k < (k0 + 16 < units ? k0 + 16 : units); ++k)
+          to[k * NR<T> + j] = P::unit(at(P::DEPTH * k, j), P::DEPTH == 2 ? at(2 * k + 1, j) : T(0));
+  }
+}
+
+// C [MR, NR] = X [MR, units] B, every number summed in the order of k whatever MR is.
+template <class P, int MR>
+void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* B, i64 units, typename P::Scalar* C, i64 ldc) {
+  using T = typename P::Scalar;
+  Vec<T> acc[MR][2] = {};
+  for (i64 k = 0; k < units; ++k, B += NR<T>) {
+    const Vec<T> b0 = load(B), b1 = load(B + LANES<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      P::add_product(acc[i][0], X[i * ldx + k], b0);
+      P::add_product(acc[i][1], X[i * ldx + k], b1);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    store(C + i * ldc, acc[i][0]);
+    store(C + i * ldc + LANES<T>, acc[i][1]);
+  }
+}
+
+// C [MR, NR] += L^T R, for columns of L [n, *] and R [n, *].
+template <class T, int MR>
+void outer_tile(const T* L, i64 ldl, const T* R, i64 ldr, i64 n, T* C, i64 ldc) {
+  Vec<T> acc[MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) acc[i][0] = load(C + i * ldc), acc[i][1] = load(C + i * ldc + LANES<T>);
+  for (i64 k = 0; k < n; ++k, L += ldl, R += ldr) {
+    const Vec<T> r0 = load(R), r1 = load(R + LANES<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      acc[i][0] += L[i] * r0;
+      acc[i][1] += L[i] * r1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) store(C + i * ldc, acc[i][0]), store(C + i * ldc + LANES<T>, acc[i][1]);
+}
+
+template <class F>
+HJEPA_INLINE void with_rows(i64 mr, F f) {
+  switch (mr) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    case 5: return f.template operator()<5>();
+    case 6: return f.template operator()<6>();
+  }
+  if constexpr (MAX_MR > 6) switch (mr) {
+      case 7: return f.template operator()<7>();
+      case 8: return f.template operator()<8>();
+      case 9: return f.template operator()<9>();
+      case 10: return f.template operator()<10>();
+      case 11: return f.template operator()<11>();
+      case 12: return f.template operator()<12>();
+    }
+}
+
+// Calls f.operator()<MR>(row) for even shares of the rows, each as large as the registers allow.
+template <class F>
+HJEPA_INLINE void over_rows(i64 rows, F f) {
+  const i64 shares = (rows + MAX_MR - 1) / MAX_MR;
+  for (i64 i = 0; i < shares; ++i) {
+    const i64 row = rows * i / shares;
+    with_rows(rows * (i + 1) / shares - row, [&]<int MR>() { f.template operator()<MR>(row); });
+  }
+}
+
+// C [rows, columns] = X [rows, inner] B with B packed; then epilogue(c, row, column) for each row's NR numbers at c,
+// while they are in the cache. `converted` is scratch like X.
+template <class P, class T, class Epilogue>
+HJEPA_INLINE void product(const T* X, i64 ldx, i64 rows, i64 inner, const T* B, i64 columns, T* C, i64 ldc, T* converted,
+                          Epilogue epilogue) {
+  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH;
+  const auto* x = P::rows(X, rows, inner, ldx, converted);
+  for (i64 column = 0; column < columns; column += NR<T>, B += units * NR<T>)
+    over_rows(rows, [&]<int MR>(i64 row) {
+      product_tile<P, MR>(x + row * ldx, ldx, B, units, C + row * ldc + column, ldc);
+      for (i64 r = row; r < row + MR; ++r) epilogue(C + r * ldc + column, r, column);
+    });
+}
+
+// C [m, columns] += L^T R, L [n, m], R [n, columns]; rows of R and C are padded to whole panels.
+template <class T>
+void add_outer(const T* L, i64 ldl, i64 m, const T* R, i64 ldr, i64 columns, i64 n, T* C, i64 ldc) {
+  for (i64 column = 0; column < columns; column += NR<T>)
+    over_rows(m, [&]<int MR>(i64 row) {
+      outer_tile<T, MR>(L + row, ldl, R + column, ldr, n, C + row * ldc + column, ldc);
+    });
+}
+
+}  // namespace hjepa_fast::HJEPA_ISA

@@ -1,0 +1,35 @@
+// The kernels of one instruction set, in a namespace of its own: a kernels_*.cpp sets HJEPA_ISA, HJEPA_VECTOR_BYTES and
+// the compiler's target, and includes this. No standard headers with inline functions: the linker keeps one copy of
+// those, which must not be one that needs this instruction set.
+#include "problem.h"
+
+#include "simd.h"
+
+#include "activations.h"
+
+#include "gemm.h"
+
+#include "rows.h"
+
+#include "features.h"
+
+namespace hjepa_fast::HJEPA_ISA {
+
+template <class P, class T = typename P::Scalar>
+constexpr Kernels<T> table = {
+    LANES<T>,
+    4 * MAX_MR,
+    ld<T>,
+    packed_size<P>,
+    n_panels<T>,
+    pack<P, T>,
+    forward_scratch<P, T>,
+    forward<P, T>,
+    backward_scratch<P, T>,
+    backward<P, T>,
+    shared_scratch<T>,
+    thread_scratch<T>,
+    forward_features<T>,
+};
+
+}  // namespace hjepa_fast::HJEPA_ISA

@@ -1,0 +1,29 @@
+#if defined(__x86_64__)
+
+#include <cstdint>
+#include <initializer_list>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
+#endif
+
+#define HJEPA_ISA avx512
+#define HJEPA_VECTOR_BYTES 64
+#include "kernels.h"
+
+namespace hjepa_fast {
+
+extern const Kernels<float> avx512_float;
+extern const Kernels<double> avx512_double;
+const Kernels<float> avx512_float = avx512::table<avx512::Plain<float>>;
+const Kernels<double> avx512_double = avx512::table<avx512::Plain<double>>;
+
+}  // namespace hjepa_fast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

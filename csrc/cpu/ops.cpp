@@ -1,0 +1,404 @@
+// The operators hjepa_fast_cpp::forward and backward: they fill in a Problem, pick the kernels for the processor, divide
+// the work among threads. Every tensor is contiguous and made by the caller (hjepa_fast/backends/cpp.py).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "pool.h"
+#include "problem.h"
+
+namespace hjepa_fast {
+
+extern const Kernels<float> generic_float;
+extern const Kernels<double> generic_double;
+#if defined(__x86_64__)
+extern const Kernels<float> avx2_float, avx512_float, avx512bf16_float;
+extern const Kernels<double> avx2_double, avx512_double;
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+enum Isa : i64 { GENERIC, AVX2, AVX512, AVX512_BF16 };
+enum Path : i64 { CHOOSE, ROWS, FEATURES };
+
+i64 best_isa() {
+#if defined(__x86_64__)
+  static const i64 best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? (__builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512) : avx2 ? AVX2 : GENERIC;
+  }();
+  return best;
+#else
+  return GENERIC;
+#endif
+}
+
+// isa: at most this, or anything if negative
+template <class T>
+const Kernels<T>& kernels_for(i64 isa, bool bf16) {
+  isa = isa < 0 ? best_isa() : std::min(isa, best_isa());
+  constexpr bool is_float = std::is_same_v<T, float>;
+#if defined(__x86_64__)
+  if constexpr (is_float) {
+    if (isa == AVX512_BF16 && bf16) return avx512bf16_float;
+    if (isa >= AVX512) return avx512_float;
+    if (isa == AVX2) return avx2_float;
+  } else {
+    if (isa >= AVX512) return avx512_double;
+    if (isa == AVX2) return avx2_double;
+  }
+#endif
+  if constexpr (is_float)
+    return generic_float;
+  else
+    return generic_double;
+}
+
+struct Arguments {
+  const Tensor &K, &dt, &scheme;
+  const std::vector<Tensor>&weights, &biases;
+  i64 begin, end, activation;
+  double beta, threshold;
+  bool bf16;
+  i64 n_threads, isa, path;
+};
+
+template <class T>
+T* data(const Tensor& x) {
+  return x.numel() ? static_cast<T*>(x.data_ptr()) : nullptr;
+}
+
+void check(const Tensor& a, const Arguments& in) {
+  const auto dtype = a.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
+  STD_TORCH_CHECK(!in.weights.empty() && in.weights.size() <= MAX_LAYERS, "hjepa_fast_cpp: unsupported number of layers");
+  STD_TORCH_CHECK(in.scheme.scalar_type() == ScalarType::Double, "hjepa_fast_cpp: scheme must be float64");
+  for (const auto* list : {&in.weights, &in.biases})
+    for (const Tensor& x : *list)
+      STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.is_cpu(), "hjepa_fast_cpp: unlike parameters");
+  for (const Tensor* x : {&a, &in.K, &in.dt})
+    STD_TORCH_CHECK(x->scalar_type() == dtype && x->is_contiguous() && x->is_cpu(), "hjepa_fast_cpp: unlike tensors");
+}
+
+template <class T>
+Problem<T> problem_of(const Tensor& a, const Tensor& sq, const Tensor& tape, const Arguments& in) {
+  Problem<T> p{};
+  p.L = int(in.weights.size());
+  i64 all = 0;
+  for (int l = 0; l < p.L; ++l) all += 2 * (p.width[l] = in.weights[l].size(1));
+  p.activation = {Kind(in.activation), in.beta, in.threshold};
+  p.B = a.size(0);
+  p.n_steps = in.dt.size(1);
+  p.begin = in.begin;
+  p.end = in.end;
+  p.n_sub = int(in.scheme.size(0));
+  p.scheme = data<double>(in.scheme);
+  p.dt = data<T>(in.dt);
+  p.dt_stride = in.dt.size(0) == 1 ? 0 : p.n_steps;
+  p.n_kept = sq.size(1);
+  p.tape_width = tape.size(3);
+  p.tape_layers = p.tape_width == all - p.width[p.L - 1];
+  p.tape = data<T>(tape);
+  return p;
+}
+
+// Multiplications of one row in one evaluation of delta and the product that follows.
+template <class T>
+i64 work_of(const Problem<T>& p) {
+  i64 work = p.width[0] * p.width[0];
+  for (int l = 0; l + 1 < p.L; ++l) work += 2 * p.width[l] * p.width[l + 1];
+  return work;
+}
+
+// Waking a thread costs as much as some 10^5 multiplications.
+constexpr i64 WORTH_A_THREAD = 200000;
+
+// Up to this many rows it is faster to read the weights as they are than to pack them and share the packed ones.
+constexpr i64 FEW_ROWS = 3;
+
+// Pieces of the team's memory. With no memory yet it only counts.
+struct Memory {
+  char* base = nullptr;
+  i64 used = 0;
+  template <class T>
+  T* take(i64 n) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (n * i64(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+// Lays out the call's memory: once to count, once in place.
+template <class F>
+void lay_out(Team& team, F f) {
+  Memory counted;
+  f(counted);
+  Memory memory{static_cast<char*>(team.scratch(counted.used))};
+  f(memory);
+}
+
+// f(i, thread) for i < n, each by whichever thread is free.
+template <class F>
+void share_out(Team& team, i64 n, const F& f) {
+  std::atomic<i64> next{0};
+  const auto task = [&](int thread) {
+    for (i64 i; (i = next++) < n;) f(i, thread);
+  };
+  team.run(task);
+}
+
+template <class T>
+struct Weights {
+  const Arguments& in;
+  const Kernels<T>& kernels;
+
+  // biases and output weights, padded with zeros
+  void take_padded(Problem<T>& p, Memory& memory) const {
+    const auto padded = [&](const Tensor& x) {
+      const i64 n = x.numel(), all = kernels.ld(n);
+      T* to = memory.take<T>(all);
+      if (memory.base) std::fill(std::copy_n(data<T>(x), n, to), to + all, T(0));
+      return to;
+    };
+    for (int l = 0; l < p.L; ++l) p.b[l] = padded(in.biases[l]);
+    p.W[p.L - 1] = padded(in.weights[p.L - 1]);
+  }
+
+  // matrices row by row, copied only if their rows are no whole number of vectors
+  void take_rows(Problem<T>& p, Memory& memory) const {
+    const auto rows = [&](const Tensor& x, i64& ld) -> const T* {
+      const i64 m = x.size(0), n = x.size(1);
+      if (n % kernels.lanes == 0) {
+        ld = n;
+        return data<T>(x);
+      }
+      ld = kernels.ld(n);
+      T* to = memory.take<T>(m * ld);
+      if (memory.base)
+        for (i64 r = 0; r < m; ++r) std::fill(std::copy_n(data<T>(x) + r * n, n, to + r * ld), to + (r + 1) * ld, T(0));
+      return to;
+    };
+    for (int l = 0; l + 1 < p.L; ++l) p.W[l] = rows(in.weights[l], p.ldW[l]);
+    p.K = rows(in.K, p.ldK);
+  }
+
+  struct Pack {
+    const T* from;
+    bool transposed;
+    i64 inner, columns;
+    T* to;
+  };
+
+  std::vector<Pack> take_packed(Problem<T>& p, bool need_K, bool need_KT, Memory& memory) const {
+    std::vector<Pack> packs;
+    const auto packed = [&](const Tensor& x, bool transposed) {
+      const i64 inner = x.size(transposed), columns = x.size(!transposed);
+      T* to = memory.take<T>(kernels.packed_size(inner, columns));
+      packs.push_back({data<T>(x), transposed, inner, columns, to});
+      return to;
+    };
+    for (int l = 0; l + 1 < p.L; ++l) {
+      p.WT_packed[l] = packed(in.weights[l], true);
+      p.W_packed[l] = packed(in.weights[l], false);
+    }
+    if (need_K) p.K_packed = packed(in.K, false);
+    if (need_KT) p.KT_packed = packed(in.K, true);
+    return packs;
+  }
+
+  void run(const std::vector<Pack>& packs, Team& team) const {
+    i64 n = 0;
+    for (const Pack& pack : packs) n += kernels.n_panels(pack.columns);
+    share_out(team, n, [&](i64 i, int) {
+      for (const Pack& pack : packs) {
+        const i64 panels = kernels.n_panels(pack.columns);
+        if (i < panels) return kernels.pack(pack.from, pack.transposed, pack.inner, pack.columns, pack.to, i, i + 1);
+        i -= panels;
+      }
+    });
+  }
+};
+
+template <class T>
+void needs(const Problem<T>& p, bool& kick, bool& drift) {
+  kick = drift = false;
+  for (int i = 0; i < p.n_sub; ++i) {
+    kick |= p.scheme[2 * i] != 0;
+    drift |= p.scheme[2 * i + 1] != 0;
+  }
+}
+
+template <class T>
+void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
+  // after a call in which threads had to wait for a core, some calls go without: on a busy machine that is faster
+  static std::atomic<int> calls_alone{0};
+  const bool alone = n_threads > 1 && calls_alone > 0 && calls_alone-- > 0;
+  if (alone || work_of(p) * p.B < WORTH_A_THREAD / 2) n_threads = 1;
+  Team team(int(std::min<i64>(n_threads, N_BLOCKS)));
+  T* shared = nullptr;
+  std::vector<T*> scratch(team.size());
+  lay_out(team, [&](Memory& memory) {
+    weights.take_padded(p, memory);
+    weights.take_rows(p, memory);
+    shared = memory.template take<T>(kernels.shared_scratch(p));
+    for (T*& own : scratch) own = memory.template take<T>(kernels.thread_scratch(p));
+  });
+  const BarrierOwner owner(team.size());
+  const auto task = [&](int thread) {
+    kernels.forward_features(p, thread, team.size(), *owner.barrier, shared, scratch[thread]);
+  };
+  team.run(task);
+  if (dismissed(*owner.barrier)) calls_alone = 10;
+}
+
+template <class T>
+void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
+  if (work_of(p) * p.B * p.n_sub * (p.end - p.begin) < WORTH_A_THREAD) n_threads = 1;
+  Team team{int(n_threads)};
+  const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
+  const i64 n_tiles = std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
+  bool kick, drift;
+  needs(p, kick, drift);
+  std::vector<T*> scratch(team.size());
+  std::vector<typename Weights<T>::Pack> packs;
+  lay_out(team, [&](Memory& memory) {
+    weights.take_padded(p, memory);
+    packs = weights.take_packed(p, drift, kick, memory);
+    for (T*& own : scratch) own = memory.template take<T>(kernels.forward_scratch(p, rows));
+  });
+  weights.run(packs, team);
+  share_out(team, n_tiles, [&](i64 i, int thread) {
+    const i64 from = p.B * i / n_tiles, to = p.B * (i + 1) / n_tiles;
+    kernels.forward(p, from, to - from, scratch[thread]);
+  });
+}
+
+template <class T>
+void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape, const Arguments& in) {
+  Problem<T> p = problem_of<T>(a, sq, tape, in);
+  p.a = data<T>(a);
+  p.sq = data<T>(sq);
+  p.sp = data<T>(sp);
+  p.energy = data<T>(energy);
+  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16);
+  const Weights<T> weights{in, kernels};
+  const bool features = in.path == FEATURES || (in.path == CHOOSE && p.B <= FEW_ROWS);
+  (features ? run_features<T> : run_rows<T>)(kernels, weights, p, in.n_threads);
+}
+
+template <class T>
+void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, const std::vector<Tensor>& sums, const Tensor& gsq,
+                 const Tensor& gsp, const Tensor& gE, const Tensor& tape, const Arguments& in) {
+  Problem<T> p = problem_of<T>(la, gsq, tape, in);
+  p.la = data<T>(la);
+  p.lsq = data<T>(lsq);
+  p.lsp = data<T>(lsp);
+  p.gdt = data<T>(gdt);
+  p.gsq = data<T>(gsq);
+  p.gsp = data<T>(gsp);
+  p.gE = data<T>(gE);
+  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16);
+  const Weights<T> weights{in, kernels};
+  const i64 steps = p.end - p.begin;
+  const bool small = work_of(p) * p.B * p.n_sub * steps < WORTH_A_THREAD;
+  // the tasks, and with them the order of summation, do not depend on how many threads there turn out to be
+  const i64 n_tasks = small ? 1 : std::min(in.n_threads, p.B), share = (p.B + n_tasks - 1) / n_tasks;
+  const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
+  Team team{int(n_tasks)};
+  bool kick, drift;
+  needs(p, kick, drift);
+  std::vector<T*> scratch(team.size());
+  std::vector<Sums<T>> task_sums(sums.empty() ? 0 : n_tasks);
+  std::vector<typename Weights<T>::Pack> packs;
+  // gradient of K, W_2, ..., b_2, ... as matrices, and where each task's is
+  struct Part {
+    i64 m, n;
+    T* total;
+    std::vector<T*> of_task;
+  };
+  std::vector<Part> parts;
+  lay_out(team, [&](Memory& memory) {
+    weights.take_padded(p, memory);
+    packs = weights.take_packed(p, true, true, memory);
+    for (T*& own : scratch) own = memory.template take<T>(kernels.backward_scratch(p, rows, !sums.empty()));
+    if (sums.empty()) return;
+    parts.clear();
+    const auto add_part = [&](const Tensor& total, auto of) {
+      Part part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1), data<T>(total), {}};
+      for (Sums<T>& own : task_sums) part.of_task.push_back(of(own) = memory.template take<T>(part.m * kernels.ld(part.n)));
+      parts.push_back(part);
+    };
+    add_part(sums[0], [](Sums<T>& own) -> T*& { return own.K; });
+    for (int l = 0; l < p.L; ++l) add_part(sums[1 + l], [l](Sums<T>& own) -> T*& { return own.W[l]; });
+    for (int l = 0; l < p.L; ++l) add_part(sums[1 + p.L + l], [l](Sums<T>& own) -> T*& { return own.b[l]; });
+  });
+  weights.run(packs, team);
+  share_out(team, n_tasks, [&](i64 i, int thread) {
+    for (const Part& part : parts) std::fill_n(part.of_task[i], part.m * kernels.ld(part.n), T(0));
+    kernels.backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, scratch[thread], sums.empty() ? nullptr : &task_sums[i]);
+  });
+  constexpr i64 SHARES = 16;
+  share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {
+    const Part& part = parts[i / SHARES];
+    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
+      for (const T* own : part.of_task)
+        for (i64 c = 0; c < part.n; ++c) part.total[r * part.n + c] += own[r * kernels.ld(part.n) + c];
+  });
+}
+
+void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor K, std::vector<Tensor> weights,
+             std::vector<Tensor> biases, Tensor dt, Tensor scheme, int64_t begin, int64_t end, int64_t activation, double beta,
+             double threshold, bool bf16, int64_t n_threads, int64_t isa, int64_t path) {
+  const Arguments in{K,          dt,   scheme, weights, biases, begin, end, activation, beta, threshold, bf16,
+                     n_threads,  isa,  path};
+  check(a, in);
+  (a.scalar_type() == ScalarType::Float ? forward_as<float> : forward_as<double>)(a, sq, sp, energy, tape, in);
+}
+
+void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, std::vector<Tensor> sums, Tensor gsq, Tensor gsp, Tensor gE,
+              Tensor tape, Tensor K, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt, Tensor scheme,
+              int64_t begin, int64_t end, int64_t activation, double beta, double threshold, bool bf16, int64_t n_threads,
+              int64_t isa) {
+  const Arguments in{K,         dt,  scheme, weights, biases, begin, end, activation, beta, threshold, bf16,
+                     n_threads, isa, CHOOSE};
+  check(la, in);
+  (la.scalar_type() == ScalarType::Float ? backward_as<float> : backward_as<double>)(la, lsq, lsp, gdt, sums, gsq, gsp, gE,
+                                                                                    tape, in);
+}
+
+int64_t isa() { return best_isa(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
+  m.def("isa() -> int");
+  m.def(
+      "forward(Tensor(a!) a, Tensor(b!) sq, Tensor(c!) sp, Tensor(d!) energy, Tensor(e!) tape, Tensor K, Tensor[] weights, "
+      "Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, int activation, float beta, float threshold, "
+      "bool bf16, int n_threads, int isa, int path) -> ()");
+  m.def(
+      "backward(Tensor(a!) la, Tensor(b!) lsq, Tensor(c!) lsp, Tensor(d!) gdt, Tensor(e!)[] sums, Tensor gsq, Tensor gsp, "
+      "Tensor gE, Tensor tape, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, "
+      "int activation, float beta, float threshold, bool bf16, int n_threads, int isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+}  // namespace hjepa_fast

@@ -1,0 +1,45 @@
+// Threads that wait for work, and the barrier they meet at.
+#pragma once
+
+#include <cstddef>
+
+#include "problem.h"
+
+namespace hjepa_fast {
+
+// The process's threads, for as long as this object lives. If another thread of the caller's is using them, there is
+// one thread: the caller's own, which then does every task in turn.
+class Team {
+ public:
+  explicit Team(int n_threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+  // Memory, aligned to a cache line, kept from call to call where it is the process's own.
+  void* scratch(std::size_t bytes);
+  // f(context, thread) on the caller's thread, and on the others as far as they wake up before that is done: whoever comes
+  // first must take the work that is left. f must not throw.
+  void run(void (*f)(void*, int), void* context);
+
+  template <class F>
+  void run(const F& f) {
+    run([](void* context, int thread) { (*static_cast<const F*>(context))(thread); }, const_cast<F*>(&f));
+  }
+
+ private:
+  int size_ = 1;
+  struct Pool* pool_ = nullptr;
+  void* own_ = nullptr;
+};
+
+struct BarrierOwner {
+  explicit BarrierOwner(int n_threads);
+  ~BarrierOwner();
+  BarrierOwner(const BarrierOwner&) = delete;
+  BarrierOwner& operator=(const BarrierOwner&) = delete;
+  Barrier* barrier;
+};
+
+}  // namespace hjepa_fast

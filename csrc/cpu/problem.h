@@ -1,0 +1,93 @@
+// What one call computes, as plain pointers: shared by the operators, which fill it in, and by the kernels of every
+// instruction set. No inline functions here, so that no code compiled for one instruction set can be linked into another.
+#pragma once
+
+#include <cstdint>
+
+namespace hjepa_fast {
+
+using i64 = std::int64_t;
+
+constexpr int MAX_LAYERS = 32;
+// Rows of a weight matrix are divided into this many blocks, whatever the number of threads, so that sums over blocks do
+// not depend on it.
+constexpr int N_BLOCKS = 8;
+
+enum class Kind : int { softplus, tanh, silu, gelu, gelu_tanh, sin };
+
+struct Activation {
+  Kind kind;
+  double beta, threshold;
+};
+
+// Where threads that share the features meet. The first starts alone and calls the others in once they are all there:
+// on a busy machine a thread may take longer to wake up than the whole rollout takes.
+struct Barrier;
+void wait(Barrier&);
+bool all_here(Barrier&, bool patiently);
+void call_in(Barrier&, i64 step, int flip);
+void join(Barrier&, i64& step, int& flip);
+// The first thread, before the last wait of a step: sends the others away if some wait took so long that another process
+// must have taken a core. Everyone, after that wait: whether they were sent away.
+void dismiss_if_slow(Barrier&);
+bool dismissed(Barrier&);
+
+// Layers l = 1..L in the mathematics are indices 0..L-1 here; W[l] is W_{l+2}, from layer index l to l+1.
+template <class T>
+struct Problem {
+  int L;
+  i64 width[MAX_LAYERS];  // h_1, ..., h_L
+  Activation activation;
+  const T* K;
+  i64 ldK;
+  const T* W[MAX_LAYERS];  // [width[l+1], width[l]], for the last l the output weights w [1, h_L], padded
+  i64 ldW[MAX_LAYERS];
+  const T* b[MAX_LAYERS];  // padded with zeros; the last is that of H
+  // right operands of products, in column panels: x W^T, x W, x K^T, x K
+  const T *WT_packed[MAX_LAYERS], *W_packed[MAX_LAYERS], *KT_packed, *K_packed;
+
+  i64 B, n_steps, begin, end;  // steps begin..end-1 of n_steps are run
+  int n_sub;
+  const double* scheme;  // [n_sub, 2]: kick, drift
+  const T* dt;           // [1 or B, n_steps]
+  i64 dt_stride;
+  i64 n_kept;      // states in sq, sp (or their cotangents): n_steps, or 1 for the last alone
+  i64 tape_width;  // numbers of a sub-step and sample: 0, h_1, or all a_l and g_l
+  bool tape_layers;
+
+  // forward: a in and out; sq, sp [B, n_kept, h]; energy [B, n_steps] or null
+  T *a, *sq, *sp, *energy, *tape;
+  // backward: la, lsq, lsp in and out; gE may be null
+  T *la, *lsq, *lsp, *gdt;
+  const T *gsq, *gsp, *gE;
+};
+
+// Where a task adds its parameter gradients; null pointers if they are not wanted. Leading dimension ld(width).
+template <class T>
+struct Sums {
+  T* K;
+  T* W[MAX_LAYERS];
+  T* b[MAX_LAYERS];
+};
+
+// The kernels of one instruction set. Sizes are in numbers of type T.
+template <class T>
+struct Kernels {
+  i64 lanes;      // of a vector
+  i64 tile_rows;  // rows that go through the loop together
+  i64 (*ld)(i64 n);
+  i64 (*packed_size)(i64 inner, i64 columns);
+  i64 (*n_panels)(i64 columns);
+  // panels first..last-1 of the operand B [inner, columns] = W [columns, inner]^T if transposed, else W [inner, columns]
+  void (*pack)(const T* W, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last);
+  i64 (*forward_scratch)(const Problem<T>&, i64 rows);
+  void (*forward)(const Problem<T>&, i64 row, i64 rows, T* scratch);
+  i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums);
+  // rows row..last-1, in tiles of at most `rows`
+  void (*backward)(const Problem<T>&, i64 row, i64 last, i64 rows, T* scratch, const Sums<T>*);
+  i64 (*shared_scratch)(const Problem<T>&);
+  i64 (*thread_scratch)(const Problem<T>&);
+  void (*forward_features)(const Problem<T>&, int thread, int n_threads, Barrier&, T* shared, T* scratch);
+};
+
+}  // namespace hjepa_fast

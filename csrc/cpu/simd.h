@@ -1,0 +1,87 @@
+// Vectors by the compilers' own vector types: the same source for every instruction set, HJEPA_VECTOR_BYTES wide.
+#pragma once
+
+namespace hjepa_fast::HJEPA_ISA {
+
+#define HJEPA_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(HJEPA_VECTOR_BYTES)));
+  typedef std::int32_t integers __attribute__((vector_size(HJEPA_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(HJEPA_VECTOR_BYTES)));
+  typedef std::int64_t integers __attribute__((vector_size(HJEPA_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using IntVec = typename VectorOf<T>::integers;
+
+template <class T>
+constexpr int LANES = HJEPA_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+HJEPA_INLINE Vec<T> load(const T* x) {
+  Vec<T> v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <class T>
+HJEPA_INLINE void store(T* x, Vec<T> v) {
+  __builtin_memcpy(x, &v, sizeof v);
+}
+
+template <class T>
+HJEPA_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <class To, class From>
+HJEPA_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// In halves, so that the order of additions is fixed and short.
+template <class T>
+HJEPA_INLINE T sum(Vec<T> v) {
+  T x[LANES<T>];
+  store(x, v);
+  for (int n = LANES<T> / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+}
+
+template <class T>
+HJEPA_INLINE T dot(const T* x, const T* y, i64 n) {
+  Vec<T> v = {};
+  i64 i = 0;
+  for (; i + LANES<T> <= n; i += LANES<T>) v += load(x + i) * load(y + i);
+  T s = sum<T>(v);
+  for (; i < n; ++i) s += x[i] * y[i];
+  return s;
+}
+
+HJEPA_INLINE i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// Hands out pieces of a buffer; with a null buffer only counts, so that one constructor both sizes and lays out scratch.
+template <class T>
+struct Pieces {
+  T* base;
+  i64 used = 0;
+  T* take(i64 n) {
+    T* piece = base ? base + used : nullptr;
+    used += round_up(n, 64 / sizeof(T));
+    return piece;
+  }
+};
+
+}  // namespace hjepa_fast::HJEPA_ISA

@@ -1,0 +1,158 @@
+"""The hidden-space loop as a C++ extension for CPUs: the same functions as `backends/torch.py`, in one call each.
+
+The extension is optional; `available()` and `why_not()` tell whether it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..schemes import SubStep
+from . import torch as torch_backend
+from .torch import Gradients, Tail, tape_width
+
+# as in csrc/cpu/problem.h
+_KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
+_MAX_LAYERS = 32
+
+# Between two calls of the extension Python looks for Ctrl-C: multiplications in a call, about a second's worth.
+_CHUNK = 5e10
+
+# For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
+# (0 by batch size, 1 threads share the rows, 2 threads share the features).
+isa = -1
+path = 0
+
+
+def _load() -> str:
+    """Load the extension: "" or what went wrong."""
+    file = Path(__file__).parent.parent / "_C.abi3.so"
+    if not file.exists():
+        return f"{file.name} was not built"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+_problem = _load()  # once, at import: torch.compile cannot look at files while it traces
+
+
+def available() -> bool:
+    """Whether the extension is there and loads."""
+    return not _problem
+
+
+def why_not() -> str:
+    """Why `available()` is false and how to get the extension, or ""."""
+    return _problem and (
+        f"the C++ backend is missing: {_problem}. Install hjepa_fast from source with a C++20 compiler and ninja: "
+        "HJEPA_FAST_BUILD=1 pip install --no-build-isolation <source folder>"
+    )
+
+
+def _require() -> None:
+    if not available():
+        raise RuntimeError(f"hjepa_fast: {why_not()}")
+
+
+def _delegated(a: Tensor, tail: Tail, n_steps: int) -> bool:
+    return not 0 < len(tail.weights) <= _MAX_LAYERS or not n_steps or not a.shape[0] or 0 in tail.widths
+
+
+def _operands(
+    a: Tensor, K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep]
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    weights = [w.to(a.dtype).contiguous() for w in tail.weights]
+    biases = [b.to(a.dtype).contiguous() for b in tail.biases]
+    return K.contiguous(), weights, biases, dt.contiguous(), torch.tensor(scheme, dtype=torch.float64).view(-1, 2)
+
+
+def _options(a: Tensor, tail: Tail) -> tuple[int, float, float, bool, int, int]:
+    low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    name, beta, threshold = tail.activation
+    return _KINDS[name], beta, threshold, a.dtype == torch.float32 and low, torch.get_num_threads(), isa
+
+
+def _chunks(
+    batch: int, widths: Sequence[int], scheme: Sequence[SubStep], n_steps: int, factor: int
+) -> Iterator[tuple[int, int]]:
+    """Ranges of steps, each about a second's work or one step."""
+    products = widths[0] ** 2 + sum(2 * m * n for m, n in pairwise(widths))
+    steps = max(1, int(_CHUNK / (factor * batch * len(scheme) * products)))
+    for begin in range(0, n_steps, steps):
+        yield begin, min(begin + steps, n_steps)
+
+
+def forward(
+    a: Tensor,
+    K: Tensor,
+    tail: Tail,
+    dt: Tensor,
+    scheme: Sequence[SubStep],
+    n_steps: int,
+    every_state: bool,
+    with_energy: bool,
+    memory: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
+
+    Products are rounded to bfloat16 and summed in float32 if the weights are bfloat16 or
+    `torch.get_float32_matmul_precision()` is "medium", on processors with AVX512_BF16 and where many rows are multiplied.
+    """
+    _require()
+    if _delegated(a, tail, n_steps):
+        tail = tail._replace(weights=[w.to(a.dtype) for w in tail.weights], biases=[b.to(a.dtype) for b in tail.biases])
+        return torch_backend.forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory)
+    batch, h = a.shape
+    # everything is allocated before any work is done
+    sq = a.new_empty(batch, n_steps if every_state else 1, h)
+    sp = torch.empty_like(sq)
+    energy = a.new_empty(batch, n_steps if with_energy else 0)
+    tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
+    a = a.clone(memory_format=torch.contiguous_format)
+    operands, options = _operands(a, K, tail, dt, scheme), _options(a, tail)
+    for begin, end in _chunks(batch, tail.widths, scheme, n_steps, 1):
+        torch.ops.hjepa_fast_cpp.forward(a, sq, sp, energy, tape, *operands, begin, end, *options, path)
+    return a, sq, sp, energy, tape
+
+
+def backward(
+    la: Tensor,
+    lsq: Tensor,
+    lsp: Tensor,
+    gsq: Tensor,
+    gsp: Tensor,
+    gE: Tensor | None,
+    tape: Tensor,
+    K: Tensor,
+    tail: Tail,
+    dt: Tensor,
+    scheme: Sequence[SubStep],
+    memory: str,
+    sums: Gradients | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `backends.torch.backward`; `sums` is in la's dtype."""
+    _require()
+    batch, n_steps = la.shape[0], tape.shape[1]
+    if _delegated(la, tail, n_steps):
+        tail = tail._replace(weights=[w.to(la.dtype) for w in tail.weights], biases=[b.to(la.dtype) for b in tail.biases])
+        return torch_backend.backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums)
+    la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
+    gdt = la.new_empty(batch, n_steps)
+    totals = [] if sums is None else [sums.K, *sums.weights, *sums.biases]
+    contiguous = [x.contiguous() for x in totals]
+    inputs = gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous(), tape.contiguous()
+    operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail)
+    for begin, end in reversed([*_chunks(batch, tail.widths, scheme, n_steps, 2 if sums is None else 3)]):
+        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, contiguous, *inputs, *operands, begin, end, *options)
+    for total, x in zip(totals, contiguous, strict=True):
+        if total is not x:
+            total.copy_(x)
+    return la, lsq, lsp, gdt
