@@ -7,11 +7,12 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
 	@echo "make test    install, then every test"
+	@echo "make bench   install JAX too, then time every backend beside its rivals (a few quiet minutes)"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)"
@@ -19,12 +20,13 @@ help:
 setup: $(VENV)/.ready
 
 # torch comes first and alone: extensions build against it, and nothing else may choose its version
-$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'import hjepa_fast; [print(f"{name}: {state}") for name, state in hjepa_fast.backends().items()]'
 	@touch $@
 
 demo: setup
@@ -32,6 +34,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(PIP) --no-build-isolation --editable '.[dev,jax]' || echo 'JAX could not be installed; it is left out of the comparison'
+	$(BIN)/python -m bench.run
 
 lint: setup
 	$(BIN)/ruff check .

@@ -253,6 +253,8 @@ void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<
     weights.take_padded(p, memory);
     weights.take_rows(p, memory);
     shared = memory.template take<T>(kernels.shared_scratch(p));
+    // the ends of rows that are no whole number of vectors are read, against zeros, and must not hold NaN
+    if (memory.base) std::fill_n(shared, kernels.shared_scratch(p), T(0));
     for (T*& own : scratch) own = memory.template take<T>(kernels.thread_scratch(p));
   });
   const BarrierOwner owner(team.size());

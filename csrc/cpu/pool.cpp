@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -103,6 +104,7 @@ void dismiss_if_slow(Barrier& barrier) {
 bool dismissed(Barrier& barrier) { return barrier.dismissed.load(std::memory_order_relaxed); }
 
 struct Pool {
+  const bool forked;
   std::mutex in_use;
   void* memory = nullptr;
   std::size_t bytes = 0;
@@ -150,9 +152,9 @@ std::atomic<Pool*> the_pool{nullptr};
 Pool& pool() {
   static std::once_flag once;
   std::call_once(once, [] {
-    the_pool = new Pool;
-    // a forked child has none of the workers, and perhaps a lock that nobody will release
-    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
+    the_pool = new Pool{false};
+    // a forked child has none of the threads, and perhaps a lock that nobody will release
+    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool{true}; });
   });
   return *the_pool;
 }
@@ -163,7 +165,7 @@ Team::Team(int n_threads) {
   Pool& shared = pool();
   if (!shared.in_use.try_lock()) return;
   pool_ = &shared;
-  size_ = n_threads > 1 ? shared.grow(n_threads) : 1;
+  size_ = n_threads > 1 && shared.forked ? shared.grow(n_threads) : n_threads;
 }
 
 Team::~Team() {
@@ -195,6 +197,10 @@ void* Team::scratch(std::size_t bytes) {
 
 void Team::run(void (*f)(void*, int), void* context) {
   if (size_ == 1) return f(context, 0);
+  if (!pool_->forked)
+    return torch::stable::parallel_for(0, size_, 1, [&](i64 first, i64 last) {
+      for (i64 i = first; i < last; ++i) f(context, int(i));
+    });
   {
     const std::lock_guard<std::mutex> lock(pool_->mutex);
     pool_->f = f;

@@ -9,6 +9,9 @@ namespace hjepa_fast {
 
 // The process's threads, for as long as this object lives. If another thread of the caller's is using them, there is
 // one thread: the caller's own, which then does every task in turn.
+//
+// These are PyTorch's threads: after an operation of PyTorch they keep spinning for milliseconds, and any others would
+// compete with them for the cores. In a forked child, where PyTorch's wait for ever, they are this library's own.
 class Team {
  public:
   explicit Team(int n_threads);

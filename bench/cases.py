@@ -1,0 +1,80 @@
+"""Every benchmark case, named once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import pairwise
+
+STANDARD = ("eager", "manual", "jax", "baseline")
+EXTENDED = (*STANDARD, "func", "compiled")
+"""With the slow ones: compiling 15 unrolled steps takes minutes on two cores."""
+LATENT_SIZES = (64, 256, 1024, 4096, 16384)
+SLOPE_STEPS = (15, 115)
+"""Numbers of steps whose difference in time gives the cost of a step alone, without the products at both ends of a rollout."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, the same weights and inputs for every contestant."""
+
+    name: str
+    kind: str
+    """"rollout" (no gradients) or "training" (forward, loss with energy term, backward)."""
+    batch: int
+    n_steps: int = 15
+    latent_dim: int = 1024
+    hidden_dims: tuple[int, ...] = (512, 512, 256)
+    dtype: str = "float32"
+    states: str = "all"
+    """"all" or "final", as in `hjepa_fast.rollout`."""
+    memory: tuple[str, ...] = ("store",)
+    """What ours keeps for the backward pass; each is a contestant."""
+    rivals: tuple[str, ...] = STANDARD
+
+    @property
+    def gradient_flops(self) -> int:
+        """Of one gradient of H for one sample in the hidden space: K, and every later layer forward and back."""
+        h = self.hidden_dims
+        return 2 * (h[0] * h[0] + 2 * sum(a * b for a, b in pairwise(h)))
+
+
+def _named(kind: str, batch: int, n_steps: int = 15) -> str:
+    return f"{kind}-b{batch}-t{n_steps}"
+
+
+def _memory(n_steps: int) -> Case:
+    return Case(f"memory-t{n_steps}", "training", 32, n_steps, memory=("store", "recompute", "checkpoint"), rivals=("eager",))
+
+
+def _bfloat16(batch: int) -> Case:
+    return Case(f"bfloat16-b{batch}-t15", "rollout", batch, dtype="bfloat16", rivals=("eager", "eager-float32", "manual"))
+
+
+QUICK = (
+    *(Case(_named("rollout", batch), "rollout", batch, rivals=EXTENDED) for batch in (1, 32, 1024)),
+    Case(_named("training", 32), "training", 32, rivals=EXTENDED),
+    _bfloat16(256),
+    _memory(15),
+)
+"""The table of ratios."""
+FULL = (
+    *QUICK,
+    *(Case(_named("rollout", batch), "rollout", batch) for batch in (8, 256, 4096)),
+    *(Case(_named("rollout", batch, n), "rollout", batch, n) for batch in (1, 32) for n in (1, 100)),
+    *(Case(_named("training", batch), "training", batch) for batch in (1, 8, 256, 1024)),
+    *(Case(_named("training", 32, n), "training", 32, n) for n in (1, 100)),
+    *(
+        Case(f"final-d{d}-t{n}", "rollout", 32, n, latent_dim=d, states="final", rivals=("eager", "jax"))
+        for d in LATENT_SIZES
+        for n in SLOPE_STEPS
+    ),
+    _bfloat16(1024),
+    *(_memory(n) for n in (50, 150)),
+)
+
+
+def select(subset: tuple[Case, ...], pattern: str | None = None) -> tuple[Case, ...]:
+    """The case of this name, or else those whose name contains the pattern or matches it as a shell pattern."""
+    exact = tuple(c for c in subset if c.name == pattern)
+    return exact or tuple(c for c in subset if pattern is None or pattern in c.name or fnmatch(c.name, pattern))

@@ -1,0 +1,234 @@
+"""Correctness first, then interleaved timing: what one case's entry in a results file is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hjepa_fast as hf
+
+from .cases import Case
+from .rivals import Builder, Contestant, Problem, baseline_rollout, loss, make_problem
+
+TOLERANCE = {
+    ("float64", "rollout"): 1e-10,
+    ("float64", "training"): 1e-8,
+    ("float32", "rollout"): 2e-5,
+    ("float32", "training"): 1e-3,
+    # twice the error of the eager rollout in bfloat16: a step moves z by a few of its rounding errors
+    ("bfloat16", "rollout"): 2e-1,
+}
+"""Largest allowed error relative to the float64 reference: of states, to how far they moved; of gradients, to their size."""
+CHECKED_ROWS = 64
+"""Rows of a rollout that are compared; in training every sample is, this many at a time."""
+BLOCK_SECONDS = 0.02
+"""A timing repeats its call until about this long."""
+
+
+class WrongResultError(Exception):
+    """A contestant disagrees with the float64 reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """float64 results, each with the size its error is relative to."""
+
+    values: list[Tensor]
+    scales: list[float]
+    rows: Tensor | None
+    """The rows of the states that were computed; None in training."""
+
+    def error(self, contestant: Contestant, outputs: list[Any]) -> float:
+        """The largest relative error; infinite if a number is not finite or a shape is another."""
+        found = contestant.values(outputs)
+        if len(found) != len(self.values) or not all(bool(x.isfinite().all()) for x in found):
+            return math.inf
+        worst = 0.0
+        for x, value, scale in zip(found, self.values, self.scales, strict=True):
+            x = (x if self.rows is None else x[self.rows.to(x.device)]).detach().to(value.device, torch.float64)
+            if x.shape != value.shape:
+                return math.inf
+            worst = max(worst, (x - value).abs().max().item() / scale)
+        return worst
+
+
+def expected(problem: Problem, network: str) -> Expected:
+    """Of "hamiltonian" by nested autograd (backend "reference"), of "baseline" by its own code; both in float64."""
+    case = problem.case
+
+    def roll(p: Problem) -> tuple[Tensor, Tensor | None]:
+        if network == "baseline":
+            return baseline_rollout(p), None
+        return hf.rollout(p.hnn, p.z0, p.dt, case.n_steps, energy=p.training, states=case.states, backend="reference")
+
+    if not problem.training:
+        rows = torch.linspace(0, case.batch - 1, min(case.batch, CHECKED_ROWS)).round().long()
+        some = problem.to(torch.float64, rows.to(problem.z0.device))
+        with torch.no_grad():
+            states = roll(some)[0]
+        start = some.z0 if case.states == "final" else some.z0[:, None]
+        return Expected([states], [(states - start).abs().max().item() or 1.0], rows)
+
+    sums: list[Tensor] = []
+    for first in range(0, case.batch, CHECKED_ROWS):
+        part = problem.to(torch.float64, slice(first, first + CHECKED_ROWS))
+        parameters = list(part.baseline.parameters()) if network == "baseline" else part.parameters
+        value = loss(*roll(part), part.target) * (part.z0.shape[0] / case.batch)
+        terms = [value.detach(), *torch.autograd.grad(value, parameters)]
+        sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+    sizes = [x.abs().max().item() for x in sums]
+    # the output bias has no effect on the loss: its gradient is rounding, which has no size of its own
+    largest = max(sizes[1:])
+    return Expected(sums, [size if size > 1e-10 * largest else largest for size in sizes], None)
+
+
+class _Stopwatch:
+    """Seconds of `number` calls: by the clock, or by events where the work is queued on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+
+    def __call__(self, run: Callable[[], Any], number: int = 1) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            for _ in range(number):
+                run()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(number):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def time_interleaved(
+    contestants: Sequence[Contestant], rounds: int, seconds: float, device: torch.device, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds per call of each contestant in each round; the order is drawn anew every round.
+
+    At least `rounds` rounds and `seconds` seconds in all.
+    """
+    clock, order = _Stopwatch(device), random.Random(seed)
+    repeats = {}
+    for contestant in contestants:
+        clock(contestant.run)
+        repeats[contestant.name] = max(1, math.ceil(BLOCK_SECONDS / max(clock(contestant.run), 1e-7)))
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    begin = time.perf_counter()
+    done = 0
+    while done < rounds or time.perf_counter() - begin < seconds:
+        for contestant in order.sample(list(contestants), len(contestants)):
+            number = repeats[contestant.name]
+            if number > 1:
+                # a short call pays for the caches and sleeping threads that the one before it left
+                contestant.run()
+            times[contestant.name].append(clock(contestant.run, number) / number)
+        done += 1
+    return times
+
+
+def kept_bytes(contestant: Contestant, problem: Problem) -> int | None:
+    """Bytes that a rollout with energies keeps for its backward pass: unique storages, without parameters and inputs."""
+    if contestant.roll is None:
+        return None
+    given = [*problem.parameters, *problem.baseline.parameters(), problem.z0, problem.target]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = contestant.roll()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del graph
+    return total
+
+
+def checked(case: Case, builders: dict[str, Builder], device: torch.device) -> tuple[Problem, list[Contestant], dict[str, Any]]:
+    """A case's contestants, each run once and found right: the problem, they, and what is known of each by its name.
+
+    Raises
+    ------
+    WrongResultError
+        A contestant's states, or in training its loss or a gradient, are not the reference's within `TOLERANCE`.
+    """
+    problem = make_problem(case, device)
+    clock = _Stopwatch(device)
+    tolerance = TOLERANCE[case.dtype, case.kind]
+    references: dict[str, Expected] = {}
+    contestants, facts = [], {}
+    for build in builders.values():
+        contestant = build(problem)
+        if contestant.predicts not in references:
+            references[contestant.predicts] = expected(problem, contestant.predicts)
+        outputs: list[Any] = []
+        first_call = clock(lambda run=contestant.run, out=outputs: out.extend(run()))
+        error = references[contestant.predicts].error(contestant, outputs)
+        if not error <= tolerance:
+            raise WrongResultError(
+                f"{contestant.name} is wrong in {case.name}: error {error:.2e} relative to the float64 reference, "
+                f"at most {tolerance:.0e} is allowed (inf: numbers that are not finite, or another shape). Nothing was timed."
+            )
+        contestants.append(contestant)
+        facts[contestant.name] = {"ours": contestant.ours, "error": error, "first_call_s": first_call}
+    return problem, contestants, facts
+
+
+def measure(
+    case: Case, builders: dict[str, Builder], device: torch.device, rounds: int = 9, seconds: float = 5.0
+) -> dict[str, Any]:
+    """Check and time one case.
+
+    Returns
+    -------
+    dict
+        The case, the contestants' times with what else is known of each, and for each of ours by rival the ratio
+        rival / ours: the median over rounds of the ratio within a round.
+    """
+    problem, contestants, facts = checked(case, builders, device)
+    times = time_interleaved(contestants, rounds, seconds, device)
+    for contestant in contestants:
+        fact = facts[contestant.name]
+        fact |= _percentiles(times[contestant.name])
+        if contestant.ours and not problem.training:
+            flops = 3 * case.n_steps * case.batch * case.gradient_flops
+            fact["gflops_per_s"] = flops / fact["median_s"] / 1e9
+        if problem.training:
+            fact["kept_bytes"] = kept_bytes(contestant, problem)
+    return {
+        "case": dataclasses.asdict(case),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "rounds": len(next(iter(times.values()))),
+        "tolerance": TOLERANCE[case.dtype, case.kind],
+        "contestants": facts,
+        "ratios": {
+            ours.name: {
+                rival.name: statistics.median(b / a for a, b in zip(times[ours.name], times[rival.name], strict=True))
+                for rival in contestants
+                if rival.name != ours.name
+            }
+            for ours in contestants
+            if ours.ours
+        },
+    }
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return dict(zip(("p20_s", "median_s", "p80_s"), quantiles.tolist(), strict=True))

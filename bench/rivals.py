@@ -1,0 +1,402 @@
+"""The contestants: what a user would pick instead of hjepa_fast, and hjepa_fast. Same weights, same inputs.
+
+Each is a function of a `Problem` that returns a `Contestant`, and is built only when its turn comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hjepa_fast as hf
+from hjepa_fast import api
+from hjepa_fast.testing import make_hnn, make_states
+
+from .cases import Case
+
+DT = 0.875
+"""Exact in bfloat16 too."""
+ENERGY_WEIGHT = 100.0
+"""So large that the energy term has a visible share in every gradient."""
+OUTPUT_SCALE = 10.0
+"""Of the last layer: the latent then moves by about its own size in 15 steps, as with a trained network."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights and inputs of a case."""
+
+    case: Case
+    hnn: nn.Module
+    baseline: hf.BaselineMLP
+    z0: Tensor
+    """[B, 2d]."""
+    target: Tensor
+    """[B, n_steps + 1, 2d]; read only in training."""
+    dt: Tensor
+    """0-d; requires grad in training."""
+
+    @property
+    def training(self) -> bool:
+        return self.case.kind == "training"
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.hnn.parameters(), self.dt]
+
+    def to(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Problem:
+        """A copy in another dtype, of some samples."""
+        return replace(
+            self,
+            hnn=copy.deepcopy(self.hnn).to(dtype),
+            baseline=copy.deepcopy(self.baseline).to(dtype),
+            z0=self.z0[rows].to(dtype),
+            target=self.target[rows].to(dtype),
+            dt=self.dt.detach().to(dtype).requires_grad_(self.training),
+        )
+
+
+def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
+    dtype = getattr(torch, case.dtype)
+    hnn = make_hnn(case.latent_dim, case.hidden_dims)
+    with torch.no_grad():
+        hnn.net[-1].weight.mul_(OUTPUT_SCALE)
+    torch.manual_seed(0)
+    baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
+    n_targets = case.n_steps + 1 if case.kind == "training" else 0
+    return Problem(
+        case,
+        hnn.to(device, dtype),
+        baseline.to(device, dtype),
+        make_states(case.batch, case.latent_dim, dtype=dtype).to(device),
+        make_states(case.batch, n_targets, case.latent_dim, dtype=dtype, seed=2).to(device),
+        torch.tensor(DT, dtype=dtype, device=device, requires_grad=case.kind == "training"),
+    )
+
+
+def loss(states: Tensor, energy: Tensor | None, target: Tensor) -> Tensor:
+    """Mean squared error and mean (H(z_t) - H(z_1))^2: the published loss, but with a square where it has an absolute value.
+
+    Rounding may change the sign of H(z_t) - H(z_1), and with it a gradient of |.| by more than a check should allow.
+    """
+    mse = (states[:, 1:] - target[:, 1:]).square().mean()
+    return mse if energy is None else mse + ENERGY_WEIGHT * (energy[:, 1:] - energy[:, 1:2]).square().mean()
+
+
+Roll = Callable[[], tuple[Tensor, Tensor | None]]
+"""A rollout: states [B, n_steps + 1, 2d] or, if only the final one is asked for, [B, 2d]; energies in training."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What is timed is `run`: it returns [states], or in training [loss, gradients...]."""
+
+    name: str
+    run: Callable[[], list[Any]]
+    ours: bool = False
+    predicts: str = "hamiltonian"
+    """Which of the problem's networks the results must agree with."""
+    roll: Roll | None = None
+    """The rollout alone, for counting what it keeps for the backward pass."""
+    time_first: bool = False
+    """Whether states are [n_steps + 1, B, 2d]."""
+
+    def values(self, outputs: list[Any]) -> list[Tensor]:
+        """What `run` returned as tensors, the batch first."""
+        tensors = [x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in outputs]
+        return [x.transpose(0, 1) if self.time_first and x.ndim == 3 else x for x in tensors]
+
+
+def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Contestant:
+    """Of a rollout in torch: under no_grad, or with the loss and every gradient by autograd."""
+    parameters = kwargs.pop("parameters", problem.parameters)
+    loss_of = kwargs.pop("loss_of", lambda: loss(*roll(), problem.target))
+
+    def infer() -> list[Tensor]:
+        with torch.no_grad():
+            return [roll()[0]]
+
+    def train() -> list[Tensor]:
+        value = loss_of()
+        return [value.detach(), *torch.autograd.grad(value, parameters)]
+
+    return Contestant(name, train if problem.training else infer, roll=roll, **kwargs)
+
+
+def _leapfrog(problem: Problem, gradient: Callable[..., tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Kick, drift, kick with `gradient(q, p, half)`, which may return H at (q, p) too."""
+    d = problem.z0.shape[-1] // 2
+    in_q, in_p = slice(0, d), slice(d, 2 * d)
+    dt, every_state = problem.dt, problem.case.states == "all"
+    q, p = problem.z0[:, in_q], problem.z0[:, in_p]
+    states, energies = [problem.z0], []
+    for _ in range(problem.case.n_steps):
+        Hq, H = gradient(q, p, in_q)
+        energies.append(H)
+        p = p - dt / 2 * Hq
+        q = q + dt * gradient(q, p, in_p)[0]
+        p = p - dt / 2 * gradient(q, p, in_q)[0]
+        if every_state:
+            states.append(torch.cat((q, p), dim=-1))
+    path = torch.stack(states, dim=1) if every_state else torch.cat((q, p), dim=-1)
+    if not problem.training:
+        return path, None
+    if energies[0] is None:
+        return path, problem.hnn(path).squeeze(-1)
+    final = problem.hnn(path[:, -1]).squeeze(-1)
+    return path, torch.stack([*(H for H in energies if H is not None), final], dim=1)
+
+
+def eager_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """As published: three full input gradients a step by autograd, with their graph in training."""
+
+    def gradient(q: Tensor, p: Tensor, half: slice) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            z = torch.cat((q, p), dim=-1)
+            if not z.requires_grad:
+                z.requires_grad_()
+            dH = torch.autograd.grad(problem.hnn(z).sum(), z, create_graph=problem.training)[0]
+        return dH[:, half], None
+
+    return _leapfrog(problem, gradient)
+
+
+def func_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """torch.func.grad, only with respect to the half that is needed."""
+    grads = [torch.func.grad(lambda q, p: problem.hnn(torch.cat((q, p), dim=-1)).sum(), argnums=i) for i in (0, 1)]
+    return _leapfrog(problem, lambda q, p, half: (grads[half.start > 0](q, p), None))
+
+
+def manual_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """A hand-written gradient of the softplus MLP, only the half that is needed; H costs nothing more."""
+    *hidden, out = [layer for layer in problem.hnn.net if isinstance(layer, nn.Linear)]
+
+    def gradient(q: Tensor, p: Tensor, half: slice) -> tuple[Tensor, Tensor | None]:
+        x, slopes = torch.cat((q, p), dim=-1), []
+        for layer in hidden:
+            a = layer(x)
+            x = F.softplus(a)
+            slopes.append(torch.sigmoid(a))
+        g = out.weight * slopes[-1]
+        for layer, slope in zip(hidden[:0:-1], slopes[-2::-1], strict=True):
+            g = (g @ layer.weight) * slope
+        return g @ hidden[0].weight[:, half], out(x).squeeze(-1) if problem.training else None
+
+    return _leapfrog(problem, gradient)
+
+
+def baseline_rollout(problem: Problem) -> Tensor:
+    """States of the unconstrained MLP."""
+    states = problem.baseline.rollout(problem.z0, problem.case.n_steps)
+    return states if problem.case.states == "all" else states[:, -1]
+
+
+def _eager(problem: Problem) -> Contestant:
+    return _contestant("eager", problem, lambda: eager_rollout(problem))
+
+
+def _eager_float32(problem: Problem) -> Contestant:
+    wide = problem.to(torch.float32)
+    return _contestant("eager-float32", wide, lambda: eager_rollout(wide))
+
+
+def _func(problem: Problem) -> Contestant:
+    # torch.func works under no saved-tensor hook, so what it keeps cannot be counted
+    return replace(_contestant("func", problem, lambda: func_rollout(problem)), roll=None)
+
+
+def _manual(problem: Problem) -> Contestant:
+    return _contestant("manual", problem, lambda: manual_rollout(problem))
+
+
+def _baseline(problem: Problem) -> Contestant:
+    def roll() -> tuple[Tensor, None]:
+        return baseline_rollout(problem), None
+
+    parameters = list(problem.baseline.parameters())
+    return _contestant("baseline", problem, roll, predicts="baseline", parameters=parameters)
+
+
+def _ours(problem: Problem, backend: str, memory: str) -> Contestant:
+    def roll() -> tuple[Tensor, Tensor | None]:
+        return hf.rollout(
+            problem.hnn, problem.z0, problem.dt, problem.case.n_steps, energy=problem.training,
+            states=problem.case.states, memory=memory, backend=backend,
+        )  # fmt: skip
+
+    return _contestant(_our_name(backend, memory), problem, roll, ours=True)
+
+
+def _our_name(backend: str, memory: str) -> str:
+    return backend if memory == "store" else f"{backend}:{memory}"
+
+
+def _compiled(problem: Problem, mode: str = "default") -> Contestant:
+    """The hand-written gradient, every step unrolled; in training with the loss."""
+    from torch._dynamo import config as dynamo
+
+    # each case is another shape of the same code, and the compile time is part of what is measured
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    torch.compiler.config.force_disable_caches = True
+    roll = torch.compile(lambda: manual_rollout(problem), mode=mode, dynamic=False)
+    loss_of = torch.compile(lambda: loss(*manual_rollout(problem), problem.target), mode=mode, dynamic=False)
+    name = "compiled" if mode == "default" else f"compiled-{mode}"
+    return replace(_contestant(name, problem, roll, loss_of=loss_of), roll=None)
+
+
+def _graphed(build: Callable[[Problem], Contestant], problem: Problem) -> Contestant:
+    """A contestant's whole call captured as one CUDA graph."""
+    eager = build(problem)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            eager.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = eager.run()
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return outputs
+
+    return replace(eager, name=f"{eager.name}-graphed", run=replay, roll=None)
+
+
+def _jax(problem: Problem) -> Contestant:
+    """jax.jit of a lax.scan over jax.grad steps; states are kept time first, as scan stacks them."""
+    jax = _import_jax()
+    jnp, d, every_state = jax.numpy, problem.z0.shape[-1] // 2, problem.case.states == "all"
+
+    def array(x: Tensor) -> Any:
+        return jnp.asarray(x.detach().cpu().numpy())
+
+    def H(params: Any, z: Any) -> Any:
+        *hidden, (w_out, b_out) = zip(params[::2], params[1::2], strict=True)
+        for w, b in hidden:
+            z = jax.nn.softplus(z @ w.T + b)
+        return (z @ w_out.T + b_out)[..., 0]
+
+    def step(params: Any, dt: Any, z: Any) -> Any:
+        def grad(i: int, q: Any, p: Any) -> Any:
+            return jax.grad(lambda *qp: H(params, jnp.concatenate(qp, -1)).sum(), argnums=i)(q, p)
+
+        q, p = z[:, :d], z[:, d:]
+        p = p - dt / 2 * grad(0, q, p)
+        q = q + dt * grad(1, q, p)
+        p = p - dt / 2 * grad(0, q, p)
+        return jnp.concatenate((q, p), -1)
+
+    def roll(params: Any, dt: Any, z0: Any) -> Any:
+        def body(z: Any, _: None) -> Any:
+            z = step(params, dt, z)
+            return z, z if every_state else None
+
+        final, path = jax.lax.scan(body, z0, None, length=problem.case.n_steps)
+        return jnp.concatenate((z0[None], path)) if every_state else final
+
+    def loss_of(params: Any, dt: Any, z0: Any, target: Any) -> Any:
+        states = roll(params, dt, z0)
+        energy = H(params, states)
+        mse = ((states[1:] - target[1:]) ** 2).mean()
+        return mse + ENERGY_WEIGHT * ((energy[1:] - energy[1:2]) ** 2).mean()
+
+    params, dt, z0 = [array(p) for p in problem.hnn.parameters()], array(problem.dt), array(problem.z0)
+    if problem.training:
+        target = array(problem.target.transpose(0, 1))
+        gradients = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+
+        def run() -> list[Any]:
+            value, (g_params, g_dt) = jax.block_until_ready(gradients(params, dt, z0, target))
+            return [value, *g_params, g_dt]
+    else:
+        rollout = jax.jit(roll)
+
+        def run() -> list[Any]:
+            return [rollout(params, dt, z0).block_until_ready()]
+
+    return Contestant("jax", run, time_first=True)
+
+
+def _import_jax() -> Any:
+    """JAX with torch's number of threads and full float32 products."""
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return jax
+
+
+Builder = Callable[[Problem], Contestant]
+_BUILDERS: dict[str, Builder] = {
+    "eager": _eager,
+    "eager-float32": _eager_float32,
+    "func": _func,
+    "manual": _manual,
+    "compiled": _compiled,
+    "jax": _jax,
+    "baseline": _baseline,
+}
+
+
+def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[dict[str, Builder], dict[str, str]]:
+    """Builders by name, ours first, and the reason for each one that is left out."""
+    builders: dict[str, Builder] = {}
+    left_out = {}
+    for backend, state in api.backends().items():
+        if backend == "reference":
+            continue
+        try:
+            if state == "available":
+                api.choose_backend(backend, torch.empty(0, device=device))
+        except RuntimeError as error:
+            state = str(error)
+        if state != "available":
+            left_out[backend] = state
+            continue
+        for memory in case.memory:
+            builders[_our_name(backend, memory)] = partial(_ours, backend=backend, memory=memory)
+    for name in case.rivals:
+        reason = _why_not(name, device, compile)
+        if reason:
+            left_out[name] = reason
+        else:
+            builders.update(_variants(name, device))
+    return builders, left_out
+
+
+def _variants(name: str, device: torch.device) -> Iterator[tuple[str, Builder]]:
+    yield name, _BUILDERS[name]
+    if device.type == "cuda":
+        if name == "compiled":
+            yield "compiled-reduce-overhead", partial(_compiled, mode="reduce-overhead")
+        elif name in ("manual", "baseline"):
+            yield f"{name}-graphed", partial(_graphed, _BUILDERS[name])
+
+
+def _why_not(name: str, device: torch.device, compile: bool) -> str | None:
+    if name == "compiled":
+        if not compile:
+            return "compiles for minutes; asked for with --compile"
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            return "torch.compile needs a C++ compiler, g++ or $CXX"
+    if name == "jax":
+        if importlib.util.find_spec("jax") is None:
+            return "not installed: pip install jax"
+        platform = _import_jax().devices()[0].platform
+        if (platform == "cpu") != (device.type == "cpu"):
+            return f"JAX runs on {platform}, the benchmark on {device.type}"
+    return None

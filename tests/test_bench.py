@@ -1,0 +1,225 @@
+"""The benchmark suite: contestants are right or refused, results survive a round trip. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from bench import cases, report, run
+from bench.cases import Case
+from bench.measure import TOLERANCE, WrongResultError, checked, expected, kept_bytes, time_interleaved
+from bench.measure import measure as measure_case
+from bench.rivals import Contestant, eager_rollout, entrants, loss, make_problem
+from hjepa_fast import api
+
+CPU = torch.device("cpu")
+EVERY = tuple(name for name in cases.EXTENDED if name != "compiled")
+ROLLOUT = Case("tiny-rollout", "rollout", 3, 4, 12, (10, 9, 8), rivals=EVERY)
+TRAINING = Case(
+    "tiny-training", "training", 3, 4, 12, (10, 9, 8), memory=("store", "recompute", "checkpoint"), rivals=EVERY
+)  # fmt: skip
+TINY = (
+    ROLLOUT,
+    dataclasses.replace(ROLLOUT, name="tiny-final", states="final"),
+    TRAINING,
+    dataclasses.replace(ROLLOUT, name="tiny-bfloat16", dtype="bfloat16", rivals=("eager", "eager-float32", "manual")),
+)
+CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))
+
+
+def fast(case, builders, *args):
+    return measure_case(case, builders, CPU, 2, 0.0)
+
+
+@pytest.fixture
+def quick_measure(monkeypatch):
+    """Measure ours as plain PyTorch only, in two rounds of single calls; returns the names of the cases that were."""
+    measured = []
+    monkeypatch.setattr(api, "backends", lambda: {"torch": "available"})
+
+    def spy(case, builders, device, rounds, seconds):
+        measured.append(case.name)
+        return fast(case, builders)
+
+    monkeypatch.setattr("bench.measure.BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(run, "measure", spy)
+    return measured
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("network", ["hamiltonian", "baseline"])
+def test_the_reference_is_computed_in_float64(case, network):
+    assert {value.dtype for value in expected(make_problem(case), network).values} == {torch.float64}
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_every_contestant_agrees_with_the_float64_reference(case):
+    builders, _ = entrants(case, CPU)
+    _, contestants, facts = checked(case, builders, CPU)
+    assert [contestant.name for contestant in contestants] == list(builders)
+    assert all(facts[name]["error"] <= TOLERANCE[case.dtype, case.kind] for name in builders)
+    assert any(contestant.ours for contestant in contestants)
+    assert {*case.rivals} - {"jax"} <= builders.keys()
+
+
+def test_jax_takes_part_where_it_is_installed():
+    builders, left_out = entrants(ROLLOUT, CPU)
+    if importlib.util.find_spec("jax") is None:
+        assert left_out["jax"] == "not installed: pip install jax"
+        pytest.skip("JAX, an optional rival, is not installed")
+    assert "jax" in builders
+
+
+def test_the_energy_term_has_a_share_in_every_gradient():
+    """Otherwise a rival without it would pass: the check's tolerance is far below the term's share."""
+    problem = make_problem(TRAINING).to(torch.float64)
+    states, energy = eager_rollout(problem)
+    network = list(problem.hnn.parameters())[:-1]
+    with_term = torch.autograd.grad(loss(states, energy, problem.target), network, retain_graph=True)
+    without = torch.autograd.grad(loss(states, None, problem.target), network)
+    share = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(with_term, without, strict=True)]
+    assert min(share) > 10 * TOLERANCE["float32", "training"]
+
+
+@pytest.mark.parametrize("case", [ROLLOUT, TRAINING], ids=lambda case: case.name)
+@pytest.mark.parametrize("fault", ["off", "nan", "missing"])
+def test_a_wrong_contestant_is_refused(case, fault):
+    def wrong(problem):
+        right = entrants(case, CPU)[0]["eager"](problem)
+
+        def call():
+            first, *rest = right.run()
+            if fault == "missing":
+                return rest
+            # a single number of the states, or of the last gradient
+            last = rest[-1] if rest else first
+            last.view(-1)[-1] *= float("nan") if fault == "nan" else 1.01
+            return [first, *rest]
+
+        return dataclasses.replace(right, name="wrong", run=call)
+
+    with pytest.raises(WrongResultError, match="wrong is wrong in tiny"):
+        fast(case, {"wrong": wrong})
+
+
+def test_a_wrong_contestant_stops_the_run(monkeypatch, tmp_path, capsys):
+    def lazy(problem):
+        return Contestant("lazy", lambda: [problem.z0[:, None].expand(-1, problem.case.n_steps + 1, -1)])
+
+    monkeypatch.setattr(run, "entrants", lambda *_: ({"lazy": lazy}, {}))
+    monkeypatch.setattr(cases, "QUICK", (CHEAP,))
+    assert run.main(["--out", str(tmp_path / "r.json"), "--device", "cpu"]) == 1
+    assert "lazy is wrong in cheap" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_timing_is_interleaved():
+    calls = []
+    contestants = [Contestant(name, lambda name=name: calls.append(name) or []) for name in "abc"]
+    times = time_interleaved(contestants, 5, 0.0, CPU)
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 5)
+    blocks = [a for a, b in zip(calls, [*calls[1:], None], strict=True) if a != b]
+    rounds = [frozenset(blocks[i : i + 3]) for i in range(len(blocks))]
+    assert rounds.count(frozenset("abc")) >= 5
+
+
+def test_kept_bytes_counts_each_storage_once():
+    """z is saved twice by z * z, exp(z) by itself and by the product with dt: two storages, dt a parameter."""
+    problem = make_problem(TRAINING)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def roll():
+        z = x + 1
+        return (z * z + z.exp() * problem.dt).sum(), None
+
+    contestant = Contestant("hand", lambda: [], roll=roll)
+    assert kept_bytes(contestant, problem) == 2 * x.nbytes
+
+
+def test_leaner_modes_keep_less(quick_measure):
+    facts = fast(TRAINING, entrants(TRAINING, CPU)[0])["contestants"]
+    kept = [facts[name]["kept_bytes"] for name in ("torch:checkpoint", "torch:recompute", "torch", "eager")]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
+
+
+def test_results_round_trip_and_resume(quick_measure, tmp_path):
+    path = tmp_path / "out" / "tiny.json"
+    slopes = [
+        dataclasses.replace(CHEAP, name=f"final-d{d}-t{n}", latent_dim=d, n_steps=n, states="final")
+        for d in (4, 6)
+        for n in cases.SLOPE_STEPS
+    ]
+    results = run.run([CHEAP], path, CPU)
+    results = run.run([CHEAP, TRAINING, *slopes], path, CPU)
+    assert quick_measure == ["cheap", "tiny-training", *(case.name for case in slopes)]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(results))
+
+    entry = results["cases"]["cheap"]
+    assert entry["rounds"] == 2
+    assert entry["ratios"]["torch"].keys() == entry["contestants"].keys() - {"torch"}
+    for fact in entry["contestants"].values():
+        assert fact["p20_s"] <= fact["median_s"] <= fact["p80_s"]
+
+    table = report.write(path, results)
+    assert all(f"| {name} |" in table for name in results["cases"])
+    assert "KB per sample and step" in table
+    assert table in path.with_suffix(".md").read_text()
+    assert (tmp_path / "out" / "tiny-latent-size.png").stat().st_size > 1000
+    assert not list(path.parent.glob(".partial-*"))
+
+
+def test_a_case_with_a_new_contestant_is_measured_again(quick_measure, tmp_path):
+    path = tmp_path / "r.json"
+    run.run([CHEAP], path, CPU)
+    run.run([dataclasses.replace(CHEAP, rivals=("eager",))], path, CPU)
+    assert quick_measure == ["cheap"]
+    run.run([dataclasses.replace(CHEAP, rivals=(*CHEAP.rivals, "manual"))], path, CPU)
+    run.run([CHEAP], path, CPU, again=True)
+    assert quick_measure == ["cheap"] * 3
+
+
+def test_what_was_measured_is_kept_when_a_run_is_interrupted(quick_measure, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    measure = run.measure
+
+    def interrupted(case, *args):
+        if case.name == "tiny-final":
+            raise KeyboardInterrupt
+        return measure(case, *args)
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    monkeypatch.setattr(cases, "QUICK", (CHEAP, dataclasses.replace(CHEAP, name="tiny-final")))
+    assert run.main(["--out", str(path), "--device", "cpu"]) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert list(json.loads(path.read_text())["cases"]) == ["cheap"]
+
+
+def test_results_of_other_hardware_are_not_mixed(quick_measure, tmp_path):
+    path = tmp_path / "r.json"
+    run.run([CHEAP], path, CPU)
+    results = json.loads(path.read_text())
+    results["environment"]["hardware"]["processor"] = "another"
+    path.write_text(json.dumps(results))
+    with pytest.raises(run.ResultsError, match=r"processor was another.*--again"):
+        run.run([CHEAP], path, CPU)
+    assert run.run([CHEAP], path, CPU, again=True)["environment"]["hardware"]["processor"] != "another"
+
+
+def test_names_are_unique_and_patterns_select():
+    names = [case.name for case in cases.FULL]
+    assert len(set(names)) == len(names)
+    assert {case.name for case in cases.select(cases.FULL, "final-*-t15")} == {f"final-d{d}-t15" for d in cases.LATENT_SIZES}
+    assert [case.name for case in cases.select(cases.FULL, "memory-t15")] == ["memory-t15"]
+    assert all("training" in case.name for case in cases.select(cases.FULL, "training"))
+    assert Case("paper", "rollout", 1).gradient_flops == pytest.approx(2.1e6, rel=0.01)
+
+
+def test_a_pattern_without_a_case_says_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--only", "nonsense"])
+    assert "rollout-b1-t15" in capsys.readouterr().err
