@@ -45,11 +45,9 @@ def arguments() -> dict[str, object]:
                 if WANTED == "1":
                     raise
                 without(error)
-                for extension in self.extensions:
-                    extension.optional = True  # setuptools then copies what there is
 
     # vectors are passed between inlined functions only, so the ABI notes of -Wpsabi do not apply
-    flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     extension = CppExtension(
         "hjepa_fast._C",
         [f"csrc/cpu/{name}.cpp" for name in SOURCES],

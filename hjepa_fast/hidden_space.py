@@ -134,8 +134,7 @@ def forward(backend: ModuleType, problem: Problem) -> tuple[Tensor, Tensor, Tens
         sq, sp = torch.cat(sqs, 1), torch.cat(sps, 1)
     else:
         sq = sp = a.new_empty(a.shape[0], 0, a.shape[1])
-    moved = torch.cat((sq @ Wp, sp @ Wq), dim=-1) + z0[:, None]
-    states = torch.cat((z0[:, None], moved), dim=1) if problem.every_state or not n_steps else moved
+    states = _states(problem, sq, sp)
     energy = a.new_empty(a.shape[0], 0)
     if problem.with_energy:
         energy = torch.cat((*energies, torch_backend.energy(tail.to(a.dtype), a)[:, None]), dim=1)
@@ -144,6 +143,25 @@ def forward(backend: ModuleType, problem: Problem) -> tuple[Tensor, Tensor, Tens
     if problem.memory == "checkpoint":
         return states, energy, torch.cat(kept, dim=1) if kept else a.new_empty(a.shape[0], 0), a.new_empty(a.shape[0], 0)
     return states, energy, tape.flatten(1), torch.cat((sq, sp), dim=2).flatten(1)
+
+
+def _states(problem: Problem, sq: Tensor, sp: Tensor) -> Tensor:
+    """q0 + sq Wp and p0 + sp Wq, [B, n_steps + 1 or 1, 2d], from sq and sp [B, n, h].
+
+    A few samples at a time: a product then stays in the cache until it is added to z0 where it belongs.
+    """
+    z0, (Wq, Wp) = problem.z0, problem.halves
+    n, d = sq.shape[1], Wq.shape[1]
+    first = 1 if problem.every_state or not n else 0
+    states = z0.new_empty(z0.shape[0], n + first, 2 * d)
+    if first:
+        states[:, 0] = z0
+    size = max(1, 1024 // max(n, 1)) if z0.device.type == "cpu" else max(z0.shape[0], 1)
+    for start in range(0, z0.shape[0] if n else 0, size):
+        rows = slice(start, start + size)
+        for moved, W, half in ((sq, Wp, slice(0, d)), (sp, Wq, slice(d, 2 * d))):
+            torch.add(z0[rows, None, half], moved[rows] @ W, out=states[rows, first:, half])
+    return states
 
 
 def backward(

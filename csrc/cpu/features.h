@@ -131,7 +131,8 @@ struct FeatureThread {
     i64 at = h;
     for (int l = 0; l < last; ++l) {
       const bool to_last = l + 1 == last;
-      const i64 n = p.width[l], m = p.width[l + 1], ldW = p.ldW[l], ldz = ld<T>(n), ldm = ld<T>(m), n_padded = round_up(n, LANES<T>);
+      const i64 n = p.width[l], m = p.width[l + 1], ldW = p.ldW[l], ldz = ld<T>(n), ldm = ld<T>(m);
+      const i64 n_padded = round_up(n, LANES<T>);
       const T* x = l ? shared.z[l] : z;
       if (to_last) {
         clear_partials(n_padded);
@@ -249,8 +250,11 @@ struct FeatureThread {
             if (drift) add_group(K, p.ldK, n_rows, step + b * w + row, padded, partial(block, b));
           }
         });
-        if (thread == 0 && i + 1 == p.n_sub) dismiss_if_slow(*barrier);
+        const bool end_of_step = i + 1 == p.n_sub;
+        if (thread == 0 && n_threads > 1 && end_of_step) dismiss_if_slow(*barrier, t);
         meet();
+        const bool leaving = n_threads > 1 && end_of_step && dismissed(*barrier, t);
+        if (leaving && thread) return;
         for (i64 b = 0; b < B; ++b)
           for (i64 c = 0; c < padded; c += LANES<T>) {
             Vec<T> x = load(a + b * w + c);
@@ -259,10 +263,7 @@ struct FeatureThread {
             store(a + b * w + c, x);
           }
         flip = 1 - flip;
-      }
-      if (n_threads > 1 && dismissed(*barrier)) {
-        if (thread) return;
-        n_threads = all_threads = 1;
+        if (leaving) n_threads = all_threads = 1;
       }
       if (thread == 0 && (p.n_kept > 1 || t + 1 == p.end)) {
         const i64 to = p.n_kept > 1 ? t * h : 0;

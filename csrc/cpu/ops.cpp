@@ -126,7 +126,7 @@ i64 work_of(const Problem<T>& p) {
 constexpr i64 WORTH_A_THREAD = 200000;
 
 // Up to this many rows it is faster to read the weights as they are than to pack them and share the packed ones.
-constexpr i64 FEW_ROWS = 3;
+constexpr i64 FEW_ROWS = 2;
 
 // Pieces of the team's memory. With no memory yet it only counts.
 struct Memory {
@@ -262,7 +262,7 @@ void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<
     kernels.forward_features(p, thread, team.size(), *owner.barrier, shared, scratch[thread]);
   };
   team.run(task);
-  if (dismissed(*owner.barrier)) calls_alone = 10;
+  if (dismissed(*owner.barrier, p.end)) calls_alone = 10;
 }
 
 template <class T>
@@ -349,7 +349,8 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, const std::v
   weights.run(packs, team);
   share_out(team, n_tasks, [&](i64 i, int thread) {
     for (const Part& part : parts) std::fill_n(part.of_task[i], part.m * kernels.ld(part.n), T(0));
-    kernels.backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, scratch[thread], sums.empty() ? nullptr : &task_sums[i]);
+    const Sums<T>* own = sums.empty() ? nullptr : &task_sums[i];
+    kernels.backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, scratch[thread], own);
   });
   constexpr i64 SHARES = 16;
   share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {

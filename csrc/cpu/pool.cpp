@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -38,7 +39,8 @@ struct Barrier {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
   alignas(64) std::atomic<int> here{1};
-  alignas(64) std::atomic<bool> called{false}, slow{false}, dismissed{false};
+  alignas(64) std::atomic<bool> called{false}, slow{false};
+  std::atomic<i64> last_step{std::numeric_limits<i64>::max()};
   i64 step;
   int flip;
 };
@@ -97,11 +99,11 @@ void join(Barrier& barrier, i64& step, int& flip) {
   flip = barrier.flip;
 }
 
-void dismiss_if_slow(Barrier& barrier) {
-  if (barrier.slow.load(std::memory_order_relaxed)) barrier.dismissed.store(true, std::memory_order_relaxed);
+void dismiss_if_slow(Barrier& barrier, i64 step) {
+  if (barrier.slow.load(std::memory_order_relaxed)) barrier.last_step.store(step, std::memory_order_relaxed);
 }
 
-bool dismissed(Barrier& barrier) { return barrier.dismissed.load(std::memory_order_relaxed); }
+bool dismissed(Barrier& barrier, i64 step) { return step >= barrier.last_step.load(std::memory_order_relaxed); }
 
 struct Pool {
   const bool forked;
@@ -147,22 +149,16 @@ struct Pool {
 namespace {
 
 // Never destroyed: workers may still wait when the process ends.
-std::atomic<Pool*> the_pool{nullptr};
+std::atomic<Pool*> the_pool{new Pool{false}};
 
-Pool& pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    the_pool = new Pool{false};
-    // a forked child has none of the threads, and perhaps a lock that nobody will release
-    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool{true}; });
-  });
-  return *the_pool;
-}
+// A forked child has none of the threads, and perhaps a lock that nobody will release. Known from the moment the library
+// is loaded, so that it holds for children of a process that has not used it yet.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool{true}; });
 
 }  // namespace
 
 Team::Team(int n_threads) {
-  Pool& shared = pool();
+  Pool& shared = *the_pool;
   if (!shared.in_use.try_lock()) return;
   pool_ = &shared;
   size_ = n_threads > 1 && shared.forked ? shared.grow(n_threads) : n_threads;

@@ -27,10 +27,10 @@ void wait(Barrier&);
 bool all_here(Barrier&, bool patiently);
 void call_in(Barrier&, i64 step, int flip);
 void join(Barrier&, i64& step, int& flip);
-// The first thread, before the last wait of a step: sends the others away if some wait took so long that another process
-// must have taken a core. Everyone, after that wait: whether they were sent away.
-void dismiss_if_slow(Barrier&);
-bool dismissed(Barrier&);
+// The first thread, before the last wait of a step: sends the others away after this step if some wait took so long that
+// another process must have taken a core. Everyone, after that wait: whether this was the last step together.
+void dismiss_if_slow(Barrier&, i64 step);
+bool dismissed(Barrier&, i64 step);
 
 // Layers l = 1..L in the mathematics are indices 0..L-1 here; W[l] is W_{l+2}, from layer index l to l+1.
 template <class T>

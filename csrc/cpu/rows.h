@@ -197,7 +197,8 @@ struct BackwardTile {
     }
     for (i64 r = 0; r < R; ++r) {
       const i64 c = r * at.lds[0];
-      activate<T>(p.activation, at.a[0] + c, v + c, z[0] + c, d[0] + c, zd[0] + c, curve[0] + c, round_up(p.width[0], LANES<T>));
+      const i64 n = round_up(p.width[0], LANES<T>);
+      activate<T>(p.activation, at.a[0] + c, v + c, z[0] + c, d[0] + c, zd[0] + c, curve[0] + c, n);
     }
     for (int l = 0; l < last; ++l)
       product<P>(zd[l], at.lds[l], R, p.width[l], p.WT_packed[l], p.width[l + 1], ad, at.lds[l + 1], at.converted,
