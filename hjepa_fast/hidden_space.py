@@ -109,7 +109,7 @@ def forward(backend: ModuleType, problem: Problem) -> tuple[Tensor, Tensor, Tens
     z0, n_steps, tail = problem.z0, problem.n_steps, problem.tail
     Wq, Wp = problem.halves
     a = problem.first_layer()
-    K = _remembered_product(problem.weights[0]) if problem.memory == "none" else Wp @ Wq.T
+    K = _remembered_product(problem.weights[0]) if problem.memory == "none" else backend.product(Wp, Wq.T)
     length = segment_length(n_steps, problem.memory)
     sq0, sp0 = torch.zeros_like(a), torch.zeros_like(a)
     sqs, sps, energies, kept = [], [], [], []
@@ -134,7 +134,7 @@ def forward(backend: ModuleType, problem: Problem) -> tuple[Tensor, Tensor, Tens
         sq, sp = torch.cat(sqs, 1), torch.cat(sps, 1)
     else:
         sq = sp = a.new_empty(a.shape[0], 0, a.shape[1])
-    states = _states(problem, sq, sp)
+    states = _states(backend, problem, sq, sp)
     energy = a.new_empty(a.shape[0], 0)
     if problem.with_energy:
         energy = torch.cat((*energies, torch_backend.energy(tail.to(a.dtype), a)[:, None]), dim=1)
@@ -145,22 +145,17 @@ def forward(backend: ModuleType, problem: Problem) -> tuple[Tensor, Tensor, Tens
     return states, energy, tape.flatten(1), torch.cat((sq, sp), dim=2).flatten(1)
 
 
-def _states(problem: Problem, sq: Tensor, sp: Tensor) -> Tensor:
-    """q0 + sq Wp and p0 + sp Wq, [B, n_steps + 1 or 1, 2d], from sq and sp [B, n, h].
-
-    A few samples at a time: a product then stays in the cache until it is added to z0 where it belongs.
-    """
+def _states(backend: ModuleType, problem: Problem, sq: Tensor, sp: Tensor) -> Tensor:
+    """q0 + sq Wp and p0 + sp Wq, [B, n_steps + 1 or 1, 2d], from sq and sp [B, n, h]."""
     z0, (Wq, Wp) = problem.z0, problem.halves
     n, d = sq.shape[1], Wq.shape[1]
     first = 1 if problem.every_state or not n else 0
     states = z0.new_empty(z0.shape[0], n + first, 2 * d)
     if first:
         states[:, 0] = z0
-    size = max(1, 1024 // max(n, 1)) if z0.device.type == "cpu" else max(z0.shape[0], 1)
-    for start in range(0, z0.shape[0] if n else 0, size):
-        rows = slice(start, start + size)
-        for moved, W, half in ((sq, Wp, slice(0, d)), (sp, Wq, slice(d, 2 * d))):
-            torch.add(z0[rows, None, half], moved[rows] @ W, out=states[rows, first:, half])
+    if n:
+        backend.product(sq, Wp, states[:, first:, :d], z0[:, :d])
+        backend.product(sp, Wq, states[:, first:, d:], z0[:, d:])
     return states
 
 
@@ -182,7 +177,7 @@ def backward(
     """
     z0, n_steps, tail = problem.z0, problem.n_steps, problem.tail
     W, (Wq, Wp) = problem.weights[0], problem.halves
-    K = Wp @ Wq.T
+    K = backend.product(Wp, Wq.T)
     sums = Gradients.zeros(K, tail) if need_weights else None
     gW = torch.zeros_like(W) if need_weights else None
     g_z0 = torch.zeros_like(z0) if g_states is None else g_states.sum(dim=1)
@@ -202,7 +197,7 @@ def backward(
         if g_moved is not None and (problem.every_state or start + steps == n_steps):
             G = g_moved[:, start : start + steps] if problem.every_state else g_moved
             Gq, Gp = G.chunk(2, dim=-1)
-            gsq, gsp = Gq @ Wp.T, Gp @ Wq.T
+            gsq, gsp = backend.product(Gq, Wp.T), backend.product(Gp, Wq.T)
             if gW is not None:
                 gWq, gWp = gW.chunk(2, dim=1)
                 gWq.addmm_(sp.flatten(0, 1).T, Gp.flatten(0, 1))
@@ -219,8 +214,8 @@ def backward(
     if gW is None or sums is None:
         return g_z0, [], [], gdt
     gWq, gWp = gW.chunk(2, dim=1)
-    gWp.addmm_(sums.K, Wq)
-    gWq.addmm_(sums.K.T, Wp)
+    gWp += backend.product(sums.K, Wq)
+    gWq += backend.product(sums.K.T, Wp)
     gW.addmm_(la.T, z0)
     return g_z0, [gW, *sums.weights], [la.sum(0), *sums.biases], gdt
 

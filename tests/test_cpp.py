@@ -380,3 +380,26 @@ def test_missing_extension_is_named(tmp_path):
         "    raise AssertionError('no error')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "n", "inner", "columns"), [(5, 15, 33, 31), (70, 1, 16, 64), (3, 40, 512, 100), (2, 2, 8, 8)]
+)
+def test_product(dtype, batch, n, inner, columns, poisoned):
+    """Into a strided target, with and without a base, W as it is and transposed, for every instruction set."""
+    generator = torch.Generator().manual_seed(1)
+    x, W, base = (
+        torch.randn(*s, generator=generator, dtype=dtype) for s in ((batch, n, inner), (inner, columns), (batch, columns))
+    )
+    expected = base[:, None].double() + x.double() @ W.double()
+    for isa in instruction_sets():
+        cpp.isa = isa
+        for given in (W, W.T.contiguous().T, torch.cat((W, W), dim=1)[:, columns:]):
+            states = torch.full((batch, n + 1, 2 * columns), 7.0, dtype=dtype)
+            cpp.product(x, given, states[:, 1:, columns:], base)
+            assert (states[:, 0] == 7).all()
+            assert (states[:, :, :columns] == 7).all()
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+            torch.testing.assert_close(states[:, 1:, columns:].double(), expected, rtol=tolerance, atol=tolerance * inner**0.5)
+            torch.testing.assert_close(cpp.product(x, given), x @ given, rtol=tolerance, atol=tolerance * inner**0.5)

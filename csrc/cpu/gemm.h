@@ -170,6 +170,18 @@ HJEPA_INLINE void product(const T* X, i64 ldx, i64 rows, i64 inner, const T* B, 
     });
 }
 
+template <class T>
+void multiply(const T* X, i64 first, i64 rows, i64 inner, const T* B, i64 columns, const Target<T>& y, T* scratch) {
+  product<Plain<T>>(X + first * inner, inner, rows, inner, B, columns, scratch, ld<T>(columns), static_cast<T*>(nullptr),
+                    [&](T* x, i64 r, i64 column) {
+                      const i64 row = first + r, group = row / y.group;
+                      T* to = y.to + group * y.group_stride + row % y.group * y.row_stride + column;
+                      const T* base = y.base ? y.base + group * y.base_stride + column : nullptr;
+                      const i64 n = columns - column < NR<T> ? columns - column : NR<T>;
+                      for (i64 j = 0; j < n; ++j) to[j] = base ? base[j] + x[j] : x[j];
+                    });
+}
+
 // C [m, columns] += L^T R, L [n, m], R [n, columns]; rows of R and C are padded to whole panels.
 template <class T>
 void add_outer(const T* L, i64 ldl, i64 m, const T* R, i64 ldr, i64 columns, i64 n, T* C, i64 ldc) {

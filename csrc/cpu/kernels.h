@@ -23,6 +23,7 @@ constexpr Kernels<T> table = {
     packed_size<P>,
     n_panels<T>,
     pack<P, T>,
+    multiply<T>,
     forward_scratch<P, T>,
     forward<P, T>,
     backward_scratch<P, T>,

@@ -242,8 +242,9 @@ void needs(const Problem<T>& p, bool& kick, bool& drift) {
 
 template <class T>
 void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
-  // after a call in which threads had to wait for a core, some calls go without: on a busy machine that is faster
-  static std::atomic<int> calls_alone{0};
+  // after a call in which threads had to wait for a core, some calls go without, more each time that it happens again:
+  // on a busy machine that is faster
+  static std::atomic<int> calls_alone{0}, next_alone{1};
   const bool alone = n_threads > 1 && calls_alone > 0 && calls_alone-- > 0;
   if (alone || work_of(p) * p.B < WORTH_A_THREAD / 2) n_threads = 1;
   Team team(int(std::min<i64>(n_threads, N_BLOCKS)));
@@ -262,7 +263,11 @@ void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<
     kernels.forward_features(p, thread, team.size(), *owner.barrier, shared, scratch[thread]);
   };
   team.run(task);
-  if (dismissed(*owner.barrier, p.end)) calls_alone = 10;
+  if (team.size() == 1) return;
+  const bool slow = dismissed(*owner.barrier, p.end);
+  const int n_alone = next_alone;
+  if (slow) calls_alone = n_alone;
+  next_alone = slow ? std::min(2 * n_alone, 16) : 1;
 }
 
 template <class T>
@@ -381,6 +386,38 @@ void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, std::vector<Tensor>
                                                                                     tape, in);
 }
 
+template <class T>
+void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, const Tensor& base, i64 n_threads, i64 isa) {
+  const Kernels<T>& kernels = kernels_for<T>(isa, false);
+  const i64 m = X.size(0), inner = X.size(1), columns = Y.size(2), tiles = (m + kernels.tile_rows - 1) / kernels.tile_rows;
+  const Target<T> y{data<T>(Y), Y.size(1), Y.stride(0), Y.stride(1), data<T>(base), base.numel() ? base.stride(0) : 0};
+  Team team(int(std::min<i64>(n_threads, tiles)));
+  T* packed = nullptr;
+  std::vector<T*> scratch(team.size());
+  lay_out(team, [&](Memory& memory) {
+    packed = memory.template take<T>(kernels.packed_size(inner, columns));
+    for (T*& own : scratch) own = memory.template take<T>(kernels.tile_rows * kernels.ld(columns));
+  });
+  share_out(team, kernels.n_panels(columns),
+            [&](i64 i, int) { kernels.pack(data<T>(W), transposed, inner, columns, packed, i, i + 1); });
+  share_out(team, tiles, [&](i64 i, int thread) {
+    const i64 from = m * i / tiles, to = m * (i + 1) / tiles;
+    kernels.multiply(data<T>(X), from, to - from, inner, packed, columns, y, scratch[thread]);
+  });
+}
+
+// Y [B, n, columns] = base [B, columns] (if not empty) + X [B n, inner] W, W [inner, columns] or, transposed, its transpose.
+void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t n_threads, int64_t isa) {
+  const auto dtype = Y.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
+  STD_TORCH_CHECK(X.scalar_type() == dtype && W.scalar_type() == dtype && base.scalar_type() == dtype && X.is_contiguous() &&
+                      W.is_contiguous() && Y.dim() == 3 && Y.stride(2) == 1 && X.size(0) == Y.size(0) * Y.size(1) &&
+                      X.size(1) == W.size(transposed) && Y.size(2) == W.size(!transposed) &&
+                      (!base.numel() || (base.size(0) == Y.size(0) && base.size(1) == Y.size(2) && base.stride(1) == 1)),
+                  "hjepa_fast_cpp: unlike factors");
+  (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, n_threads, isa);
+}
+
 int64_t isa() { return best_isa(); }
 
 }  // namespace
@@ -391,6 +428,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
       "forward(Tensor(a!) a, Tensor(b!) sq, Tensor(c!) sp, Tensor(d!) energy, Tensor(e!) tape, Tensor K, Tensor[] weights, "
       "Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, int activation, float beta, float threshold, "
       "bool bf16, int n_threads, int isa, int path) -> ()");
+  m.def("product(Tensor(a!) Y, Tensor X, Tensor W, bool transposed, Tensor base, int n_threads, int isa) -> ()");
   m.def(
       "backward(Tensor(a!) la, Tensor(b!) lsq, Tensor(c!) lsp, Tensor(d!) gdt, Tensor(e!)[] sums, Tensor gsq, Tensor gsp, "
       "Tensor gE, Tensor tape, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, "
@@ -402,6 +440,7 @@ STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("product", TORCH_BOX(&product));
 }
 
 }  // namespace hjepa_fast

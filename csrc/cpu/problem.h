@@ -70,6 +70,16 @@ struct Sums {
   T* b[MAX_LAYERS];
 };
 
+// Where a product goes: row r to `to` + (r / group) group_stride + (r % group) row_stride, added to row r / group of `base`
+// if that is not null.
+template <class T>
+struct Target {
+  T* to;
+  i64 group, group_stride, row_stride;
+  const T* base;
+  i64 base_stride;
+};
+
 // The kernels of one instruction set. Sizes are in numbers of type T.
 template <class T>
 struct Kernels {
@@ -80,6 +90,8 @@ struct Kernels {
   i64 (*n_panels)(i64 columns);
   // panels first..last-1 of the operand B [inner, columns] = W [columns, inner]^T if transposed, else W [inner, columns]
   void (*pack)(const T* W, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last);
+  // rows first..first+rows-1 of X [*, inner] B, B packed; scratch: rows ld(columns)
+  void (*multiply)(const T* X, i64 first, i64 rows, i64 inner, const T* B, i64 columns, const Target<T>&, T* scratch);
   i64 (*forward_scratch)(const Problem<T>&, i64 rows);
   void (*forward)(const Problem<T>&, i64 row, i64 rows, T* scratch);
   i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums);

@@ -58,6 +58,28 @@ class Point(NamedTuple):
         return cls(list(values[:n_layers]), [*values[n_layers:], tail.weights[-1]])
 
 
+def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+    """x W, or base + x W.
+
+    Parameters
+    ----------
+    x : Tensor [..., k]
+    W : Tensor [k, m], of any strides
+    out : Tensor [B, n, m], optional, of any strides; x is then [B, n, k]
+    base : Tensor [B, m], optional, with `out`
+    """
+    if out is None:
+        return x @ W
+    if base is None:
+        return torch.matmul(x, W, out=out)
+    # a few samples at a time: a product then stays in the cache until it is added to where it belongs
+    size = max(1, 1024 // max(x.shape[1], 1)) if x.device.type == "cpu" else max(x.shape[0], 1)
+    for start in range(0, x.shape[0], size):
+        rows = slice(start, start + size)
+        torch.add(base[rows, None], x[rows] @ W, out=out[rows])
+    return out
+
+
 def tape_width(widths: Sequence[int], memory: str) -> int:
     """Numbers kept a sub-step and sample: none, a_1 ("recompute"), or every a_l and g_l ("store")."""
     if memory == "none":
