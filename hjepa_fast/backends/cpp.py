@@ -94,7 +94,10 @@ def _chunks(
 
 
 def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
-    """As `backends.torch.product`. Where there are many rows, twice as fast as the library behind PyTorch on some processors."""
+    """As `backends.torch.product`; with the loop's own kernels where there are many rows.
+
+    On an AMD processor they took half the time of the library behind PyTorch for the states of 1024 rollouts.
+    """
     inner = x.shape[-1]
     n_rows = x.numel() // max(inner, 1)
     if n_rows < _MANY_ROWS or not 0 < inner <= _MOST_INNER or not W.numel() or not available():
