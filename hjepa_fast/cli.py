@@ -15,6 +15,7 @@ from . import __version__
 from .errors import HJEPAError, UsageError
 from .pipeline import files
 from .pipeline.config import Config
+from .pipeline.run_folder import Run
 from .pipeline.zoo import MODELS
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -196,7 +197,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .pipeline.latents import load_latents
-    from .pipeline.runs import Run, train_models
+    from .pipeline.runs import train_models
     from .pipeline.windows import prepare
 
     run, config = Run(options.out), config_of(options)
@@ -206,7 +207,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .pipeline.runs import Run, evaluate_run
+    from .pipeline.runs import evaluate_run
 
     run = Run(options.run)
     evaluate_run(run, options.device, not options.quiet)
@@ -215,7 +216,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _figures(options: argparse.Namespace) -> None:
     from .pipeline.figures import draw
-    from .pipeline.runs import Run
 
     for path in draw(Run(options.run)):
         print(path)
@@ -240,7 +240,7 @@ def _dream(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from .pipeline.runs import QUICK, Run, reproduce
+    from .pipeline.runs import QUICK, reproduce
 
     config = config_of(options, QUICK if options.quick else None)
     reproduce(config, options.out, options.videos, options.models, options.device, not options.quiet, print)

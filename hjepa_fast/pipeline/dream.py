@@ -15,9 +15,9 @@ from ..errors import LatentError, UsageError
 from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .config import EncodeConfig
+from .encoders import resolve_device
 from .figures import dream_figure, save
 from .latents import Latents, encode_videos, read_latents
-from .runs import resolve_device
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .runs import Run
+    from .run_folder import Run
 
 # Okabe and Ito's palette, distinguishable with any colour vision
 COLORS = {

@@ -1,11 +1,9 @@
-"""A run's folder: where each result lies, and the stages that make one from another."""
+"""The stages of a run, each from files to files, and all of them in one go."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,10 @@ from ..errors import HJEPAError
 from . import checkpoints, evaluate, files, zoo
 from .config import OFFLINE_ENCODER, Config
 from .encoders import resolve_device
+from .figures import draw
 from .latents import encode_videos, load_latents, probe
 from .progress import Progress
+from .run_folder import Run
 from .tables import summary_table
 from .train import train
 from .videos import find_videos, generate, load_ground_truth
@@ -29,97 +29,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "evaluate": {"timing_runs": 20},
 }
 """Settings of `--quick`: the whole pipeline in less than two minutes on two cores. Too short to mean anything."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The paths of a run."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.json"
-
-    @property
-    def inputs(self) -> Path:
-        """JSON naming the folders of videos and latents that the run uses."""
-        return self.root / "inputs.json"
-
-    @property
-    def arrays(self) -> Path:
-        return self.root / "evaluation.safetensors"
-
-    @property
-    def summary(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def table(self) -> Path:
-        return self.root / "summary.md"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    def model(self, name: str) -> Path:
-        """Folder of one model's checkpoints."""
-        return self.root / "models" / name
-
-    def trained(self) -> dict[str, Path]:
-        """Best checkpoint of every model that has one, in the zoo's order."""
-        paths = {name: self.model(name) / "best.safetensors" for name in zoo.MODELS}
-        return {name: path for name, path in paths.items() if path.is_file()}
-
-    def read_config(self) -> Config:
-        """Raises HJEPAError if the folder is no run."""
-        if not self.root.is_dir():
-            raise HJEPAError(f"run folder not found: {self.root}")
-        return Config.from_dict(files.read_json(self.config, "the run's configuration"), str(self.config))
-
-    def read_inputs(self) -> dict[str, Path | None]:
-        """The folders `videos` (None if unknown) and `latents`."""
-        found = files.read_json(self.inputs, "the run's list of inputs")
-        return {key: None if value is None else (self.root / value) for key, value in found.items()}
-
-    def start(self, config: Config, videos: Path | None, latents: Path) -> None:
-        """Record configuration and inputs, or check that they are those recorded before.
-
-        Raises
-        ------
-        HJEPAError
-            The folder holds a run with other settings.
-        """
-        recorded = {"videos": None if videos is None else self._relative(videos), "latents": self._relative(latents)}
-        for path, value, what in (
-            (self.config, config.to_dict(), "settings"),
-            (self.inputs, recorded, "inputs"),
-        ):
-            if path.exists():
-                _refuse_difference(files.read_json(path, f"the run's {what}"), value, what, self.root)
-            else:
-                files.write_json(path, value)
-
-    def _relative(self, folder: Path) -> str:
-        # a run that holds its inputs can be moved as a whole
-        return (
-            os.path.relpath(folder, self.root)
-            if folder.resolve().is_relative_to(self.root.resolve())
-            else str(folder.resolve())
-        )
-
-
-def _refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}{name}.").items()}
-        return {prefix[:-1]: list(value) if isinstance(value, tuple) else value}
-
-    old, new = flat(found), flat(expected)
-    differing = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)
-        raise HJEPAError(f"{root} holds a run with other {what}: {changes}. Choose another --out, or delete that folder.")
 
 
 def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
@@ -228,8 +137,6 @@ def reproduce(
     dict
         The summary, as written to `summary.json`.
     """
-    from .figures import draw
-
     zoo.check_models(tuple(names))
     target = resolve_device(device)
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
