@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -288,6 +290,71 @@ def test_fork_after_use(batch):
     assert child.exitcode == 0
     assert torch.equal(found, expected)
     assert torch.equal(case.forward(cpp)[0], expected)
+
+
+def test_other_threads_run_meanwhile():
+    """The interpreter's lock is not held: another thread counts on while one call of the extension lasts."""
+    case = Case(64, (256, 256), n_steps=1).to(torch.float32)
+    counted, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    # two operators at most are called, so a lock held by them would leave no more than a few turns
+    a, K, tail = case.a, case.K, case.tail
+    dt = torch.full((1, 400), 1e-3)
+    before = counted[0]
+    cpp.forward(a, K, tail, dt, SCHEMES["leapfrog"], 400, False, False, "none")
+    during = counted[0] - before
+    stop.set()
+    thread.join(timeout=60)
+    assert during > 20
+
+
+_ENDLESS = """
+import torch, hjepa_fast as hf
+from hjepa_fast.models import LatentHNN
+print("started", flush=True)
+try:
+    with torch.no_grad():
+        hf.rollout(LatentHNN(), torch.randn(256, 1024), 1e-3, 100_000, states="final", backend="cpp")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_interrupts_a_long_rollout():
+    """100,000 steps of 256 samples would take a quarter of an hour."""
+    process = subprocess.Popen([sys.executable, "-c", _ENDLESS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "started\n"
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert out == "interrupted\n"
+    assert process.returncode == 0
+
+
+def test_busy_machine():
+    """Threads that find their cores taken are sent away and called in again; the numbers stay the same."""
+    torch.set_num_threads(2)
+    case = Case(1, (512, 512, 256), n_steps=60).to(torch.float32)
+    expected = case.forward(cpp)
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        for _ in range(40):
+            assert all(torch.equal(x, y) for x, y in zip(case.forward(cpp), expected, strict=True))
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
 
 
 @pytest.mark.parametrize("path", [ROWS, FEATURES])

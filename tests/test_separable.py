@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import hjepa_fast as hf
 from hjepa_fast import ops, separable
@@ -123,6 +124,14 @@ def test_opcheck_and_compile():
         torch.full((1, 1), 0.3), 4, "leapfrog", *V.activation, *T.activation, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.hjepa_fast.rollout_separable.default, arguments)
+
+    detached = tree_map_only(torch.Tensor, lambda t: t.detach(), arguments)
+    states, H_path = torch.ops.hjepa_fast.rollout_separable(*detached)
+    torch.library.opcheck(
+        torch.ops.hjepa_fast.rollout_separable_backward.default,
+        (torch.randn_like(states), torch.randn_like(H_path), states, *detached),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
 
 
 def test_a_second_derivative_is_refused_by_name():

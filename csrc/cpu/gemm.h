@@ -29,7 +29,10 @@ struct Plain {
   using Unit = T;
   static constexpr i64 DEPTH = 1;
   static HJEPA_INLINE void add_product(Vec<T>& acc, Unit x, Vec<T> b) { acc += x * b; }
-  static HJEPA_INLINE Unit unit(T x, T) { return x; }
+  // units of LANES columns, of which n are there
+  static HJEPA_INLINE Vec<T> pair(const T* W, i64, i64, i64 n) { return load_first(W, n); }
+  // LANES units of a row of which `left` numbers are left
+  static HJEPA_INLINE Vec<T> along(const T* W, i64 left) { return load_first(W, left); }
   static const Unit* rows(const T* X, i64, i64, i64, T*) { return X; }
 };
 
@@ -42,20 +45,20 @@ struct Bf16 {
     acc = bits<Vec<float>>(_mm512_dpbf16_ps(bits<__m512>(acc), bits<__m512bh>(splat_bits(x)), bits<__m512bh>(b)));
   }
   static HJEPA_INLINE __m512i splat_bits(Unit x) { return _mm512_set1_epi32(bits<int>(x)); }
-  static HJEPA_INLINE Unit unit(float even, float odd) {
-    const __m128i pair = bits<__m128i>(_mm_cvtne2ps_pbh(_mm_setzero_ps(), _mm_setr_ps(even, odd, 0, 0)));
-    return bits<float>(_mm_cvtsi128_si32(pair));
+  static HJEPA_INLINE Vec<float> pair(const float* W, i64 left, i64 ldW, i64 n) {
+    const __m256i even = bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(load_first(W, n))));
+    const __m256i odd = bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(left > 1 ? load_first(W + ldW, n) : Vec<float>{})));
+    const __m512i wide = _mm512_cvtepu16_epi32(odd);
+    return bits<Vec<float>>(_mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(wide, 16)));
+  }
+  static HJEPA_INLINE Vec<float> along(const float* W, i64 left) {
+    const __m512 x0 = bits<__m512>(load_first(W, left)), x1 = bits<__m512>(load_first(W + 16, left - 16));
+    return bits<Vec<float>>(_mm512_cvtne2ps_pbh(x1, x0));
   }
   // The rows X [n, inner], padded with zeros to a whole number of pairs.
   static const Unit* rows(const float* X, i64 n, i64 inner, i64 ldx, float* converted) {
     for (i64 r = 0; r < n; ++r)
-      for (i64 k = 0; k < inner; k += 32) {
-        const __mmask16 low = inner - k < 16 ? (1u << (inner - k)) - 1 : 0xffff;
-        const __mmask16 high = inner - k < 32 ? (inner - k < 16 ? 0 : (1u << (inner - k - 16)) - 1) : 0xffff;
-        const __m512 x0 = _mm512_maskz_loadu_ps(low, X + r * ldx + k);
-        const __m512 x1 = _mm512_maskz_loadu_ps(high, X + r * ldx + k + 16);
-        store(converted + r * ldx + k / 2, bits<Vec<float>>(_mm512_cvtne2ps_pbh(x1, x0)));
-      }
+      for (i64 k = 0; k < inner; k += 32) store(converted + r * ldx + k / 2, along(X + r * ldx + k, inner - k));
     return converted;
   }
 };
@@ -67,33 +70,55 @@ i64 packed_size(i64 inner, i64 columns) {
   return n_panels<T>(columns) * ((inner + P::DEPTH - 1) / P::DEPTH) * NR<T>;
 }
 
+// rows[j][k] <-> rows[k][j]: blocks of half the size change places, then blocks within these.
+template <class T>
+HJEPA_INLINE void transpose(Vec<T>* rows) {
+  IntVec<T> lane;
+  for (int i = 0; i < LANES<T>; ++i) lane[i] = i;
+#pragma GCC unroll 8
+  for (int s = LANES<T> / 2; s; s /= 2) {
+    const IntVec<T> in_low = (lane & s) == 0;
+    const IntVec<T> low = in_low ? lane : lane - s + LANES<T>, high = in_low ? lane + s : lane + LANES<T>;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES<T>; ++i) {
+      if (i & s) continue;
+      const Vec<T> x = rows[i], y = rows[i + s];
+      rows[i] = shuffle(x, y, low);
+      rows[i + s] = shuffle(x, y, high);
+    }
+  }
+}
+
 template <class P, class T>
-void pack(const T* W, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last) {
-  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH, ldW = transposed ? inner : columns;
+void pack(const T* W, i64 ldW, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last) {
+  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH;
   for (i64 panel = first; panel < last; ++panel) {
     T* to = packed + panel * units * NR<T>;
-    const i64 column = panel * NR<T>, n = columns - column < NR<T> ? columns - column : NR<T>;
-    const auto at = [&](i64 k, i64 j) {
-      return k < inner && j < n ? (transposed ? W[(column + j) * ldW + k] : W[k * ldW + column + j]) : T(0);
-    };
-    if (P::DEPTH == 1 && !transposed && n == NR<T>) {
-      for (i64 k = 0; k < inner; ++k) __builtin_memcpy(to + k * NR<T>, W + k * ldW + column, NR<T> * sizeof(T));
-      continue;
+    for (i64 half = 0; half < NR<T>; half += LANES<T>) {
+      const i64 column = panel * NR<T> + half, left = columns - column;
+      const i64 n = left < 0 ? 0 : left < LANES<T> ? left : LANES<T>;
+      if (!transposed) {
+        for (i64 k = 0; k < units; ++k)
+          store(to + k * NR<T> + half, P::pair(W + P::DEPTH * k * ldW + column, inner - P::DEPTH * k, ldW, n));
+        continue;
+      }
+      for (i64 k0 = 0; k0 < units; k0 += LANES<T>) {
+        Vec<T> rows[LANES<T>] = {};
+        for (i64 j = 0; j < n; ++j) rows[j] = P::along(W + (column + j) * ldW + P::DEPTH * k0, inner - P::DEPTH * k0);
+        transpose<T>(rows);
+        for (i64 k = 0; k < LANES<T> && k0 + k < units; ++k) store(to + (k0 + k) * NR<T> + half, rows[k]);
+      }
     }
-    // short runs of k, so that the lines of a transposed W stay in the cache while they are used
-    for (i64 k0 = 0; k0 < units; k0 += 16)
-      for (i64 j = 0; j < NR<T>; ++j)
-        for (i64 k = k0; k < (k0 + 16 < units ? k0 + 16 : units); ++k)
-          to[k * NR<T> + j] = P::unit(at(P::DEPTH * k, j), P::DEPTH == 2 ? at(2 * k + 1, j) : T(0));
   }
 }
 
 // C [MR, NR] = X [MR, units] B, every number summed in the order of k whatever MR is.
 template <class P, int MR>
-void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* B, i64 units, typename P::Scalar* C, i64 ldc) {
+void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* B, i64 ldb, i64 units, typename P::Scalar* C,
+                  i64 ldc) {
   using T = typename P::Scalar;
   Vec<T> acc[MR][2] = {};
-  for (i64 k = 0; k < units; ++k, B += NR<T>) {
+  for (i64 k = 0; k < units; ++k, B += ldb) {
     const Vec<T> b0 = load(B), b1 = load(B + LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -165,21 +190,27 @@ HJEPA_INLINE void product(const T* X, i64 ldx, i64 rows, i64 inner, const T* B, 
   const auto* x = P::rows(X, rows, inner, ldx, converted);
   for (i64 column = 0; column < columns; column += NR<T>, B += units * NR<T>)
     over_rows(rows, [&]<int MR>(i64 row) {
-      product_tile<P, MR>(x + row * ldx, ldx, B, units, C + row * ldc + column, ldc);
+      product_tile<P, MR>(x + row * ldx, ldx, B, NR<T>, units, C + row * ldc + column, ldc);
       for (i64 r = row; r < row + MR; ++r) epilogue(C + r * ldc + column, r, column);
     });
 }
 
 template <class T>
-void multiply(const T* X, i64 first, i64 rows, i64 inner, const T* B, i64 columns, const Target<T>& y, T* scratch) {
-  product<Plain<T>>(X + first * inner, inner, rows, inner, B, columns, scratch, ld<T>(columns), static_cast<T*>(nullptr),
-                    [&](T* x, i64 r, i64 column) {
-                      const i64 row = first + r, group = row / y.group;
-                      T* to = y.to + group * y.group_stride + row % y.group * y.row_stride + column;
-                      const T* base = y.base ? y.base + group * y.base_stride + column : nullptr;
-                      const i64 n = columns - column < NR<T> ? columns - column : NR<T>;
-                      for (i64 j = 0; j < n; ++j) to[j] = base ? base[j] + x[j] : x[j];
-                    });
+void multiply(const T* X, i64 first, i64 rows, i64 inner, const Operand<T>& B, i64 column, i64 last, const Target<T>& y) {
+  T block[MAX_MR * NR<T>];
+  for (; column < last; column += NR<T>) {
+    const i64 n = last - column < NR<T> ? last - column : NR<T>;
+    over_rows(rows, [&]<int MR>(i64 r) {
+      product_tile<Plain<T>, MR>(X + (first + r) * inner, inner, B.at + column / NR<T> * B.panel_stride, B.row_stride, inner,
+                                 block, NR<T>);
+      for (i64 i = 0; i < MR; ++i) {
+        const i64 row = first + r + i, group = row / y.group;
+        T* to = y.to + group * y.group_stride + row % y.group * y.row_stride + column;
+        const T *x = block + i * NR<T>, *base = y.base ? y.base + group * y.base_stride + column : nullptr;
+        for (i64 j = 0; j < n; ++j) to[j] = base ? base[j] + x[j] : x[j];
+      }
+    });
+  }
 }
 
 // C [m, columns] += L^T R, L [n, m], R [n, columns]; rows of R and C are padded to whole panels.

@@ -196,6 +196,7 @@ struct Weights {
 
   struct Pack {
     const T* from;
+    i64 ld;
     bool transposed;
     i64 inner, columns;
     T* to;
@@ -206,7 +207,7 @@ struct Weights {
     const auto packed = [&](const Tensor& x, bool transposed) {
       const i64 inner = x.size(transposed), columns = x.size(!transposed);
       T* to = memory.take<T>(kernels.packed_size(inner, columns));
-      packs.push_back({data<T>(x), transposed, inner, columns, to});
+      packs.push_back({data<T>(x), x.size(1), transposed, inner, columns, to});
       return to;
     };
     for (int l = 0; l + 1 < p.L; ++l) {
@@ -224,7 +225,7 @@ struct Weights {
     share_out(team, n, [&](i64 i, int) {
       for (const Pack& pack : packs) {
         const i64 panels = kernels.n_panels(pack.columns);
-        if (i < panels) return kernels.pack(pack.from, pack.transposed, pack.inner, pack.columns, pack.to, i, i + 1);
+        if (i < panels) return kernels.pack(pack.from, pack.ld, pack.transposed, pack.inner, pack.columns, pack.to, i, i + 1);
         i -= panels;
       }
     });
@@ -389,31 +390,38 @@ void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, std::vector<Tensor>
 template <class T>
 void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, const Tensor& base, i64 n_threads, i64 isa) {
   const Kernels<T>& kernels = kernels_for<T>(isa, false);
-  const i64 m = X.size(0), inner = X.size(1), columns = Y.size(2), tiles = (m + kernels.tile_rows - 1) / kernels.tile_rows;
+  const i64 m = X.size(0), inner = X.size(1), columns = Y.size(2), panels = kernels.n_panels(columns);
   const Target<T> y{data<T>(Y), Y.size(1), Y.stride(0), Y.stride(1), data<T>(base), base.numel() ? base.stride(0) : 0};
-  Team team(int(std::min<i64>(n_threads, tiles)));
+  const i64 wide = 2 * kernels.lanes, size = inner * wide;
+  // few rows share out the columns, and W's whole panels are used as they are: packing costs more than it saves
+  const bool few = m <= kernels.tile_rows;
+  const i64 as_is = few && !transposed ? columns / wide : 0;
+  const i64 row_tiles = few ? 1 : (m + kernels.tile_rows - 1) / kernels.tile_rows, column_tiles = few ? panels : 1;
+  if (m * inner * columns < WORTH_A_THREAD) n_threads = 1;
+  Team team(int(std::min<i64>(n_threads, row_tiles * column_tiles)));
   T* packed = nullptr;
-  std::vector<T*> scratch(team.size());
-  lay_out(team, [&](Memory& memory) {
-    packed = memory.template take<T>(kernels.packed_size(inner, columns));
-    for (T*& own : scratch) own = memory.template take<T>(kernels.tile_rows * kernels.ld(columns));
+  lay_out(team, [&](Memory& memory) { packed = memory.template take<T>((panels - as_is) * size); });
+  packed -= as_is * size;
+  const Operand<T> whole{data<T>(W), transposed ? 0 : W.stride(0), wide}, rest{packed, wide, size};
+  share_out(team, panels - as_is, [&](i64 i, int) {
+    kernels.pack(data<T>(W), W.stride(0), transposed, inner, columns, packed, as_is + i, as_is + i + 1);
   });
-  share_out(team, kernels.n_panels(columns),
-            [&](i64 i, int) { kernels.pack(data<T>(W), transposed, inner, columns, packed, i, i + 1); });
-  share_out(team, tiles, [&](i64 i, int thread) {
-    const i64 from = m * i / tiles, to = m * (i + 1) / tiles;
-    kernels.multiply(data<T>(X), from, to - from, inner, packed, columns, y, scratch[thread]);
+  share_out(team, row_tiles * column_tiles, [&](i64 i, int) {
+    const i64 row = m * (i / column_tiles) / row_tiles, rows = m * (i / column_tiles + 1) / row_tiles - row;
+    const i64 panel = i % column_tiles, last = few ? std::min((panel + 1) * wide, columns) : columns;
+    kernels.multiply(data<T>(X), row, rows, inner, panel < as_is ? whole : rest, panel * wide, last, y);
   });
 }
 
 // Y [B, n, columns] = base [B, columns] (if not empty) + X [B n, inner] W, W [inner, columns] or, transposed, its transpose.
 void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t n_threads, int64_t isa) {
   const auto dtype = Y.scalar_type();
+  const auto along_rows = [](const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) <= 1; };
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
   STD_TORCH_CHECK(X.scalar_type() == dtype && W.scalar_type() == dtype && base.scalar_type() == dtype && X.is_contiguous() &&
-                      W.is_contiguous() && Y.dim() == 3 && Y.stride(2) == 1 && X.size(0) == Y.size(0) * Y.size(1) &&
+                      Y.dim() == 3 && along_rows(Y) && along_rows(W) && X.size(0) == Y.size(0) * Y.size(1) &&
                       X.size(1) == W.size(transposed) && Y.size(2) == W.size(!transposed) &&
-                      (!base.numel() || (base.size(0) == Y.size(0) && base.size(1) == Y.size(2) && base.stride(1) == 1)),
+                      (!base.numel() || (base.size(0) == Y.size(0) && base.size(1) == Y.size(2) && along_rows(base))),
                   "hjepa_fast_cpp: unlike factors");
   (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, n_threads, isa);
 }

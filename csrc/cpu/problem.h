@@ -70,6 +70,13 @@ struct Sums {
   T* b[MAX_LAYERS];
 };
 
+// The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.
+template <class T>
+struct Operand {
+  const T* at;
+  i64 row_stride, panel_stride;
+};
+
 // Where a product goes: row r to `to` + (r / group) group_stride + (r % group) row_stride, added to row r / group of `base`
 // if that is not null.
 template <class T>
@@ -89,9 +96,9 @@ struct Kernels {
   i64 (*packed_size)(i64 inner, i64 columns);
   i64 (*n_panels)(i64 columns);
   // panels first..last-1 of the operand B [inner, columns] = W [columns, inner]^T if transposed, else W [inner, columns]
-  void (*pack)(const T* W, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last);
-  // rows first..first+rows-1 of X [*, inner] B, B packed; scratch: rows ld(columns)
-  void (*multiply)(const T* X, i64 first, i64 rows, i64 inner, const T* B, i64 columns, const Target<T>&, T* scratch);
+  void (*pack)(const T* W, i64 ldW, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last);
+  // rows first..first+rows-1 of X [*, inner] B, columns `column` (a panel's first) to last-1
+  void (*multiply)(const T* X, i64 first, i64 rows, i64 inner, const Operand<T>& B, i64 column, i64 last, const Target<T>&);
   i64 (*forward_scratch)(const Problem<T>&, i64 rows);
   void (*forward)(const Problem<T>&, i64 row, i64 rows, T* scratch);
   i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums);

@@ -37,6 +37,28 @@ HJEPA_INLINE void store(T* x, Vec<T> v) {
   __builtin_memcpy(x, &v, sizeof v);
 }
 
+// The first n numbers at x, or all there is room for, then zeros.
+template <class T>
+HJEPA_INLINE Vec<T> load_first(const T* x, i64 n) {
+  if (n >= LANES<T>) return load(x);
+  Vec<T> v = {};
+  for (i64 i = 0; i < n; ++i) v[i] = x[i];
+  return v;
+}
+
+// Lane i of the result is lane from[i] of x followed by y.
+template <class V, class I>
+HJEPA_INLINE V shuffle(V x, V y, I from) {
+#if defined(__clang__)
+  V z;
+  constexpr int n = sizeof(V) / sizeof(x[0]);
+  for (int i = 0; i < n; ++i) z[i] = from[i] < n ? x[from[i]] : y[from[i] - n];
+  return z;
+#else
+  return __builtin_shuffle(x, y, from);
+#endif
+}
+
 template <class T>
 HJEPA_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};

@@ -23,8 +23,9 @@ _MAX_LAYERS = 32
 # Between two calls of the extension Python looks for Ctrl-C: multiplications in a call, about a second's worth.
 _CHUNK = 5e10
 
-# Products of fewer rows do not pay for packing W, those of a longer inner dimension do not keep it in the cache.
-_MANY_ROWS, _MOST_INNER = 64, 4096
+# Products of fewer rows, or of fewer but for which W must be packed first, and those of a longer inner dimension than the
+# cache holds are the library's.
+_SOME_ROWS, _MANY_ROWS, _MOST_INNER = 4, 64, 4096
 
 # For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
 # (0 by batch size, 1 threads share the rows, 2 threads share the features).
@@ -100,16 +101,18 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None
     """
     inner = x.shape[-1]
     n_rows = x.numel() // max(inner, 1)
-    if n_rows < _MANY_ROWS or not 0 < inner <= _MOST_INNER or not W.numel() or not available():
+    by_rows = W.stride(1) == 1
+    enough = n_rows >= (_SOME_ROWS if by_rows else _MANY_ROWS)
+    if not enough or not 0 < inner <= _MOST_INNER or not W.numel() or not available():
         return torch_backend.product(x, W, out, base)
     y = x.new_empty(*x.shape[:-1], W.shape[1]) if out is None else out
-    transposed = W.stride(0) == 1 and W.stride(1) != 1
+    transposed = not by_rows and W.stride(0) == 1
     torch.ops.hjepa_fast_cpp.product(
         y if y.ndim == 3 else y[:, None],
         x.reshape(n_rows, inner).contiguous(),
-        (W.T if transposed else W).contiguous(),
+        W.T if transposed else W if by_rows else W.contiguous(),
         transposed,
-        x.new_empty(0) if base is None else base,
+        x.new_empty(0) if base is None else base if base.stride(1) == 1 else base.contiguous(),
         torch.get_num_threads(),
         isa,
     )
