@@ -7,14 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, ops, validation  # noqa: F401  (ops registers the operators)
+from . import hamiltonian, hidden_space, ops, validation  # noqa: F401  (ops registers the operators)
 from .backends import cpp, reference
 from .hamiltonian import SeparableHamiltonian
-from .schemes import SCHEMES
+from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
 BACKENDS = ("auto", "reference", "torch", "cpp")
-MEMORY = ("store", "recompute", "checkpoint")
+MEMORY = ("store", "recompute", "checkpoint", "reversible")
+
+
+class Solve(NamedTuple):
+    """How well the equations of implicit steps were solved."""
+
+    converged: Tensor
+    """[..., n_steps], bool: whether a step's states are those of the method, up to the tolerance."""
+    residual: Tensor
+    """[..., n_steps]: the largest difference between a point and where its own gradient takes it, in the first
+    pre-activation, relative to the largest number there, or to 1 if that is larger."""
+    evaluations: Tensor
+    """[..., n_steps], int32: gradients of H that a step took."""
 
 
 class Rollout(NamedTuple):
@@ -23,7 +35,12 @@ class Rollout(NamedTuple):
     states: Tensor
     """[..., n_steps + 1, 2d], the initial state first; with `states="final"` the last one only, [..., 2d]."""
     energy: Tensor | None
-    """H at those states, [..., n_steps + 1], or None if it was not asked for."""
+    """H at every state, [..., n_steps + 1], or None if it was not asked for."""
+    solve: Solve | None = None
+    """Of an implicit integrator; None for an explicit one, and for backend="reference"."""
+    distance: Tensor | None = None
+    """|(q, p) - (x, y)| of the copies of "tao" after each step, [..., n_steps]; None for any other, and for
+    backend="reference"."""
 
 
 def rollout(
@@ -37,6 +54,10 @@ def rollout(
     states: str = "all",
     memory: str = "store",
     backend: str = "auto",
+    tolerance: float | None = None,
+    max_evaluations: int = 50,
+    unconverged: str = "raise",
+    omega: float = 1.0,
 ) -> Rollout:
     """Roll an MLP Hamiltonian's dynamics q' = dH/dp, p' = -dH/dq forward in time, all steps in one call.
 
@@ -52,7 +73,11 @@ def rollout(
     n_steps : int
         Number of steps, >= 0.
     integrator : str
-        "leapfrog" (H-JEPA's Algorithm 1; symplectic only for a separable H) or "euler" (forward Euler).
+        Symplectic and reversible for any H: "implicit-leapfrog" (order 2), "implicit-midpoint" (2), "yoshida4", "suzuki4",
+        "yoshida6" (compositions of the first; with "-midpoint" appended, of the second). Symplectic: "symplectic-euler" (1).
+        "tao" (2, explicit, symplectic for two coupled copies of the state). "leapfrog" is H-JEPA's Algorithm 1: symplectic
+        only for a separable H, of order 1 for any other. "euler" (1) and "rk4" (4) are not symplectic. `schemes.SCHEMES`
+        has their sources. A `SeparableHNN` takes those that are explicit for it, for which "implicit-leapfrog" is "leapfrog".
     energy : bool
         Also return H at every state.
     states : str
@@ -60,6 +85,8 @@ def rollout(
     memory : str
         What is kept for the backward pass: "store" (every layer's values), "recompute" (the first layer's at each
         sub-step), "checkpoint" (the first layer's, every sqrt(n_steps) steps). Less memory, more time; same gradients.
+        "reversible" keeps at most eight states of a rollout, however long, and rebuilds the others by stepping back, which
+        takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
         A `SeparableHNN` keeps its states and nothing else.
     backend : str
         "auto" (the fastest that is there, see `backends`), "cpp", "torch", or "reference" (nested autograd, the only one
@@ -69,12 +96,14 @@ def rollout(
     -------
     Rollout
         `.states` [..., n_steps + 1, 2d] (or [..., 2d]) and `.energy` [..., n_steps + 1] or None, both differentiable with
-        respect to z0, dt and every parameter of `hnn`.
+        respect to z0, dt and every parameter of `hnn`; `.solve`.
 
     Raises
     ------
     TypeError, ValueError
         An argument that cannot be used; the message shows it.
+    ConvergenceError
+        dt is too large for an implicit integrator; the message names the largest residual.
     RuntimeError
         A backend asked for by name that is not there, or a second derivative through one that has none.
     """
@@ -85,15 +114,22 @@ def rollout(
     validation.check_choice(states, ("all", "final"), "states")
     validation.check_choice(memory, MEMORY, "memory")
     validation.check_choice(backend, BACKENDS, "backend")
+    validation.check_choice(unconverged, ("raise", "flag"), "unconverged")
+    tolerance = validation.as_tolerance(tolerance, hidden_space.work_dtype(z0.dtype))
+    validation.check_positive(max_evaluations, "max_evaluations")
+    validation.check_finite(omega, "omega")
     dt = validation.as_step_sizes(dt, z0, n_steps)
 
     lead, every_state = z0.shape[:-1], states == "all"
     z0 = z0.reshape(-1, mlp.latent_dim)
     hamiltonian.check_forward(hnn, mlp, z0)
     backend = choose_backend(backend, z0)
+    separable = isinstance(mlp, SeparableHamiltonian)
+    _check_combination(integrator, separable, memory, backend)
     H: Tensor | None
+    solve = distance = None
     if backend == "reference":
-        path = reference.rollout(mlp, z0, dt, n_steps, integrator)
+        path = reference.rollout(mlp, z0, dt, n_steps, integrator, omega)
         H = mlp.energy(path) if energy else None
         path = path if every_state else path[:, -1:]
     elif isinstance(mlp, SeparableHamiltonian):
@@ -106,11 +142,30 @@ def rollout(
     else:
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
             memory = "none"
-        path, H, *_ = torch.ops.hjepa_fast.rollout(
-            z0, mlp.weights, mlp.biases, dt, n_steps, integrator, *mlp.activation, every_state, energy, memory, backend
-        )
+        path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
+            z0, mlp.weights, mlp.biases, dt, n_steps, integrator, *mlp.activation, every_state, energy, memory,
+            tolerance, max_evaluations, unconverged == "raise", omega, backend,
+        )  # fmt: skip
+        if SCHEMES[integrator].implicit:
+            residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
+            solve = Solve(residual <= tolerance, residual, evaluations)
+        elif integrator == "tao":
+            distance = residual.reshape(*lead, n_steps)
     path = path.reshape(*lead, n_steps + 1, mlp.latent_dim) if every_state else path.reshape(*lead, mlp.latent_dim)
-    return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None)
+    return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
+
+
+def _check_combination(integrator: str, separable: bool, memory: str, backend: str) -> None:
+    scheme = SCHEMES[integrator]
+    if separable and backend != "reference" and for_separable(scheme) is None:
+        explicit = [name for name in INTEGRATORS if for_separable(SCHEMES[name])]
+        raise ValueError(
+            f'integrator "{integrator}" is not there for a SeparableHNN with backend "{backend}"; use one of '
+            f'{", ".join(explicit)}, or backend="reference"'
+        )
+    if memory == "reversible" and not separable and not scheme.general.reversible:
+        able = [name for name in INTEGRATORS if SCHEMES[name].general.reversible]
+        raise ValueError(f'memory="reversible" needs a reversible integrator, one of {", ".join(able)}; found "{integrator}"')
 
 
 def choose_backend(backend: str, z0: Tensor) -> str:

@@ -33,3 +33,7 @@ class CheckpointError(HJEPAError):
 
 class TrainingError(HJEPAError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class ConvergenceError(HJEPAError, ArithmeticError):
+    """The equation of an implicit step was not solved to the tolerance."""

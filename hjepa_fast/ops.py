@@ -16,50 +16,76 @@ from torch.utils._pytree import tree_map_only
 
 from . import hidden_space, separable
 from .activations import Activation
+from .backends.torch import Solver
 from .hamiltonian import Term
 from .hidden_space import Problem
-from .schemes import SCHEMES
+from .schemes import SCHEMES, SubStep, for_separable
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps]. These attributes follow the tensors in both operators.
-_ATTRIBUTES = (
+_SCHEMA = (
     "int n_steps, str integrator, str activation, float beta, float threshold, bool every_state, bool with_energy, "
-    "str memory, str backend"
+    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
 )
 torch.library.define(
     "hjepa_fast::rollout",
-    f"(Tensor z0, Tensor[] weights, Tensor[] biases, Tensor dt, {_ATTRIBUTES}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor z0, Tensor[] weights, Tensor[] biases, Tensor dt, {_SCHEMA}) -> "
+    "(Tensor states, Tensor energy, Tensor tape, Tensor kept, Tensor residual, Tensor evaluations)",
 )
 torch.library.define(
     "hjepa_fast::rollout_backward",
     "(Tensor? g_states, Tensor? g_energy, Tensor tape, Tensor kept, Tensor z0, Tensor[] weights, Tensor[] biases, Tensor dt, "
-    f"bool need_weights, {_ATTRIBUTES}) -> (Tensor, Tensor[], Tensor)",
+    f"bool need_weights, {_SCHEMA}) -> (Tensor, Tensor[], Tensor)",
 )
 
 
-def _problem(z0: Tensor, weights: list[Tensor], biases: list[Tensor], dt: Tensor, attributes: tuple[Any, ...]) -> Problem:
-    n_steps, integrator, activation, beta, threshold, every_state, with_energy, memory, _ = attributes
+class Attributes(NamedTuple):
+    """What is not a tensor, in the schema's order."""
+
+    n_steps: int
+    integrator: str
+    activation: str
+    beta: float
+    threshold: float
+    every_state: bool
+    with_energy: bool
+    memory: str
+    tolerance: float
+    max_evaluations: int
+    must_converge: bool
+    omega: float
+    backend: str
+
+    @property
+    def stages(self) -> tuple[SubStep, ...]:
+        return hidden_space.stages_of(SCHEMES[self.integrator], self.with_energy)
+
+    def loop(self) -> ModuleType:
+        return importlib.import_module(f"hjepa_fast.backends.{self.backend}")
+
+
+def _problem(z0: Tensor, weights: list[Tensor], biases: list[Tensor], dt: Tensor, x: Attributes) -> Problem:
     work = hidden_space.work_dtype(z0.dtype)
     return Problem(
         z0=z0.to(work),
         weights=[weights[0].to(work), *weights[1:]],
         biases=[biases[0].to(work), *biases[1:]],
-        dt=dt.to(work).expand(-1, n_steps),
-        activation=Activation(activation, beta, threshold),
-        scheme=SCHEMES[integrator],
-        every_state=every_state,
-        with_energy=with_energy,
-        memory=memory,
+        dt=dt.to(work).expand(-1, x.n_steps),
+        activation=Activation(x.activation, x.beta, x.threshold),
+        stages=x.stages,
+        every_state=x.every_state,
+        with_energy=x.with_energy,
+        memory=x.memory,
+        solver=Solver(x.tolerance, x.max_evaluations),
+        must_converge=x.must_converge,
+        omega=x.omega if x.integrator == "tao" else None,
     )
-
-
-def _loop(backend: str) -> ModuleType:
-    return importlib.import_module(f"hjepa_fast.backends.{backend}")
 
 
 @torch.library.impl("hjepa_fast::rollout", "CompositeExplicitAutograd")
 def _rollout(z0: Tensor, weights: list[Tensor], biases: list[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
-    states, energy, tape, kept = hidden_space.forward(_loop(attributes[-1]), _problem(z0, weights, biases, dt, attributes))
-    return states.to(z0.dtype), energy.to(z0.dtype), tape, kept
+    x = Attributes(*attributes)
+    out = hidden_space.forward(x.loop(), _problem(z0, weights, biases, dt, x))
+    return out.states.to(z0.dtype), out.energy.to(z0.dtype), *out[2:]
 
 
 @torch.library.impl("hjepa_fast::rollout_backward", "CompositeExplicitAutograd")
@@ -75,25 +101,27 @@ def _rollout_backward(
     need_weights: bool,
     *attributes: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    problem = _problem(z0, weights, biases, dt, attributes)
+    x = Attributes(*attributes)
+    problem = _problem(z0, weights, biases, dt, x)
     g_states, g_energy = (None if g is None else g.to(tape.dtype) for g in (g_states, g_energy))
-    g_z0, g_weights, g_biases, g_dt = hidden_space.backward(
-        _loop(attributes[-1]), problem, g_states, g_energy, tape, kept, need_weights
-    )
+    g_z0, g_weights, g_biases, g_dt = hidden_space.backward(x.loop(), problem, g_states, g_energy, tape, kept, need_weights)
     return g_z0.to(z0.dtype), [g.to(z0.dtype) for g in (*g_weights, *g_biases)], g_dt.sum_to_size(dt.shape).to(dt.dtype)
 
 
 @torch.library.register_fake("hjepa_fast::rollout")
 def _(z0: Tensor, weights: list[Tensor], biases: list[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
-    n_steps, integrator, _, _, _, every_state, with_energy, memory, _ = attributes
-    batch, work = z0.shape[0], hidden_space.work_dtype(z0.dtype)
+    x = Attributes(*attributes)
+    batch, n_steps, work = z0.shape[0], x.n_steps, hidden_space.work_dtype(z0.dtype)
     widths = [w.shape[0] for w in weights[:-1]] or [1]
-    tape, kept = hidden_space.saved_widths(widths, n_steps, len(SCHEMES[integrator]), memory, every_state)
+    tape, kept = hidden_space.saved_widths(widths, n_steps, len(x.stages), x.memory, x.every_state)
+    implicit = SCHEMES[x.integrator].implicit
     return (
-        z0.new_empty(batch, n_steps + 1 if every_state else 1, z0.shape[1]),
-        z0.new_empty(batch, n_steps + 1 if with_energy else 0),
+        z0.new_empty(batch, n_steps + 1 if x.every_state else 1, z0.shape[1]),
+        z0.new_empty(batch, n_steps + 1 if x.with_energy else 0),
         z0.new_empty(batch, tape, dtype=work),
         z0.new_empty(batch, kept, dtype=work),
+        z0.new_empty(batch, n_steps if implicit or x.integrator == "tao" else 0, dtype=work),
+        z0.new_empty(batch, n_steps if implicit else 0, dtype=torch.int32),
     )
 
 
@@ -116,7 +144,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z0, weights, biases, dt, *attributes = inputs
-    _, _, tape, kept = output
+    _, _, tape, kept, residual, evaluations = output
+    ctx.mark_non_differentiable(residual, evaluations)
     ctx.attributes, ctx.n_layers = tuple(attributes), len(weights)
     ctx.save_for_backward(tape, kept, z0, dt, *weights, *biases)
     ctx.set_materialize_grads(False)
@@ -188,6 +217,12 @@ class _Separable(NamedTuple):
     t_threshold: float
     with_energy: bool
 
+    @property
+    def moves(self) -> tuple[SubStep, ...]:
+        moves = for_separable(SCHEMES[self.integrator])
+        assert moves is not None  # the caller has checked
+        return moves
+
     def terms(self, dtype: torch.dtype) -> tuple[Term, Term]:
         """V and T, their tensors in `dtype`."""
         V = Term(
@@ -206,7 +241,7 @@ def _rollout_separable(*arguments: Any) -> tuple[Tensor, Tensor]:
     x = _Separable(*arguments)
     work = hidden_space.work_dtype(x.z0.dtype)
     dt = x.dt.to(work).expand(-1, x.n_steps)
-    states, energy = separable.forward(*x.terms(work), x.z0.to(work), dt, SCHEMES[x.integrator], x.with_energy)
+    states, energy = separable.forward(*x.terms(work), x.z0.to(work), dt, x.moves, x.with_energy)
     return states.to(x.z0.dtype), energy.to(x.z0.dtype)
 
 
@@ -218,7 +253,7 @@ def _rollout_separable_backward(
     work = hidden_space.work_dtype(x.z0.dtype)
     g_states, g_energy = (None if g is None else g.to(work) for g in (g_states, g_energy))
     dt = x.dt.to(work).expand(-1, x.n_steps)
-    g_z0, V, T, g_dt = separable.backward(*x.terms(work), g_states, g_energy, states.to(work), dt, SCHEMES[x.integrator])
+    g_z0, V, T, g_dt = separable.backward(*x.terms(work), g_states, g_energy, states.to(work), dt, x.moves)
     stiffness = [g for g in (V.stiffness, T.stiffness) if g is not None]
     parameters = [*V.weights, *V.biases, *T.weights, *T.biases, *stiffness]
     return [g_z0.to(x.z0.dtype), *[g.to(x.z0.dtype) for g in parameters], g_dt.sum_to_size(x.dt.shape).to(x.dt.dtype)]

@@ -98,7 +98,7 @@ def forward(
     at_p: Evaluation | None = None
     for t in range(dt.shape[1]):
         dt_t = dt[:, t, None]
-        for i, (kick, drift) in enumerate(scheme):
+        for i, (kick, drift, *_) in enumerate(scheme):
             if path is not None:
                 path.append(torch.cat((q, p), dim=1))
             if kick and at_q is None:
@@ -174,7 +174,7 @@ def backward(
         dt_t = dt[:, t - 1, None]
         path: list[Tensor] = []
         forward(V, T, states[:, t - 1], dt[:, t - 1 : t], scheme, False, path)
-        for (kick, drift), before in zip(scheme[::-1], path[::-1], strict=True):
+        for (kick, drift, *_), before in zip(scheme[::-1], path[::-1], strict=True):
             q, p = before.chunk(2, dim=1)
             # each changed what the other reads; its cotangent must be complete before it is passed on
             if drift:

@@ -96,3 +96,43 @@ def check_choice(value: str, choices: Sequence[str], name: str) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
+
+
+def as_tolerance(tolerance: float | None, dtype: torch.dtype) -> float:
+    """The tolerance given, or 4 units of rounding of `dtype`.
+
+    Raises
+    ------
+    ValueError
+        Not positive, or below one unit of rounding, which no solution can be sure to reach.
+    """
+    eps = torch.finfo(dtype).eps
+    if tolerance is None:
+        return 4 * eps
+    if not eps <= tolerance < 1:
+        raise ValueError(f"tolerance must be from one unit of rounding ({eps:.1e} for {dtype}) to 1, found {tolerance}")
+    return tolerance
+
+
+def check_positive(n: int, name: str) -> None:
+    """n must be an int > 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"{name} must be an int, found {type(n).__name__} {n!r}")
+    if n < 1:
+        raise ValueError(f"{name} must be positive, found {n}")
+
+
+def check_finite(x: float, name: str) -> None:
+    """x must be a finite number.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, found {x}")

@@ -19,14 +19,21 @@ from torch import Tensor
 from hjepa_fast.activations import NAMES, Activation
 from hjepa_fast.backends import cpp
 from hjepa_fast.backends import torch as torch_backend
-from hjepa_fast.backends.torch import Gradients, Tail
+from hjepa_fast.backends.torch import Gradients, Solver, Tail
+from hjepa_fast.hidden_space import stages_of
 from hjepa_fast.schemes import SCHEMES, SubStep
 
 N_STEPS = 3
 ROWS, FEATURES = 1, 2
 # more sub-steps than any real scheme; with both moves, one, the other, none
 MANY = (SubStep(0.3, 0.2), SubStep(0.0, 0.5), SubStep(0.4, 0.0), SubStep(0.0, 0.0), SubStep(-0.2, 0.3))
-ALL_SCHEMES = {**SCHEMES, "many": MANY}
+# with energies, so that one list serves both; a composition only repeats its base
+ALL_SCHEMES = {
+    **{name: stages_of(SCHEMES[name], True) for name in ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")},
+    "many": MANY,
+}
+SOLVER = Solver(4 * torch.finfo(torch.float64).eps, 50)
+SOLVER_32 = Solver(4 * torch.finfo(torch.float32).eps, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,9 +103,15 @@ class Case:
 
     def forward(self, backend, memory="store", every_state=True, with_energy=True):
         with threads_for(backend):
-            return backend.forward(
-                self.a, self.K, self.tail, self.dt, self.scheme, self.n_steps, every_state, with_energy, memory
+            out = backend.forward(
+                self.a, self.K, self.tail, self.dt, self.scheme, self.n_steps, every_state, with_energy, memory, self.solver
             )
+        self.solved = out.residual, out.evaluations
+        return out[:5]
+
+    @property
+    def solver(self) -> Solver:
+        return SOLVER if self.a.dtype == torch.float64 else SOLVER_32
 
     def backward(self, backend, tape, memory="store", every_state=True, with_energy=True, with_sums=True):
         sums = None
@@ -109,7 +122,9 @@ class Case:
         gsq, gsp = self.of_states if every_state else self.of_states[:, :, -1:]
         gE = self.of_energy if with_energy else None
         with threads_for(backend):
-            out = backend.backward(*self.cotangents, gsq, gsp, gE, tape, self.K, self.tail, self.dt, self.scheme, memory, sums)
+            out = backend.backward(
+                *self.cotangents, gsq, gsp, gE, tape, self.K, self.tail, self.dt, self.scheme, memory, sums, self.solver
+            )
         return [*out, *([] if sums is None else [sums.K, *sums.weights, *sums.biases])]
 
 
@@ -137,6 +152,8 @@ def test_float64_equals_torch(isa, path, memory, monkeypatch, poisoned):
     monkeypatch.setattr(cpp, "path", path)
     cases = itertools.product(WIDTHS, (1, 2, 3, 5, 8, 33, 67), ALL_SCHEMES)
     for i, (widths, batch, scheme) in enumerate(cases):
+        if path == FEATURES and any(stage.implicit for stage in ALL_SCHEMES[scheme]):
+            continue  # always by rows
         # every pair of the smaller options comes up many times over the cases
         case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, seed=i)
         options = {"every_state": i % 3 > 0, "with_energy": i % 5 > 0}
@@ -170,7 +187,7 @@ def one_unit(a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]
     one, zero = a.new_ones(1, 1), a.new_zeros(1, 1)
     tail, scheme = Tail([one], [a.new_zeros(1)], activation), (SubStep(0.0, 1.0),)
     a = a[:, None]
-    _, sq, _, energy, tape = cpp.forward(a, zero, tail, one, scheme, 1, False, True, "store")
+    _, sq, _, energy, tape, *_ = cpp.forward(a, zero, tail, one, scheme, 1, False, True, "store", SOLVER)
     nothing = torch.zeros_like(a)
     # with K = 0 the tangent is lsq
     la, *_ = cpp.backward(
@@ -187,6 +204,7 @@ def one_unit(a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]
         scheme,
         "store",
         None,
+        SOLVER,
     )
     return energy[:, 0], sq[:, 0, 0], la[:, 0]
 
@@ -308,7 +326,7 @@ def test_other_threads_run_meanwhile():
     a, K, tail = case.a, case.K, case.tail
     dt = torch.full((1, 400), 1e-3)
     before = counted[0]
-    cpp.forward(a, K, tail, dt, SCHEMES["leapfrog"], 400, False, False, "none")
+    cpp.forward(a, K, tail, dt, ALL_SCHEMES["leapfrog"], 400, False, False, "none", SOLVER_32)
     during = counted[0] - before
     stop.set()
     thread.join(timeout=60)
@@ -411,11 +429,11 @@ def test_bfloat16_weights(batch):
     sums = Gradients.zeros(case.K, rounded.tail)
     gsq, gsp = case.of_states
     args = (*case.cotangents, gsq, gsp, case.of_energy)
-    grads = cpp.backward(*args, found[-1], case.K, case.tail, case.dt, case.scheme, "store", sums)
+    grads = cpp.backward(*args, found[-1], case.K, case.tail, case.dt, case.scheme, "store", sums, SOLVER_32)
     exact_sums = Gradients.zeros(exact.K, exact.tail)
     exact_args = (*exact.cotangents, *exact.of_states, exact.of_energy)
     exact_grads = torch_backend.backward(
-        *exact_args, expected[-1], exact.K, exact.tail, exact.dt, exact.scheme, "store", exact_sums
+        *exact_args, expected[-1], exact.K, exact.tail, exact.dt, exact.scheme, "store", exact_sums, SOLVER
     )
     assert error([*grads, sums.K, *sums.weights], [*exact_grads, exact_sums.K, *exact_sums.weights]) < 0.05
     assert all(x.dtype == torch.float32 for x in (*found, *grads))
@@ -440,7 +458,7 @@ def test_missing_extension_is_named(tmp_path):
         "assert not cpp.available()\n"
         "assert 'HJEPA_FAST_BUILD=1' in cpp.why_not()\n"
         "try:\n"
-        "    cpp.forward(*[None] * 9)\n"
+        "    cpp.forward(*[None] * 10)\n"
         "except RuntimeError as error:\n"
         "    assert 'HJEPA_FAST_BUILD=1' in str(error)\n"
         "else:\n"

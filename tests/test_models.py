@@ -154,7 +154,11 @@ def test_layers_with_hooks_are_refused():
         (lambda h, z: hf.leapfrog(h, z, torch.ones(3), 2), ValueError, r"broadcast to \[2, 2\]; found \[3\]"),
         (lambda h, z: hf.leapfrog(h, z, torch.ones(1, 2, 2), 2), ValueError, r"found \[1, 2, 2\]"),
         (lambda h, z: hf.leapfrog(h, z, torch.tensor(1), 2), TypeError, "floating-point tensor, found torch.int64"),
-        (lambda h, z: hf.rollout(h, z, 0.1, 1, integrator="verlet"), ValueError, "one of leapfrog, euler; found 'verlet'"),
+        (
+            lambda h, z: hf.rollout(h, z, 0.1, 1, integrator="verlet"),
+            ValueError,
+            "one of leapfrog, implicit-leapfrog, .*; found 'verlet'",
+        ),
         (lambda h, z: hf.rollout(h, z, 0.1, 1, backend="fast"), ValueError, "backend must be one of .* found 'fast'"),
         (lambda h, z: hf.LatentHNN(5), ValueError, "even and positive .* found 5"),
         (lambda h, z: hf.LatentHNN(4, (3,), "relu"), ValueError, "found 'relu'"),

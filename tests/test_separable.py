@@ -8,7 +8,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import hjepa_fast as hf
-from hjepa_fast import ops, separable
+from hjepa_fast import separable
+from hjepa_fast.schemes import SCHEMES, for_separable
 from hjepa_fast.testing import make_states
 from test_ops import assert_all_close, gradients
 
@@ -65,7 +66,9 @@ def test_a_step_costs_two_gradients(monkeypatch):
     from hjepa_fast import hamiltonian
 
     H = hamiltonian.from_module(hnn)
-    separable.forward(H.V, H.T, make_states(3, 6), torch.full((1, 9), 0.2, dtype=torch.float64), ops.SCHEMES["leapfrog"], False)
+    separable.forward(
+        H.V, H.T, make_states(3, 6), torch.full((1, 9), 0.2, dtype=torch.float64), for_separable(SCHEMES["leapfrog"]), False
+    )
     assert counted == {"V": 10, "T": 9}
 
 

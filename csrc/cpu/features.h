@@ -226,16 +226,17 @@ struct FeatureThread {
         call_in(*barrier, t, flip);
       }
       for (int i = 0; i < p.n_sub; ++i) {
-        const T kick = T(p.scheme[2 * i]), drift = T(p.scheme[2 * i + 1]);
+        const SubStep<T> s(p, i);
+        const T kick = s.kick, drift = s.drift;
         evaluate(i == 0 && p.energy ? p.energy + t : nullptr,
                  p.tape_width ? p.tape + (t * p.n_sub + i) * p.tape_width : nullptr, strideT);
         for (i64 b = 0; b < B; ++b) {
           const T dt = p.dt[b * p.dt_stride + t];
           for (i64 c = b * w; c < b * w + padded; c += LANES<T>) {
-            const Vec<T> s = dt * load(step + c);
-            store(step + c, s);
-            if (kick) store(sp + c, load(sp + c) - kick * s);
-            if (drift) store(sq + c, load(sq + c) + drift * s);
+            const Vec<T> moved = dt * load(step + c);
+            store(step + c, moved);
+            if (kick) store(sp + c, load(sp + c) - kick * moved);
+            if (drift) store(sq + c, load(sq + c) + drift * moved);
           }
         }
         if (drift) clear_partials(padded);

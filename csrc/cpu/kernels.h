@@ -9,6 +9,8 @@
 
 #include "gemm.h"
 
+#include "solve.h"
+
 #include "rows.h"
 
 #include "features.h"

@@ -72,7 +72,8 @@ struct Arguments {
   i64 begin, end, activation;
   double beta, threshold;
   bool bf16;
-  i64 n_threads, isa, path;
+  double tolerance;
+  i64 max_evaluations, n_threads, isa, path;
 };
 
 template <class T>
@@ -105,6 +106,9 @@ Problem<T> problem_of(const Tensor& a, const Tensor& sq, const Tensor& tape, con
   p.end = in.end;
   p.n_sub = int(in.scheme.size(0));
   p.scheme = data<double>(in.scheme);
+  for (int i = 0; i < p.n_sub; ++i) p.implicit |= p.scheme[4 * i + 2] != 0 || p.scheme[4 * i + 3] != 0;
+  p.tolerance = in.tolerance;
+  p.max_evaluations = in.max_evaluations;
   p.dt = data<T>(in.dt);
   p.dt_stride = in.dt.size(0) == 1 ? 0 : p.n_steps;
   p.n_kept = sq.size(1);
@@ -236,8 +240,8 @@ template <class T>
 void needs(const Problem<T>& p, bool& kick, bool& drift) {
   kick = drift = false;
   for (int i = 0; i < p.n_sub; ++i) {
-    kick |= p.scheme[2 * i] != 0;
-    drift |= p.scheme[2 * i + 1] != 0;
+    kick |= p.scheme[4 * i] != 0 || p.scheme[4 * i + 2] != 0;
+    drift |= p.scheme[4 * i + 1] != 0 || p.scheme[4 * i + 3] != 0;
   }
 }
 
@@ -294,30 +298,34 @@ void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& 
 }
 
 template <class T>
-void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape, const Arguments& in) {
+void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape, Tensor& residual, Tensor& evaluations,
+                const Arguments& in) {
   Problem<T> p = problem_of<T>(a, sq, tape, in);
   p.a = data<T>(a);
   p.sq = data<T>(sq);
   p.sp = data<T>(sp);
   p.energy = data<T>(energy);
-  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16);
+  p.residual = data<T>(residual);
+  p.evaluations = data<std::int32_t>(evaluations);
+  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
   const Weights<T> weights{in, kernels};
-  const bool features = in.path == FEATURES || (in.path == CHOOSE && p.B <= FEW_ROWS);
+  const bool features = !p.implicit && (in.path == FEATURES || (in.path == CHOOSE && p.B <= FEW_ROWS));
   (features ? run_features<T> : run_rows<T>)(kernels, weights, p, in.n_threads);
 }
 
 template <class T>
-void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, const std::vector<Tensor>& sums, const Tensor& gsq,
-                 const Tensor& gsp, const Tensor& gE, const Tensor& tape, const Arguments& in) {
+void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& residual, const std::vector<Tensor>& sums,
+                 const Tensor& gsq, const Tensor& gsp, const Tensor& gE, const Tensor& tape, const Arguments& in) {
   Problem<T> p = problem_of<T>(la, gsq, tape, in);
   p.la = data<T>(la);
   p.lsq = data<T>(lsq);
   p.lsp = data<T>(lsp);
   p.gdt = data<T>(gdt);
+  p.residual = data<T>(residual);
   p.gsq = data<T>(gsq);
   p.gsp = data<T>(gsp);
   p.gE = data<T>(gE);
-  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16);
+  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
   const Weights<T> weights{in, kernels};
   const i64 steps = p.end - p.begin;
   const bool small = work_of(p) * p.B * p.n_sub * steps < WORTH_A_THREAD;
@@ -367,24 +375,26 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, const std::v
   });
 }
 
-void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor K, std::vector<Tensor> weights,
-             std::vector<Tensor> biases, Tensor dt, Tensor scheme, int64_t begin, int64_t end, int64_t activation, double beta,
-             double threshold, bool bf16, int64_t n_threads, int64_t isa, int64_t path) {
-  const Arguments in{K,          dt,   scheme, weights, biases, begin, end, activation, beta, threshold, bf16,
-                     n_threads,  isa,  path};
+void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor residual, Tensor evaluations, Tensor K,
+             std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt, Tensor scheme, int64_t begin, int64_t end,
+             int64_t activation, double beta, double threshold, bool bf16, double tolerance, int64_t max_evaluations,
+             int64_t n_threads, int64_t isa, int64_t path) {
+  const Arguments in{K,    dt,        scheme,          weights,   biases, begin, end, activation, beta, threshold,
+                     bf16, tolerance, max_evaluations, n_threads, isa,    path};
   check(a, in);
-  (a.scalar_type() == ScalarType::Float ? forward_as<float> : forward_as<double>)(a, sq, sp, energy, tape, in);
+  const auto run = a.scalar_type() == ScalarType::Float ? forward_as<float> : forward_as<double>;
+  run(a, sq, sp, energy, tape, residual, evaluations, in);
 }
 
-void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, std::vector<Tensor> sums, Tensor gsq, Tensor gsp, Tensor gE,
-              Tensor tape, Tensor K, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt, Tensor scheme,
-              int64_t begin, int64_t end, int64_t activation, double beta, double threshold, bool bf16, int64_t n_threads,
-              int64_t isa) {
-  const Arguments in{K,         dt,  scheme, weights, biases, begin, end, activation, beta, threshold, bf16,
-                     n_threads, isa, CHOOSE};
+void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, Tensor residual, std::vector<Tensor> sums, Tensor gsq, Tensor gsp,
+              Tensor gE, Tensor tape, Tensor K, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt,
+              Tensor scheme, int64_t begin, int64_t end, int64_t activation, double beta, double threshold, bool bf16,
+              double tolerance, int64_t max_evaluations, int64_t n_threads, int64_t isa) {
+  const Arguments in{K,    dt,        scheme,          weights,   biases, begin, end, activation, beta, threshold,
+                     bf16, tolerance, max_evaluations, n_threads, isa,    CHOOSE};
   check(la, in);
-  (la.scalar_type() == ScalarType::Float ? backward_as<float> : backward_as<double>)(la, lsq, lsp, gdt, sums, gsq, gsp, gE,
-                                                                                    tape, in);
+  const auto run = la.scalar_type() == ScalarType::Float ? backward_as<float> : backward_as<double>;
+  run(la, lsq, lsp, gdt, residual, sums, gsq, gsp, gE, tape, in);
 }
 
 template <class T>
@@ -433,14 +443,16 @@ int64_t isa() { return best_isa(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
   m.def("isa() -> int");
   m.def(
-      "forward(Tensor(a!) a, Tensor(b!) sq, Tensor(c!) sp, Tensor(d!) energy, Tensor(e!) tape, Tensor K, Tensor[] weights, "
-      "Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, int activation, float beta, float threshold, "
-      "bool bf16, int n_threads, int isa, int path) -> ()");
+      "forward(Tensor(a!) a, Tensor(b!) sq, Tensor(c!) sp, Tensor(d!) energy, Tensor(e!) tape, Tensor(f!) residual, "
+      "Tensor(g!) evaluations, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, "
+      "int activation, float beta, float threshold, bool bf16, float tolerance, int max_evaluations, int n_threads, int isa, "
+      "int path) -> ()");
   m.def("product(Tensor(a!) Y, Tensor X, Tensor W, bool transposed, Tensor base, int n_threads, int isa) -> ()");
   m.def(
-      "backward(Tensor(a!) la, Tensor(b!) lsq, Tensor(c!) lsp, Tensor(d!) gdt, Tensor(e!)[] sums, Tensor gsq, Tensor gsp, "
-      "Tensor gE, Tensor tape, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, "
-      "int activation, float beta, float threshold, bool bf16, int n_threads, int isa) -> ()");
+      "backward(Tensor(a!) la, Tensor(b!) lsq, Tensor(c!) lsp, Tensor(d!) gdt, Tensor(e!) residual, Tensor(f!)[] sums, "
+      "Tensor gsq, Tensor gsp, Tensor gE, Tensor tape, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, "
+      "int begin, int end, int activation, float beta, float threshold, bool bf16, float tolerance, int max_evaluations, "
+      "int n_threads, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }

@@ -48,7 +48,10 @@ struct Problem {
 
   i64 B, n_steps, begin, end;  // steps begin..end-1 of n_steps are run
   int n_sub;
-  const double* scheme;  // [n_sub, 2]: kick, drift
+  const double* scheme;  // [n_sub, 4]: kick, drift, implicit kick, implicit drift
+  bool implicit;         // whether any of the last two is not zero
+  double tolerance;
+  i64 max_evaluations;
   const T* dt;           // [1 or B, n_steps]
   i64 dt_stride;
   i64 n_kept;      // states in sq, sp (or their cotangents): n_steps, or 1 for the last alone
@@ -57,6 +60,9 @@ struct Problem {
 
   // forward: a in and out; sq, sp [B, n_kept, h]; energy [B, n_steps] or null
   T *a, *sq, *sp, *energy, *tape;
+  // of implicit sub-steps, [B, n_steps]; backward: the largest residual of each row, [B], in and out
+  T* residual;
+  std::int32_t* evaluations;
   // backward: la, lsq, lsp in and out; gE may be null
   T *la, *lsq, *lsp, *gdt;
   const T *gsq, *gsp, *gE;

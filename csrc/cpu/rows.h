@@ -83,20 +83,115 @@ struct Evaluation {
   }
 };
 
+// Coefficients of a sub-step, see hjepa_fast/schemes.py.
+template <class T>
+struct SubStep {
+  T kick, drift, implicit_kick, implicit_drift;
+  bool implicit;
+
+  SubStep(const Problem<T>& p, int i)
+      : kick(T(p.scheme[4 * i])), drift(T(p.scheme[4 * i + 1])), implicit_kick(T(p.scheme[4 * i + 2])),
+        implicit_drift(T(p.scheme[4 * i + 3])), implicit(implicit_kick != 0 || implicit_drift != 0) {}
+};
+
 template <class P>
 struct ForwardTile {
   using T = typename P::Scalar;
   Evaluation<P> at;
   T *step, *sq, *sp, *moved;
+  // of implicit sub-steps: a where one starts; where the gradient at y takes it; how far that was in the last few steps,
+  // for each sub-step the last one first
+  T *base, *target, *history;
+  FixedPoint<T> point;
+  i64 rows;
 
-  ForwardTile(const Problem<T>& p, i64 rows, Pieces<T>& pieces) : at(p, rows, pieces) {
-    for (T** x : {&step, &sq, &sp, &moved}) *x = pieces.take(rows * ld<T>(p.width[0]));
+  ForwardTile(const Problem<T>& p, i64 rows, Pieces<T>& pieces)
+      : at(p, rows, pieces), point(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces), rows(rows) {
+    const i64 all = rows * ld<T>(p.width[0]);
+    for (T** x : {&step, &sq, &sp, &moved}) *x = pieces.take(all);
+    for (T** x : {&base, &target}) *x = pieces.take(p.implicit ? all : 0);
+    history = pieces.take(p.implicit ? p.n_sub * EXTRAPOLATION * all : 0);
+  }
+
+  // to += c x for the product x
+  HJEPA_INLINE auto add_to(T* to, T c) const {
+    const i64 w = ld<T>(at.p.width[0]);
+    return [=](T* x, i64 r, i64 column) {
+      T* y = to + r * w + column;
+      for (i64 j = 0; j < NR<T>; j += LANES<T>) store(y + j, load(y + j) + c * load(x + j));
+    };
+  }
+
+  void add_product(bool kick, T c, T* to, i64 R) {
+    const Problem<T>& p = at.p;
+    const i64 h = p.width[0], w = ld<T>(h);
+    if (kick)
+      product<P>(step, w, R, h, p.KT_packed, h, moved, w, at.converted, add_to(to, -c));
+    else
+      product<P>(step, w, R, h, p.K_packed, h, moved, w, at.converted, add_to(to, c));
+  }
+
+  void set_step(i64 row, i64 R, i64 t) {
+    const Problem<T>& p = at.p;
+    const i64 h = p.width[0], w = ld<T>(h);
+    for (i64 r = 0; r < R; ++r) {
+      const T dt = p.dt[(row + r) * p.dt_stride + t];
+      for (i64 c = r * w; c < r * w + h; c += LANES<T>) store(step + c, dt * load(at.e[0] + c));
+    }
+  }
+
+  // The point of an implicit sub-step into a[0], delta there and `step`; a where the sub-step starts into `base`.
+  void find_point(const SubStep<T>& s, int i, i64 row, i64 R, i64 t) {
+    const Problem<T>& p = at.p;
+    const i64 h = p.width[0], w = ld<T>(h), all = rows * w;
+    T *a = at.a[0], *last = history + i * EXTRAPOLATION * all;
+    const int known = t - p.begin < EXTRAPOLATION ? int(t - p.begin) : EXTRAPOLATION;
+    // a ring: what was found k steps ago
+    const auto ago = [&](i64 k) { return last + (t - k) % EXTRAPOLATION * all; };
+    for (i64 c = 0; c < R * w; c += LANES<T>) {
+      const Vec<T> start = load(a + c);
+      store(base + c, start);
+      Vec<T> guess = start;
+      for (int k = 0; k < known; ++k) guess += T(extrapolation(known, k)) * load(ago(k + 1) + c);
+      store(a + c, guess);
+    }
+    point.solve(a, target, R, T(1), p.tolerance, p.max_evaluations, [&] {
+      at.run(R, nullptr, 0);
+      set_step(row, R, t);
+      __builtin_memcpy(target, base, R * w * sizeof(T));
+      if (s.implicit_kick) add_product(true, s.implicit_kick, target, R);
+      if (s.implicit_drift) add_product(false, s.implicit_drift, target, R);
+    });
+    for (i64 c = 0; c < R * w; c += LANES<T>) store(ago(0) + c, load(target + c) - load(base + c));
+    for (i64 r = 0; r < R; ++r) {
+      T& residual = p.residual[(row + r) * p.n_steps + t];
+      if (!(point.residual[r] <= residual)) residual = point.residual[r];
+      p.evaluations[(row + r) * p.n_steps + t] += std::int32_t(point.evaluations[r]);
+    }
+  }
+
+  // a <- base moved by the sub-step; what its point was moved by already is not multiplied again.
+  void move_from_base(const SubStep<T>& s, i64 R) {
+    const i64 w = ld<T>(at.p.width[0]);
+    T kick = s.kick, drift = s.drift, share = 0;
+    if (s.implicit_kick && s.implicit_drift) {
+      if (s.kick * s.implicit_drift == s.drift * s.implicit_kick) share = s.kick / s.implicit_kick, kick = drift = 0;
+    } else if (s.implicit_kick) {
+      share = s.kick / s.implicit_kick, kick = 0;
+    } else {
+      share = s.drift / s.implicit_drift, drift = 0;
+    }
+    for (i64 c = 0; c < R * w; c += LANES<T>)
+      store(at.a[0] + c, load(base + c) + share * (load(target + c) - load(base + c)));
+    if (kick) add_product(true, kick, at.a[0], R);
+    if (drift) add_product(false, drift, at.a[0], R);
   }
 
   void run(i64 row, i64 R) {
     const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = ld<T>(h), state = p.n_kept * h, first = p.n_kept > 1 ? (p.begin - 1) * h : 0;
     T* a = at.a[0];
+    if (p.implicit) clear(base, R * w), clear(target, R * w);
     copy_rows(a, w, p.a + row * h, h, R, h);
     clear(sq, R * w);
     clear(sp, R * w);
@@ -105,28 +200,28 @@ struct ForwardTile {
       copy_rows(sp, w, p.sp + row * state + first, state, R, h);
     }
     for (i64 t = p.begin; t < p.end; ++t) {
+      if (p.implicit)
+        for (i64 r = 0; r < R; ++r) p.residual[(row + r) * p.n_steps + t] = 0, p.evaluations[(row + r) * p.n_steps + t] = 0;
       for (int i = 0; i < p.n_sub; ++i) {
-        const T kick = T(p.scheme[2 * i]), drift = T(p.scheme[2 * i + 1]);
-        at.run(R, i == 0 && p.energy ? p.energy + row * p.n_steps + t : nullptr, p.n_steps);
+        const SubStep<T> s(p, i);
+        if (s.implicit) {
+          find_point(s, i, row, R, t);
+        } else {
+          at.run(R, i == 0 && p.energy ? p.energy + row * p.n_steps + t : nullptr, p.n_steps);
+          set_step(row, R, t);
+        }
         if (p.tape_width)
           at.save(p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width, p.n_steps * p.n_sub * p.tape_width, R);
-        for (i64 r = 0; r < R; ++r) {
-          const T dt = p.dt[(row + r) * p.dt_stride + t];
-          for (i64 c = r * w; c < r * w + h; c += LANES<T>) {
-            const Vec<T> s = dt * load(at.e[0] + c);
-            store(step + c, s);
-            if (kick) store(sp + c, load(sp + c) - kick * s);
-            if (drift) store(sq + c, load(sq + c) + drift * s);
-          }
+        for (i64 c = 0; c < R * w; c += LANES<T>) {
+          if (s.kick) store(sp + c, load(sp + c) - s.kick * load(step + c));
+          if (s.drift) store(sq + c, load(sq + c) + s.drift * load(step + c));
         }
-        const auto move_by = [&](T c) {
-          return [=, this](T* x, i64 r, i64 column) {
-            T* to = at.a[0] + r * ld<T>(at.p.width[0]) + column;
-            for (i64 j = 0; j < NR<T>; j += LANES<T>) store(to + j, load(to + j) + c * load(x + j));
-          };
-        };
-        if (kick) product<P>(step, w, R, h, p.KT_packed, h, moved, w, at.converted, move_by(-kick));
-        if (drift) product<P>(step, w, R, h, p.K_packed, h, moved, w, at.converted, move_by(drift));
+        if (s.implicit) {
+          move_from_base(s, R);
+        } else {
+          if (s.kick) add_product(true, s.kick, a, R);
+          if (s.drift) add_product(false, s.drift, a, R);
+        }
       }
       if (p.n_kept > 1 || t + 1 == p.end) {
         const i64 to = row * state + (p.n_kept > 1 ? t * h : 0);
@@ -151,9 +246,12 @@ struct BackwardTile {
   T *leftK, *rightK;
   i64 rowsK = 0;
   T *la, *lsq, *lsp, *u, *v, *r_1, *d[MAX_LAYERS], *curve[MAX_LAYERS], *ad;
+  T *w_0, *target, *nu_N;  // of implicit sub-steps: w; w + c nu N^T; nu N^T
+  FixedPoint<T> cotangent;
 
   BackwardTile(const Problem<T>& p, i64 rows, Pieces<T>& pieces, const Sums<T>* sums)
-      : at(p, rows, pieces), sums(sums), capacity(sums && rows < GATHER ? GATHER / rows : 1) {
+      : at(p, rows, pieces), sums(sums), capacity(sums && rows < GATHER ? GATHER / rows : 1),
+        cotangent(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces) {
     const i64 w = ld<T>(p.width[0]);
     i64 widest = 0;
     for (T** x : {&la, &lsq, &lsp, &u, &v, &r_1}) *x = pieces.take(rows * w);
@@ -165,8 +263,10 @@ struct BackwardTile {
       right[l] = pieces.take(capacity * 2 * rows * at.lds[l]);
     }
     ad = pieces.take(rows * widest);
-    leftK = pieces.take(sums ? capacity * 2 * rows * w : 0);
-    rightK = pieces.take(sums ? capacity * 2 * rows * w : 0);
+    const i64 most = sums ? capacity * (p.implicit ? 4 : 2) * rows * w : 0;
+    leftK = pieces.take(most);
+    rightK = pieces.take(most);
+    for (T** x : {&w_0, &target, &nu_N}) *x = pieces.take(p.implicit ? rows * w : 0);
   }
 
   void flush(i64 R) {
@@ -186,8 +286,8 @@ struct BackwardTile {
     rowsK += R;
   }
 
-  // la += gradient of v . delta(a) + gE F(a), where `at` holds a_l and g_l
-  void add_adjoint(const T* gE, i64 strideE, i64 R) {
+  // nu = gradient of v . delta(a) + gE F(a), where `at` holds a_l and g_l; left in curve[0]
+  void adjoint(const T* gE, i64 strideE, i64 R, const Sums<T>* sums) {
     const Problem<T>& p = at.p;
     const int last = p.L - 1;
     T *zd[MAX_LAYERS], *z[MAX_LAYERS];
@@ -245,14 +345,41 @@ struct BackwardTile {
                    }
                  });
     }
-    for (i64 c = 0; c < R * at.lds[0]; c += LANES<T>) store(la + c, load(la + c) + load(curve[0] + c));
-    used += 1;
+  }
+
+  // v <- the solution of v = w + c nu(v) N^T, where v is w at first
+  void solve_cotangent(const SubStep<T>& s, i64 row, i64 R, i64 t) {
+    const Problem<T>& p = at.p;
+    const i64 h = p.width[0], w = at.lds[0];
+    __builtin_memcpy(w_0, v, R * w * sizeof(T));
+    const auto add = [&](T c) {
+      return [=, this](T* x, i64 r, i64 column) {
+        T* to = nu_N + r * w + column;
+        for (i64 j = 0; j < NR<T>; j += LANES<T>) store(to + j, load(to + j) + c * load(x + j));
+      };
+    };
+    constexpr T tiny = sizeof(T) == 4 ? T(1.1754944e-38) : T(2.2250738585072014e-308);
+    cotangent.solve(v, target, R, tiny, p.tolerance, p.max_evaluations, [&] {
+      adjoint(nullptr, 0, R, nullptr);
+      clear(nu_N, R * w);
+      if (s.implicit_kick) product<P>(curve[0], w, R, h, p.K_packed, h, ad, w, at.converted, add(-s.implicit_kick));
+      if (s.implicit_drift) product<P>(curve[0], w, R, h, p.KT_packed, h, ad, w, at.converted, add(s.implicit_drift));
+      for (i64 r = 0; r < R; ++r) {
+        const T dt = p.dt[(row + r) * p.dt_stride + t];
+        for (i64 c = r * w; c < r * w + h; c += LANES<T>) store(target + c, load(w_0 + c) + dt * load(nu_N + c));
+      }
+    });
+    for (i64 r = 0; r < R; ++r) {
+      if (!(cotangent.residual[r] <= p.residual[row + r])) p.residual[row + r] = cotangent.residual[r];
+      p.gdt[(row + r) * p.n_steps + t] += dot(nu_N + r * w, at.e[0] + r * w, h);
+    }
   }
 
   void run(i64 row, i64 R) {
     const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.lds[0], state = p.n_kept * h, padded = round_up(h, LANES<T>);
     for (T* x : {la, lsq, lsp, u, v, curve[0]}) clear(x, R * w);
+    if (p.implicit) clear(target, R * w);
     copy_rows(la, w, p.la + row * h, h, R, h);
     copy_rows(lsq, w, p.lsq + row * h, h, R, h);
     copy_rows(lsp, w, p.lsp + row * h, h, R, h);
@@ -264,7 +391,8 @@ struct BackwardTile {
         }
       for (i64 r = 0; r < R; ++r) p.gdt[(row + r) * p.n_steps + t] = 0;
       for (int i = p.n_sub - 1; i >= 0; --i) {
-        const T kick = T(p.scheme[2 * i]), drift = T(p.scheme[2 * i + 1]);
+        const SubStep<T> s(p, i);
+        const T kick = s.kick, drift = s.drift;
         at.restore(p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width, p.n_steps * p.n_sub * p.tape_width, R);
         const auto add_to_u = [&](T c, const T* l) {
           return [=, this](T* x, i64 r, i64 column) {
@@ -293,9 +421,13 @@ struct BackwardTile {
         }
         if (sums && kick) gather_K(la, step, -kick, R);
         if (sums && drift) gather_K(step, la, drift, R);
-        add_adjoint(i == 0 && p.gE ? p.gE + row * p.n_steps + t : nullptr, p.n_steps, R);
-        if (used == capacity) flush(R);
-        if (!sums) used = 0;
+        if (s.implicit) solve_cotangent(s, row, R, t);
+        adjoint(i == 0 && p.gE ? p.gE + row * p.n_steps + t : nullptr, p.n_steps, R, sums);
+        const T* nu = curve[0];
+        if (sums && s.implicit_kick) gather_K(nu, step, -s.implicit_kick, R);
+        if (sums && s.implicit_drift) gather_K(step, nu, s.implicit_drift, R);
+        for (i64 c = 0; c < R * w; c += LANES<T>) store(la + c, load(la + c) + load(nu + c));
+        if (sums && ++used == capacity) flush(R);
       }
     }
     if (used) flush(R);

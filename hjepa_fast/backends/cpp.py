@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..schemes import SubStep
 from . import torch as torch_backend
-from .torch import Gradients, Tail, tape_width
+from .torch import Gradients, Rolled, Solver, Tail, tape_width
 
 # as in csrc/cpu/problem.h
 _KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
@@ -66,8 +66,9 @@ def _require() -> None:
         raise RuntimeError(f"hjepa_fast: {why_not()}")
 
 
-def _delegated(a: Tensor, tail: Tail, n_steps: int) -> bool:
-    return not 0 < len(tail.weights) <= _MAX_LAYERS or not n_steps or not a.shape[0] or 0 in tail.widths
+def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
+    empty = not n_steps or not a.shape[0] or 0 in tail.widths
+    return empty or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix for stage in scheme)
 
 
 def _operands(
@@ -75,13 +76,19 @@ def _operands(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     weights = [w.to(a.dtype).contiguous() for w in tail.weights]
     biases = [b.to(a.dtype).contiguous() for b in tail.biases]
-    return K.contiguous(), weights, biases, dt.contiguous(), torch.tensor(scheme, dtype=torch.float64).view(-1, 2)
+    return (
+        K.contiguous(),
+        weights,
+        biases,
+        dt.contiguous(),
+        torch.tensor([s[:4] for s in scheme], dtype=torch.float64).view(-1, 4),
+    )
 
 
-def _options(a: Tensor, tail: Tail) -> tuple[int, float, float, bool, int, int]:
+def _options(a: Tensor, tail: Tail, solver: Solver) -> tuple[int, float, float, bool, float, int, int, int]:
     low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
     name, beta, threshold = tail.activation
-    return _KINDS[name], beta, threshold, a.dtype == torch.float32 and low, torch.get_num_threads(), isa
+    return _KINDS[name], beta, threshold, a.dtype == torch.float32 and low, *solver, torch.get_num_threads(), isa
 
 
 def _chunks(
@@ -90,6 +97,8 @@ def _chunks(
     """Ranges of steps, each about a second's work or one step."""
     products = widths[0] ** 2 + sum(2 * m * n for m, n in pairwise(widths))
     steps = max(1, int(_CHUNK / (factor * batch * len(scheme) * products)))
+    if any(stage.implicit for stage in scheme):
+        steps = max(steps, 16)  # every call starts without the steps before it to extrapolate from
     for begin in range(0, n_steps, steps):
         yield begin, min(begin + steps, n_steps)
 
@@ -129,27 +138,30 @@ def forward(
     every_state: bool,
     with_energy: bool,
     memory: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    solver: Solver,
+) -> Rolled:
     """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
 
     Products are rounded to bfloat16 and summed in float32 if the weights are bfloat16 or
     `torch.get_float32_matmul_precision()` is "medium", on processors with AVX512_BF16 and where many rows are multiplied.
     """
     _require()
-    if _delegated(a, tail, n_steps):
+    if _delegated(a, tail, scheme, n_steps):
         tail = tail._replace(weights=[w.to(a.dtype) for w in tail.weights], biases=[b.to(a.dtype) for b in tail.biases])
-        return torch_backend.forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory)
+        return torch_backend.forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
     batch, h = a.shape
     # everything is allocated before any work is done
     sq = a.new_empty(batch, n_steps if every_state else 1, h)
     sp = torch.empty_like(sq)
     energy = a.new_empty(batch, n_steps if with_energy else 0)
     tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
+    solved = n_steps if any(stage.implicit for stage in scheme) else 0
+    residual, evaluations = a.new_empty(batch, solved), a.new_empty(batch, solved, dtype=torch.int32)
     a = a.clone(memory_format=torch.contiguous_format)
-    operands, options = _operands(a, K, tail, dt, scheme), _options(a, tail)
+    operands, options = _operands(a, K, tail, dt, scheme), _options(a, tail, solver)
     for begin, end in _chunks(batch, tail.widths, scheme, n_steps, 1):
-        torch.ops.hjepa_fast_cpp.forward(a, sq, sp, energy, tape, *operands, begin, end, *options, path)
-    return a, sq, sp, energy, tape
+        torch.ops.hjepa_fast_cpp.forward(a, sq, sp, energy, tape, residual, evaluations, *operands, begin, end, *options, path)
+    return Rolled(a, sq, sp, energy, tape, residual, evaluations)
 
 
 def backward(
@@ -166,22 +178,23 @@ def backward(
     scheme: Sequence[SubStep],
     memory: str,
     sums: Gradients | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    solver: Solver,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `backends.torch.backward`; `sums` is in la's dtype."""
     _require()
     batch, n_steps = la.shape[0], tape.shape[1]
-    if _delegated(la, tail, n_steps):
+    if _delegated(la, tail, scheme, n_steps):
         tail = tail._replace(weights=[w.to(la.dtype) for w in tail.weights], biases=[b.to(la.dtype) for b in tail.biases])
-        return torch_backend.backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums)
+        return torch_backend.backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
     la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
-    gdt = la.new_empty(batch, n_steps)
+    gdt, residual = la.new_empty(batch, n_steps), la.new_zeros(batch)
     totals = [] if sums is None else [sums.K, *sums.weights, *sums.biases]
     contiguous = [x.contiguous() for x in totals]
     inputs = gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous(), tape.contiguous()
-    operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail)
+    operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail, solver)
     for begin, end in reversed([*_chunks(batch, tail.widths, scheme, n_steps, 2 if sums is None else 3)]):
-        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, contiguous, *inputs, *operands, begin, end, *options)
+        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options)
     for total, x in zip(totals, contiguous, strict=True):
         if total is not x:
             total.copy_(x)
-    return la, lsq, lsp, gdt
+    return la, lsq, lsp, gdt, residual

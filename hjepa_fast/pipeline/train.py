@@ -50,7 +50,7 @@ def loss_terms(model: zoo.Model, windows: Tensor, config: TrainConfig, energy_lo
     z0, n_steps = windows[:, 0], windows.shape[1] - 1
     H = None
     if energy_loss and isinstance(model, SymplecticIntegrator):
-        states, H = model.trajectory(z0, n_steps, energy=True)
+        states, H, *_ = model.trajectory(z0, n_steps, energy=True)
     else:
         states = model.rollout(z0, n_steps)
     mse = (states[:, 1:] - windows[:, 1:]).square().mean()
