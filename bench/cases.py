@@ -30,6 +30,8 @@ class Case:
     """"all" or "final", as in `hjepa_fast.rollout`."""
     memory: tuple[str, ...] = ("store",)
     """What ours keeps for the backward pass; each is a contestant."""
+    integrators: tuple[str, ...] = ("leapfrog",)
+    """What ours runs; each is a contestant, checked against its own reference. Rivals run the published leapfrog step."""
     rivals: tuple[str, ...] = STANDARD
 
     @property
@@ -47,6 +49,18 @@ def _memory(n_steps: int) -> Case:
     return Case(f"memory-t{n_steps}", "training", 32, n_steps, memory=("store", "recompute", "checkpoint"), rivals=("eager",))
 
 
+def _integrators(kind: str) -> Case:
+    names = ("leapfrog", "implicit-leapfrog", "implicit-midpoint", "yoshida4", "tao", "rk4")
+    return Case(f"integrators-{kind}-b32-t15", kind, 32, integrators=names, rivals=("eager",))
+
+
+def _reversible(n_steps: int) -> Case:
+    return Case(
+        f"reversible-t{n_steps}", "training", 32, n_steps, states="final", integrators=("implicit-leapfrog",),
+        memory=("store", "checkpoint", "reversible"), rivals=(),
+    )  # fmt: skip
+
+
 def _bfloat16(batch: int) -> Case:
     return Case(f"bfloat16-b{batch}-t15", "rollout", batch, dtype="bfloat16", rivals=("eager", "eager-float32", "manual"))
 
@@ -56,6 +70,8 @@ QUICK = (
     Case(_named("training", 32), "training", 32, rivals=EXTENDED),
     _bfloat16(256),
     _memory(15),
+    _integrators("rollout"),
+    _integrators("training"),
 )
 """The table of ratios."""
 FULL = (
@@ -71,6 +87,7 @@ FULL = (
     ),
     _bfloat16(1024),
     *(_memory(n) for n in (50, 150)),
+    *(_reversible(n) for n in (32, 128, 512)),
 )
 
 

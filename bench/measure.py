@@ -62,13 +62,16 @@ class Expected:
 
 
 def expected(problem: Problem, network: str) -> Expected:
-    """Of "hamiltonian" by nested autograd (backend "reference"), of "baseline" by its own code; both in float64."""
+    """Of "hamiltonian:integrator" by nested autograd (backend "reference"), of "baseline" by its own code; in float64."""
     case = problem.case
 
     def roll(p: Problem) -> tuple[Tensor, Tensor | None]:
         if network == "baseline":
             return baseline_rollout(p), None
-        return hf.rollout(p.hnn, p.z0, p.dt, case.n_steps, energy=p.training, states=case.states, backend="reference")
+        integrator = network.partition(":")[2]
+        return hf.rollout(
+            p.hnn, p.z0, p.dt, case.n_steps, energy=p.training, states=case.states, integrator=integrator, backend="reference"
+        )[:2]
 
     if not problem.training:
         rows = torch.linspace(0, case.batch - 1, min(case.batch, CHECKED_ROWS)).round().long()

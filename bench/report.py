@@ -47,6 +47,17 @@ def table(results: dict[str, Any]) -> str:
         "medians, with 20th and 80th percentiles. A training step is forward, loss with energy term, and backward.\n\n"
     )
     text += _markdown(["case", "ours", "ms per step", "20 to 80 %", "GFLOP/s", *rivals], rows)
+    methods = [
+        [name, contestant, _ms(fact["median_s"] / entry["case"]["n_steps"]), *_against(entry, contestant)]
+        for name, entry in entries.items()
+        if len(entry["case"].get("integrators", ())) > 1
+        for contestant, fact in entry["contestants"].items()
+        if fact["ours"]
+    ]
+    if methods:
+        text += "\nIntegrators: how many times as long as the same backend's published leapfrog step each takes, and the\n"
+        text += "eager published step as long as it:\n\n"
+        text += _markdown(["case", "contestant", "ms per step", "of leapfrog", "eager"], methods)
     kept = [
         [name, contestant, f"{fact['kept_bytes'] / _sample_steps(entry) / 1024:.2f}", _ms(fact["median_s"])]
         for name, entry in entries.items()
@@ -65,6 +76,13 @@ def table(results: dict[str, Any]) -> str:
     if compiled:
         text += "\nSeconds of the first call, which compiles:\n\n" + _markdown(["case", "contestant", "s"], compiled)
     return text
+
+
+def _against(entry: Entry, contestant: str) -> list[str]:
+    facts, ratios = entry["contestants"], entry["ratios"][contestant]
+    plain = contestant.partition(":")[0]
+    of_leapfrog = facts[contestant]["median_s"] / facts[plain]["median_s"]
+    return [f"{of_leapfrog:.2f}", f"{ratios['eager']:.2f}x" if "eager" in ratios else ""]
 
 
 def _sample_steps(entry: Entry) -> int:
@@ -112,7 +130,8 @@ def plots(results: dict[str, Any]) -> dict[str, tuple[str, str, Curves]]:
 
     def paper(entry: Entry, kind: str) -> bool:
         case = entry["case"]
-        plain = case["states"] == "all" and case["dtype"] == "float32" and len(case["memory"]) == 1
+        single = len(case["memory"]) == 1 == len(case.get("integrators", ("leapfrog",)))
+        plain = case["states"] == "all" and case["dtype"] == "float32" and single
         return plain and case["kind"] == kind and case["n_steps"] == 15
 
     def step_ms(entry: Entry, fact: Entry) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ def loss(states: Tensor, energy: Tensor | None, target: Tensor) -> Tensor:
 
     Rounding may change the sign of H(z_t) - H(z_1), and with it a gradient of |.| by more than a check should allow.
     """
-    mse = (states[:, 1:] - target[:, 1:]).square().mean()
+    mse = (states - target[:, -1]).square().mean() if states.ndim == 2 else (states[:, 1:] - target[:, 1:]).square().mean()
     return mse if energy is None else mse + ENERGY_WEIGHT * (energy[:, 1:] - energy[:, 1:2]).square().mean()
 
 
@@ -105,8 +106,8 @@ class Contestant:
     name: str
     run: Callable[[], list[Any]]
     ours: bool = False
-    predicts: str = "hamiltonian"
-    """Which of the problem's networks the results must agree with."""
+    predicts: str = "hamiltonian:leapfrog"
+    """What the results must agree with: the problem's "baseline", or its Hamiltonian under an integrator."""
     roll: Roll | None = None
     """The rollout alone, for counting what it keeps for the backward pass."""
     time_first: bool = False
@@ -228,18 +229,19 @@ def _baseline(problem: Problem) -> Contestant:
     return _contestant("baseline", problem, roll, predicts="baseline", parameters=parameters)
 
 
-def _ours(problem: Problem, backend: str, memory: str) -> Contestant:
+def _ours(problem: Problem, backend: str, memory: str, integrator: str) -> Contestant:
     def roll() -> tuple[Tensor, Tensor | None]:
         return hf.rollout(
-            problem.hnn, problem.z0, problem.dt, problem.case.n_steps, energy=problem.training,
+            problem.hnn, problem.z0, problem.dt, problem.case.n_steps, energy=problem.training, integrator=integrator,
             states=problem.case.states, memory=memory, backend=backend,
-        )  # fmt: skip
+        )[:2]  # fmt: skip
 
-    return _contestant(_our_name(backend, memory), problem, roll, ours=True)
+    name = _our_name(backend, memory, integrator)
+    return _contestant(name, problem, roll, ours=True, predicts=f"hamiltonian:{integrator}")
 
 
-def _our_name(backend: str, memory: str) -> str:
-    return backend if memory == "store" else f"{backend}:{memory}"
+def _our_name(backend: str, memory: str, integrator: str) -> str:
+    return ":".join([backend, *([integrator] if integrator != "leapfrog" else []), *([memory] if memory != "store" else [])])
 
 
 def _compiled(problem: Problem, mode: str = "default") -> Contestant:
@@ -371,8 +373,9 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
         if state != "available":
             left_out[backend] = state
             continue
-        for memory in case.memory:
-            builders[_our_name(backend, memory)] = partial(_ours, backend=backend, memory=memory)
+        for memory, integrator in itertools.product(case.memory, case.integrators):
+            options = {"backend": backend, "memory": memory, "integrator": integrator}
+            builders[_our_name(**options)] = partial(_ours, **options)
     for name in case.rivals:
         reason = _why_not(name, device, compile)
         if reason:

@@ -26,6 +26,10 @@ TINY = (
     ROLLOUT,
     dataclasses.replace(ROLLOUT, name="tiny-final", states="final"),
     TRAINING,
+    dataclasses.replace(TRAINING, name="tiny-integrators", memory=("store",), integrators=("leapfrog", "implicit-leapfrog")),
+    dataclasses.replace(
+        TRAINING, name="tiny-reversible", states="final", integrators=("implicit-leapfrog",), memory=("reversible",), rivals=()
+    ),
     dataclasses.replace(ROLLOUT, name="tiny-bfloat16", dtype="bfloat16", rivals=("eager", "eager-float32", "manual")),
 )
 CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))
@@ -51,7 +55,7 @@ def quick_measure(monkeypatch):
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-@pytest.mark.parametrize("network", ["hamiltonian", "baseline"])
+@pytest.mark.parametrize("network", ["hamiltonian:leapfrog", "hamiltonian:implicit-leapfrog", "baseline"])
 def test_the_reference_is_computed_in_float64(case, network):
     assert {value.dtype for value in expected(make_problem(case), network).values} == {torch.float64}
 
