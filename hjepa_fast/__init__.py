@@ -1,18 +1,23 @@
 """Fast Hamiltonian world models in PyTorch: whole rollouts of an MLP Hamiltonian, and the H-JEPA system around them."""
 
-from .api import Rollout, backends, energy, leapfrog, rollout
+from . import diagnostics
+from .api import Rollout, Solve, backends, energy, leapfrog, rollout
+from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 
 __version__ = "0.1.0"
 __all__ = [
     "BaselineMLP",
+    "BitReversible",
     "EulerIntegrator",
     "LatentHNN",
     "Rollout",
     "SeparableHNN",
+    "Solve",
     "SymplecticIntegrator",
     "backends",
+    "diagnostics",
     "energy",
     "leapfrog",
     "rollout",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
+from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
 from .pipeline.config import Config
@@ -92,6 +93,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(command)
 
+    command = _command(commands, "check", "measure what integrators keep of a trained model's dynamics", _check)
+    command.add_argument("checkpoint", type=Path, help="a trained model, such as RUN/models/hnn/best.safetensors")
+    command.add_argument(
+        "--integrators",
+        type=_names,
+        metavar="NAME,NAME",
+        help=f"which: {', '.join(INTEGRATORS)} (default: the model's own and implicit-leapfrog)",
+    )
+    command.add_argument("--dt", type=float, metavar="X", help="step size (default: the model's)")
+    command.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of the energy drift (default: 1000)")
+    command.add_argument("--states", type=int, default=8, metavar="N", help="states to start from (default: 8)")
+    command.add_argument(
+        "--latents", type=Path, metavar="FILE", help="start from latents of this file, not from standard normal states"
+    )
+    command.add_argument("--backend", default="auto", choices=BACKENDS, help="what computes the rollouts (default: auto)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("check"),
+        metavar="STEM",
+        help="writes STEM.json, STEM.png and STEM.pdf (default: check)",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="exit with 1 if something does not hold that is claimed of an integrator"
+    )
+
     sections = tuple(f.name for f in dataclasses.fields(Config))
     command = _command(commands, "reproduce", "the whole pipeline, from videos to table and figures", _reproduce, sections)
     _add_run(command)
@@ -145,6 +172,10 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
@@ -237,6 +268,26 @@ def _dream(options: argparse.Namespace) -> None:
     print(result.text)
     for path in result.paths:
         print(path)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from .pipeline.check import check
+
+    result = check(
+        options.checkpoint,
+        options.out,
+        integrators=options.integrators,
+        dt=options.dt,
+        n_steps=options.steps,
+        n_states=options.states,
+        latents=options.latents,
+        backend=options.backend,
+    )
+    print(result.text)
+    for path in result.paths:
+        print(path)
+    if options.strict and result.failed:
+        raise HJEPAError(f"claimed, and does not hold: {'; '.join(result.failed)}")
 
 
 def _reproduce(options: argparse.Namespace) -> None:

@@ -20,7 +20,9 @@ def test_the_library_imports_no_heavy_package():
     assert loaded_after("import hjepa_fast") <= loaded_after("import torch")
 
 
-@pytest.mark.parametrize("module", ["cli", "pipeline.runs", "pipeline.videos", "pipeline.latents", "pipeline.dream"])
+@pytest.mark.parametrize(
+    "module", ["cli", "pipeline.runs", "pipeline.videos", "pipeline.latents", "pipeline.dream", "pipeline.check"]
+)
 def test_the_pipeline_imports_them_when_they_are_needed(module):
     assert loaded_after(f"import hjepa_fast.{module}") <= loaded_after("import torch")
 
