@@ -231,8 +231,8 @@ def _check_converged(problem: Problem, residual: Tensor) -> None:
     raise ConvergenceError(
         f"{int(failed.sum())} of {residual.numel()} implicit steps did not converge to {problem.solver.tolerance:.1e} "
         f"in {problem.solver.max_evaluations} evaluations of the gradient; the largest residual is "
-        f"{residual[failed].nan_to_num(math.inf).max():.1e}, the first is at step {step} of sample {sample}. dt is too large for "
-        'the curvature of H: take a smaller dt, a larger max_evaluations, or unconverged="flag" to get the states all the '
+        f"{residual[failed].nan_to_num(math.inf).max():.1e}, the first is at step {step} of sample {sample}. dt is too large "
+        'for the curvature of H: take a smaller dt, a larger max_evaluations, or unconverged="flag" to get the states all the '
         "same, marked in .solve"
     )
 
