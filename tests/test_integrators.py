@@ -270,3 +270,34 @@ def test_the_inverse_of_a_reversible_scheme_is_itself(integrator):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         hf.rollout(make_hnn(6, (5,)), make_states(3, 6), 0.1, 2, **options)
+
+
+def confining_hnn(d: int, width: int) -> hf.LatentHNN:
+    """H = sum softplus(A z) + softplus(-A z) grows in every direction, so orbits stay, and mixes q with p."""
+    hnn = hf.LatentHNN(2 * d, (2 * width,)).double()
+    A = make_states(width, 2 * d, seed=3)
+    with torch.no_grad():
+        hnn.net[0].weight.copy_(torch.cat((A, -A)))
+        hnn.net[0].bias.zero_()
+        hnn.net[2].weight.fill_(0.5)
+    return hnn
+
+
+@pytest.mark.parametrize("integrator", [name for name in SCHEMES if SCHEMES[name].general.symplectic])
+def test_energy_stays_over_ten_thousand_steps(integrator):
+    hnn, z0 = confining_hnn(2, 6), make_states(4, 4)
+    with torch.no_grad():
+        out = hf.rollout(hnn, z0, 0.2, 10_000, integrator=integrator, energy=True, states="final")
+        drift = (out.energy - out.energy[:, :1]).abs()
+    early, late = drift[:, :1000].amax(dim=1), drift[:, -1000:].amax(dim=1)
+    assert (late < 2 * early).all()
+    assert (late < 0.1 * out.energy[:, 0]).all()
+
+
+@pytest.mark.parametrize("integrator", ["leapfrog", "euler"])
+def test_energy_does_not_stay_without_symplecticity(integrator):
+    hnn, z0 = confining_hnn(2, 6), make_states(4, 4)
+    with torch.no_grad():
+        out = hf.rollout(hnn, z0, 0.2, 10_000, integrator=integrator, energy=True, states="final")
+    drift = (out.energy - out.energy[:, :1]).abs()
+    assert drift[:, -1].mean() > 5 * drift[:, :100].amax(dim=1).mean()
