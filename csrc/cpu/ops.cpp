@@ -126,6 +126,12 @@ i64 work_of(const Problem<T>& p) {
   return work;
 }
 
+// Of all rows in all steps.
+template <class T>
+double call_work(const Problem<T>& p) {
+  return double(work_of(p)) * p.B * p.n_sub * (p.end - p.begin);
+}
+
 // Waking a thread costs as much as some 10^5 multiplications.
 constexpr i64 WORTH_A_THREAD = 200000;
 
@@ -247,12 +253,8 @@ void needs(const Problem<T>& p, bool& kick, bool& drift) {
 
 template <class T>
 void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
-  // after a call in which threads had to wait for a core, some calls go without, more each time that it happens again:
-  // on a busy machine that is faster
-  static std::atomic<int> calls_alone{0}, next_alone{1};
-  const bool alone = n_threads > 1 && calls_alone > 0 && calls_alone-- > 0;
-  if (alone || work_of(p) * p.B < WORTH_A_THREAD / 2) n_threads = 1;
-  Team team(int(std::min<i64>(n_threads, N_BLOCKS)));
+  if (work_of(p) * p.B < WORTH_A_THREAD / 2) n_threads = 1;
+  Team team(int(std::min<i64>(n_threads, N_BLOCKS)), call_work(p));
   T* shared = nullptr;
   std::vector<T*> scratch(team.size());
   lay_out(team, [&](Memory& memory) {
@@ -268,17 +270,13 @@ void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<
     kernels.forward_features(p, thread, team.size(), *owner.barrier, shared, scratch[thread]);
   };
   team.run(task);
-  if (team.size() == 1) return;
-  const bool slow = dismissed(*owner.barrier, p.end);
-  const int n_alone = next_alone;
-  if (slow) calls_alone = n_alone;
-  next_alone = slow ? std::min(2 * n_alone, 16) : 1;
+  if (team.size() > 1 && dismissed(*owner.barrier, p.end)) team.note_wait();
 }
 
 template <class T>
 void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
-  if (work_of(p) * p.B * p.n_sub * (p.end - p.begin) < WORTH_A_THREAD) n_threads = 1;
-  Team team{int(n_threads)};
+  if (call_work(p) < WORTH_A_THREAD) n_threads = 1;
+  Team team(int(n_threads), call_work(p));
   const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
   const i64 n_tiles = std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
   bool kick, drift;
@@ -332,7 +330,7 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   // the tasks, and with them the order of summation, do not depend on how many threads there turn out to be
   const i64 n_tasks = small ? 1 : std::min(in.n_threads, p.B), share = (p.B + n_tasks - 1) / n_tasks;
   const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
-  Team team{int(n_tasks)};
+  Team team(int(n_tasks), 3 * call_work(p));
   bool kick, drift;
   needs(p, kick, drift);
   std::vector<T*> scratch(team.size());
@@ -408,7 +406,7 @@ void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, co
   const i64 as_is = few && !transposed ? columns / wide : 0;
   const i64 row_tiles = few ? 1 : (m + kernels.tile_rows - 1) / kernels.tile_rows, column_tiles = few ? panels : 1;
   if (m * inner * columns < WORTH_A_THREAD) n_threads = 1;
-  Team team(int(std::min<i64>(n_threads, row_tiles * column_tiles)));
+  Team team(int(std::min<i64>(n_threads, row_tiles * column_tiles)), double(m) * inner * columns);
   T* packed = nullptr;
   lay_out(team, [&](Memory& memory) { packed = memory.template take<T>((panels - as_is) * size); });
   packed -= as_is * size;

@@ -4,7 +4,9 @@
 #include <sched.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <limits>
@@ -157,7 +159,17 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool{tr
 
 }  // namespace
 
-Team::Team(int n_threads) {
+namespace {
+
+constexpr double SHORT_CALL = 2e9;  // some 20 ms of two cores
+constexpr std::chrono::microseconds LONG_WAIT{1000};
+constexpr int MOST_ALONE = 128;
+std::atomic<int> calls_alone{0}, next_alone{1};
+
+}  // namespace
+
+Team::Team(int n_threads, double work) : short_(work < SHORT_CALL) {
+  if (short_ && n_threads > 1 && calls_alone > 0 && calls_alone-- > 0) n_threads = 1;
   Pool& shared = *the_pool;
   if (!shared.in_use.try_lock()) return;
   pool_ = &shared;
@@ -165,6 +177,11 @@ Team::Team(int n_threads) {
 }
 
 Team::~Team() {
+  if (size_ > 1 && short_) {
+    const int n_alone = next_alone;
+    if (waited_) calls_alone = n_alone;
+    next_alone = waited_ ? std::min(2 * n_alone, MOST_ALONE) : 1;
+  }
   std::free(own_);
   if (!pool_) return;
   if (pool_->bytes > KEPT_BYTES) {
@@ -193,10 +210,17 @@ void* Team::scratch(std::size_t bytes) {
 
 void Team::run(void (*f)(void*, int), void* context) {
   if (size_ == 1) return f(context, 0);
-  if (!pool_->forked)
-    return torch::stable::parallel_for(0, size_, 1, [&](i64 first, i64 last) {
+  if (!pool_->forked) {
+    using Clock = std::chrono::steady_clock;
+    const auto caller = std::this_thread::get_id();
+    Clock::time_point finished = Clock::now();
+    torch::stable::parallel_for(0, size_, 1, [&](i64 first, i64 last) {
       for (i64 i = first; i < last; ++i) f(context, int(i));
+      if (std::this_thread::get_id() == caller) finished = Clock::now();
     });
+    waited_ |= Clock::now() - finished > LONG_WAIT;
+    return;
+  }
   {
     const std::lock_guard<std::mutex> lock(pool_->mutex);
     pool_->f = f;

@@ -12,14 +12,21 @@ namespace hjepa_fast {
 //
 // These are PyTorch's threads: after an operation of PyTorch they keep spinning for milliseconds, and any others would
 // compete with them for the cores. In a forked child, where PyTorch's wait for ever, they are this library's own.
+//
+// PyTorch returns only when all its threads have been there, even to find nothing left. Where other processes want the cores
+// that takes as long as the system lets those run, often longer than a short call. After such a call the next short ones go
+// without the others, more of them each time that it happens again.
 class Team {
  public:
-  explicit Team(int n_threads);
+  // work: of the whole call, in multiplications
+  Team(int n_threads, double work);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
+  // Somebody had to wait for a core.
+  void note_wait() { waited_ = true; }
   // Memory, aligned to a cache line, kept from call to call where it is the process's own.
   void* scratch(std::size_t bytes);
   // f(context, thread) on the caller's thread, and on the others as far as they wake up before that is done: whoever comes
@@ -33,6 +40,7 @@ class Team {
 
  private:
   int size_ = 1;
+  bool short_ = false, waited_ = false;
   struct Pool* pool_ = nullptr;
   void* own_ = nullptr;
 };
