@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help="a smoke test in under two minutes on two cores: offline encoder, 10 videos with a "
-        "gradient background, 3 epochs; other options override these",
+        "gradient background, 3 epochs, 100 extended steps; other options override these",
     )
     _add_models(command)
     _add_device(command)
@@ -228,10 +228,11 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .pipeline.latents import load_latents
-    from .pipeline.runs import train_models
+    from .pipeline.runs import check_settings, train_models
     from .pipeline.windows import prepare
 
     run, config = Run(options.out), config_of(options)
+    check_settings(config, options.models)
     dataset = prepare(load_latents(options.latents), config.data)
     run.start(config, options.videos, options.latents)
     train_models(run, options.models, dataset, config, options.device, not options.quiet, print)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import Rollout, rollout
+from . import validation
+from .api import INTEGRATORS, Rollout, rollout
 
 DT_BOUNDS = (0.1, 2.0)
 """Range that a learnable dt is clamped to where it is used (H-JEPA)."""
@@ -28,10 +29,16 @@ class SymplecticIntegrator(nn.Module):
         Name of the scheme, see `hjepa_fast.rollout`. The published one, "leapfrog", is symplectic only for a separable H.
     backend : str
         See `hjepa_fast.rollout`.
+
+    Raises
+    ------
+    ValueError
+        An unknown integrator; the message lists the known ones.
     """
 
     def __init__(self, hnn: nn.Module, dt: float = 1.0, *, integrator: str = "leapfrog", backend: str = "auto") -> None:
         super().__init__()
+        validation.check_choice(integrator, INTEGRATORS, "integrator")
         self.hnn = hnn
         self.integrator = integrator
         self.backend = backend

@@ -16,6 +16,7 @@ from hjepa_fast.cli import build_parser, config_of, main
 from hjepa_fast.pipeline import checkpoints, files
 from hjepa_fast.pipeline.config import Config
 from hjepa_fast.pipeline.videos import find_videos, write_video
+from hjepa_fast.pipeline.zoo import MODELS
 from synthetic import LABEL, write_latents, write_one
 
 SMALL = ("--epochs", "2", "--batch-size", "8", "--window", "5", "--timing-runs", "2", "--timing-warmup", "0", "--quiet")
@@ -37,7 +38,7 @@ def reproduced(tmp_path_factory):
 def test_reproduce_writes_everything(reproduced):
     summary = json.loads((reproduced / "summary.json").read_text())
     names = [row["name"] for row in summary["models"]]
-    assert names == ["persistence", "hnn", "hnn-no-energy", "hnn-euler", "baseline", "baseline-residual"]
+    assert names == ["persistence", *MODELS]
     for row in summary["models"]:
         assert {"name", "mse_mean", "mse_std", "drift_mean", "drift_std", "params", "ms_per_step"} <= row.keys()
         assert row["mse_mean"] > 0
@@ -45,10 +46,14 @@ def test_reproduce_writes_everything(reproduced):
     assert summary["split"] == "video"
     assert 0 < summary["probe"]["n_test_videos"] < 5
     assert summary["latent_dim"] == 192
+    assert summary["extended_steps"] == 7
+    compared = [row["integrator"] for row in summary["integrators"]]
+    assert compared == ["leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint"]
     table = (reproduced / "summary.md").read_text()
     assert "HNN (full)" in table
+    assert "The full model's network under other integrators" in table
     assert "offline (untrained random features)" in table
-    for name in ("energy", "phase", "comparison", "ablation", "dataset"):
+    for name in ("energy", "drift_by_integrator", "phase", "comparison", "ablation", "dataset"):
         assert (reproduced / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (reproduced / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert len(list((reproduced / "videos").glob("*.mp4"))) == 5
@@ -184,6 +189,10 @@ def test_options_override_the_file_and_the_preset(tmp_path):
         (("encode", ".", "--encoder", "offline"), 1, "no videos in"),
         (("train", "nowhere"), 1, "nowhere"),
         (("train", "latents", "--models", "resnet"), 2, "invalid choice: 'resnet'"),
+        (("train", "latents", "--integrator", "verlet"), 2, "integrator must be auto or one of leapfrog, implicit-leapfrog, "),
+        (("train", "latents", "--lr", "-1"), 2, "lr must be positive, found -1.0"),
+        (("reproduce", "--integrator", "verlet"), 2, "found 'verlet'"),
+        (("reproduce", "--extended-steps", "0"), 2, "extended_steps must be at least 1, found 0"),
         (("train", "latents", "--window", "99"), 1, "too few clips for a window of 99"),
         (("train", "latents", "--window", "5", "--device", "abacus"), 2, "abacus"),
         (("train", "latents", "--config", "none.json"), 1, "configuration not found: none.json"),
@@ -201,6 +210,8 @@ def test_what_a_user_gets_wrong_is_said(arguments, code, message, tmp_path, monk
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.rglob(f"{files.PARTIAL}*"))
+    if code == 2 and "--device" not in arguments:
+        assert not (tmp_path / "runs").exists()  # a run's folder with settings that nothing can use would be in the way
 
 
 def test_an_unreachable_hub_names_both_ways_out(tmp_path, monkeypatch, capsys):

@@ -59,10 +59,14 @@ def test_numbers_match_loops(dataset, models):
     assert rows["persistence"]["ms_per_step"] is None
     assert rows["hnn"]["ms_per_step"] > 0
     assert rows["hnn"]["dt"] == pytest.approx(0.8)
-    assert rows["baseline"]["dt"] is None
+    assert rows["baseline"]["dt"] is rows["baseline"]["converged"] is None
+    assert [row["name"] for row in result.rows if row["converged"] == 1] == ["hnn-implicit"]
+    assert all(row["diverged"] == 0 for row in result.rows)
     assert rows["hnn"]["params"] == sum(p.numel() for p in models["hnn"].hnn.parameters())
-    assert result.arrays["hnn/energy"].shape == (len(dataset.test), 10)
-    assert result.arrays["hnn/example"].shape == (10, 6)
+    assert result.arrays["hnn/energy"].shape == result.arrays["hnn/energy_true"].shape == (len(dataset.test), 5)
+    assert result.arrays["hnn/energy_extended"].shape == (len(dataset.test), 10)
+    assert result.arrays["hnn/example"].shape == (7, 6)
+    assert result.extended_windows == len(dataset.test)
 
 
 def test_step_length_is_that_of_the_free_rollout(dataset, models):
@@ -80,8 +84,11 @@ def test_without_the_full_model_baselines_have_no_energy(dataset, models):
     summary = {
         "encoder": "e", "split": "window", "standardized": True, "n_train": 1, "n_test": 1, "latent_dim": 6, "n_steps": 4,
         "epochs": 1, "probe": None, "hardware": evaluate.hardware("cpu"), "models": result.rows,
+        "extended_steps": 9, "extended_windows": result.extended_windows, "integrators": result.integrators,
     }  # fmt: skip
+    assert result.integrators == []
     table = summary_table(summary)
+    assert "under other integrators" not in table
     assert "| Baseline MLP" in table
     assert "split by window (windows of one video overlap" in table
 

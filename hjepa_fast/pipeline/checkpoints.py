@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, HJEPAError
+from ..errors import CheckpointError, HJEPAError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..models import LatentHNN
 from . import files, zoo
@@ -24,7 +25,7 @@ class Checkpoint:
     """What a checkpoint file holds."""
 
     facts: dict[str, Any]
-    """Model name, latent size, configuration, epoch, history, encoder."""
+    """Model name, kind of its H, integrator, latent size, configuration, epoch, history, encoder."""
     model: dict[str, Tensor]
     """State dict of the model."""
     mean: Tensor
@@ -62,6 +63,9 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} was not written by hjepa_fast: it lacks the metadata 'hjepa_fast'") from error
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {facts.get('format')}, this version reads {FORMAT}")
+    spec = zoo.MODELS.get(facts.get("model"))
+    if spec:  # what the first versions did not write, as it was then
+        facts = {"hamiltonian": spec.hamiltonian, "integrator": spec.integrator, **facts}
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -73,15 +77,20 @@ def load(path: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, source: Path) -> zoo.Model:
-    """The trained model of a checkpoint, on the CPU.
+    """The trained model of a checkpoint, on the CPU, with the integrator and the kind of H that it was trained with.
 
     Raises
     ------
     CheckpointError
-        Its tensors do not fit the model it names.
+        Its tensors do not fit the model it names, or this version has no such model, integrator or H.
     """
-    name, latent_dim = checkpoint.facts["model"], checkpoint.facts["latent_dim"]
-    model = zoo.build(name, latent_dim, dt=1.0, seed=0)
+    facts = checkpoint.facts
+    try:
+        own = zoo.spec_of(facts["model"])
+        kind = {key: facts.get(key, getattr(own, key)) for key in ("hamiltonian", "integrator")}
+        model = zoo.assemble(dataclasses.replace(own, **kind), facts["latent_dim"], dt=1.0, seed=0)
+    except UsageError as error:
+        raise CheckpointError(f"{source} cannot be used: {error}") from error
     load_state(model, checkpoint.model, source)
     return model
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..schemes import SCHEMES
 
 PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
 OFFLINE_ENCODER = "offline"
+OWN_INTEGRATOR = "auto"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -77,6 +79,11 @@ class TrainConfig:
     energy_reference: Literal["z1", "z0"] = _option(
         "z1", "state that the energy loss compares with: the first prediction (notebook) or the initial state (paper, eq. 7)"
     )
+    integrator: str = _option(
+        OWN_INTEGRATOR,
+        "integrator of the full model, 'hnn', alone: auto, which is the published leapfrog, or one of "
+        f"{', '.join(SCHEMES)}; the other models keep the integrator that they are there to show",
+    )
     dt: float = _option(1.0, "initial step size, learnable")
     seed: int = _option(42, "seed of initial weights and batch order")
     backend: Literal["auto", "cpp", "torch", "reference"] = _option(
@@ -89,7 +96,7 @@ class TrainConfig:
 class EvaluateConfig:
     """What is measured after training."""
 
-    extended_steps: int = _option(50, "steps of the extended rollout")
+    extended_steps: int = _option(1000, "steps of the extended rollouts, of which only energies are kept (published: 50)")
     dream_steps: int = _option(20, "steps of a free rollout from one state")
     timing_warmup: int = _option(10, "rollouts before timing starts")
     timing_runs: int = _option(100, "timed rollouts; the median is reported")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..api import energy
-from ..errors import LatentError, UsageError
+from ..errors import HJEPAError, LatentError, UsageError
 from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .config import EncodeConfig
@@ -61,6 +61,8 @@ def dream(
         An index out of range, or fewer than one step.
     LatentError
         Latents of another size, or of another encoder than the model's.
+    HJEPAError
+        The rollout leaves the finite numbers; the message says at which step.
     """
     if n_steps < 1:
         raise UsageError(f"a dream needs at least 1 step, found {n_steps}")
@@ -86,12 +88,23 @@ def dream(
     model = model.to(target)
     z0 = ((sequence.latents[index] - loaded.mean) / loaded.std).to(target)
     H: Tensor | None = None
+    unsolved = ""
     with torch.no_grad():
-        states = model.rollout(z0[None], n_steps)[0]
         if isinstance(model, SymplecticIntegrator):
-            H = energy(model.hnn, states).cpu()
+            rollout = model.trajectory(z0, n_steps, unconverged="flag")
+            states, H = rollout.states, energy(model.hnn, rollout.states).cpu()
+            if rollout.solve is not None and not rollout.solve.converged.all():
+                unsolved = (
+                    f"; {int((~rollout.solve.converged).sum())} implicit steps could not be solved, "
+                    f"for which dt {model.step_size.item():.4g} is too large"
+                )
+        else:
+            states = model.rollout(z0[None], n_steps)[0]
     states = states.cpu()
-    title = f"{zoo.MODELS[loaded.facts['model']].title}: {n_steps} steps from {source.name}, latent {index}"
+    title = f"{zoo.title(loaded.facts['model'], model)}: {n_steps} steps from {source.name}, latent {index}"
+    finite = states.isfinite().all(dim=1)
+    if not finite.all():
+        raise HJEPAError(f"{title}: the rollout is not finite from step {int((~finite).nonzero()[0])} on; take fewer --steps")
     paths = save(dream_figure(states, H, title), out)
     tensors = {"states": states * loaded.std + loaded.mean} | ({} if H is None else {"energy": H})
     tensor_path = out.with_name(f"{out.name}.safetensors")
@@ -99,7 +112,7 @@ def dream(
     text = f"{title}; mean step length {states.diff(dim=0).norm(dim=1).mean():.4g}"
     if H is not None:
         text += f", largest energy drift {(H - H[0]).abs().max():.4g}"
-    return Dream(text, [tensor_path, *paths])
+    return Dream(text + unsolved, [tensor_path, *paths])
 
 
 def _encode_one(video: Path, encoding: dict[str, Any], encoder: str | None, device: str) -> Latents:

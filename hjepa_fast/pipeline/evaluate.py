@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import api
 from ..api import energy
 from ..errors import UsageError
 from ..integrators import SymplecticIntegrator
+from ..models import SeparableHNN
+from ..schemes import SCHEMES
 from . import zoo
 from .config import EvaluateConfig
 from .windows import Dataset
@@ -24,16 +29,26 @@ from .windows import Dataset
 PERSISTENCE = "persistence"
 EXAMPLE = 0
 """Index of the test window that trajectories are kept of."""
+EXTENDED_WINDOWS = 32
+"""Extended rollouts start from no more test windows than this, evenly spread: they are long."""
+COMPARED = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
+"""Integrators that the full model's network is rolled out with, the published one first."""
+NUMBERS_AT_ONCE = 2**22
+"""How many numbers of states a long rollout holds where it must hold some: 16 MiB of float32."""
 
 Rollout = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows of the table, and the arrays that the figures draw."""
+    """Rows of both tables, and the arrays that the figures draw."""
 
     rows: list[dict[str, Any]]
+    integrators: list[dict[str, Any]]
+    """The full model's network under other integrators; empty without that model."""
     arrays: dict[str, Tensor]
+    extended_windows: int
+    """How many test windows extended rollouts start from."""
 
 
 def evaluate(
@@ -47,6 +62,8 @@ def evaluate(
 
     A model without a Hamiltonian is measured with the full model's H, as published; without that model its energy
     columns stay empty. All numbers are in the space the models are trained in (standardised, unless that is off).
+    Extended rollouts start from at most `EXTENDED_WINDOWS` test windows, evenly spread, and only their energies are kept.
+    Rollouts that leave the finite numbers, and implicit steps that cannot be solved, are counted and not refused.
 
     Parameters
     ----------
@@ -55,50 +72,128 @@ def evaluate(
     Returns
     -------
     Evaluation
-        `rows`: name, title, mse_mean and mse_std over windows, mse_relative (to the variance of the test latents),
-        mse_per_step, drift_mean and drift_std of max_t |H(z_t) - H(z_0)| over the windows' steps, drift_true_mean (the
-        same along the true latents), drift_extended_mean, energy_std (of H over the true test latents), step_length
-        (mean |z_{t+1} - z_t| of a free rollout), params, dt, ms_per_step. What does not apply is None.
-        `arrays`: `<name>/step_mse` [n, T], `<name>/energy` [n, extended + 1], `<name>/energy_true` [n, T + 1],
-        `<name>/example` [longest + 1, d], and `true/example` [T + 1, d].
+        `rows`: name, title, integrator, mse_mean and mse_std over windows, mse_relative (to the variance of the test
+        latents), mse_per_step, drift_mean and drift_std of max_t |H(z_t) - H(z_0)| over the windows' steps, drift_true_mean
+        (the same along the true latents), drift_extended_mean (over the extended steps), diverged (the share of extended
+        rollouts whose H is not finite somewhere), energy_std (of H over the true test latents), step_length (mean
+        |z_{t+1} - z_t| of a free rollout), params, dt, converged (the share of implicit steps that were solved), ms_per_step.
+        What does not apply is None, and so is what is not finite.
+        `integrators`: see `compare_integrators`.
+        `arrays`: `<name>/step_mse` [n, T], `<name>/energy` [n, T + 1], `<name>/energy_extended` [m, extended + 1],
+        `<name>/energy_true` [n, T + 1], `<name>/example` [longest + 1, d], `true/example` [T + 1, d], and
+        `integrators/<integrator>/energy` [m, extended + 1].
     """
     check_config(config)
     windows = dataset.test.to(device)
+    starts = windows[_spread(len(windows), EXTENDED_WINDOWS), 0]
     full = models.get(zoo.FULL_MODEL)
     n_steps = windows.shape[1] - 1
-    longest = max(config.extended_steps, config.dream_steps, n_steps)
+    longest = max(config.dream_steps, n_steps)
     arrays = {"true/example": dataset.test[EXAMPLE]}
     rows = []
     entries: list[tuple[str, zoo.Model | None]] = [(PERSISTENCE, None), *models.items()]
+    compared = integrators_of(full) if isinstance(full, SymplecticIntegrator) else ()
+    total = len(entries) + len(compared)
     for done, (name, model) in enumerate(entries, start=1):
-        rollout: Rollout = _persist if model is None else model.rollout
+        predictor = _Predictor(model)
         owner = model if isinstance(model, SymplecticIntegrator) else full
         hnn = owner.hnn if isinstance(owner, SymplecticIntegrator) else None
+        extended = None
         with torch.no_grad():
-            step_mse, H, H_true = _measure(rollout, hnn, windows, max(config.extended_steps, n_steps))
-            example = rollout(windows[EXAMPLE : EXAMPLE + 1, 0], longest)[0]
+            step_mse, H, H_true = _measure(predictor, hnn, windows)
+            if hnn is not None:
+                extended = predictor.energies(hnn, starts, config.extended_steps)
+            example = predictor.states(windows[EXAMPLE : EXAMPLE + 1, 0], longest)[0]
         arrays[f"{name}/step_mse"] = step_mse
         arrays[f"{name}/example"] = example
-        if H is not None and H_true is not None:
+        if H is not None and H_true is not None and extended is not None:
             arrays[f"{name}/energy"], arrays[f"{name}/energy_true"] = H, H_true
+            arrays[f"{name}/energy_extended"] = extended
         mse = step_mse.mean(dim=1)
+        title = "Persistence" if model is None else zoo.title(name, model)
+        _warn_unsolved(title, predictor)
         row: dict[str, Any] = {
             "name": name,
-            "title": "Persistence" if model is None else zoo.MODELS[name].title,
+            "title": title,
+            "integrator": model.integrator if isinstance(model, SymplecticIntegrator) else None,
             "mse_mean": mse.mean().item(),
             "mse_std": mse.std(correction=0).item(),
             "mse_relative": mse.mean().item() / dataset.variance,
             "mse_per_step": step_mse.mean(dim=0).tolist(),
-            **_drift(H, H_true, n_steps),
+            **_drift(H, H_true, extended),
             "step_length": example[: config.dream_steps + 1].diff(dim=0).norm(dim=1).mean().item(),
             "params": 0 if model is None else _count_parameters(model),
             "dt": model.step_size.item() if isinstance(model, SymplecticIntegrator) else None,
-            "ms_per_step": None if model is None else time_per_step(model, windows[:1, 0], n_steps, config) * 1e3,
+            "converged": predictor.converged,
+            "ms_per_step": None if model is None else time_per_step(predictor.states, windows[:1, 0], n_steps, config) * 1e3,
         }
         rows.append({key: _finite(value) for key, value in row.items()})
         if progress:
-            progress(done, len(entries))
-    return Evaluation(rows, {name: tensor.cpu() for name, tensor in arrays.items()})
+            progress(done, total)
+    comparison: list[dict[str, Any]] = []
+    if isinstance(full, SymplecticIntegrator):
+        for done, (row, H) in enumerate(compare_integrators(full, starts, n_steps, config), start=len(entries) + 1):
+            arrays[f"integrators/{row['integrator']}/energy"] = H
+            reference = comparison[0] if comparison else row  # the published step comes first
+            ratio = _ratio(row["drift_extended_mean"], reference["drift_extended_mean"])
+            comparison.append({key: _finite(value) for key, value in (row | {"drift_ratio": ratio}).items()})
+            if progress:
+                progress(done, total)
+    return Evaluation(rows, comparison, {name: tensor.cpu() for name, tensor in arrays.items()}, len(starts))
+
+
+def integrators_of(full: SymplecticIntegrator) -> tuple[str, ...]:
+    """The integrators that the full model's network is compared under: the published step first, and always its own."""
+    return tuple(dict.fromkeys((*COMPARED, full.integrator)))
+
+
+def compare_integrators(
+    full: SymplecticIntegrator, z0: Tensor, n_steps: int, config: EvaluateConfig
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Roll the full model's network out under every integrator of `integrators_of`, with its dt, and yield what it costs.
+
+    Energies are computed in float64: in float32 the drift of a symplectic method drowns in rounding. Evaluations and times
+    are those of the model's own precision.
+
+    Parameters
+    ----------
+    z0 : Tensor [m, d]
+        Where rollouts start.
+
+    Yields
+    ------
+    dict, Tensor
+        integrator, trained (whether the model was trained with it), drift_mean and drift_extended_mean of
+        max_t |H(z_t) - H(z_0)| over n_steps and over the extended steps, diverged and converged as in `evaluate`,
+        seconds_extended (wall time of the rollouts in float64), evaluations_per_step (gradients of H, mean over n_steps),
+        ms_per_step (batch 1); and H along the extended rollouts, [m, extended + 1].
+    """
+    double = copy.deepcopy(full).double()
+    for integrator in integrators_of(full):
+        exact = _Predictor(double, integrator)
+        predictor = _Predictor(full, integrator)
+        with torch.no_grad():
+            started = _now(z0.device)
+            H = exact.energies(double.hnn, z0.double(), max(config.extended_steps, n_steps))
+            seconds = _now(z0.device) - started
+            predictor.states(z0, n_steps)
+        _warn_unsolved(f"the full model under {integrator}", exact)
+        evaluations = predictor.evaluations_per_step  # before the timed rollouts count as well
+        H, short = H[:, : config.extended_steps + 1], H[:, : n_steps + 1]
+        yield (
+            {
+                "integrator": integrator,
+                "trained": integrator == full.integrator,
+                "drift_mean": _largest_drift(short).mean().item(),
+                "drift_extended_mean": _largest_drift(H).mean().item(),
+                "diverged": _diverged(H),
+                "converged": exact.converged,
+                "seconds_extended": seconds,
+                "evaluations_per_step": evaluations,
+                "ms_per_step": time_per_step(predictor.states, z0[:1], n_steps, config) * 1e3,
+            },
+            H,
+        )
 
 
 def check_config(config: EvaluateConfig) -> None:
@@ -113,17 +208,15 @@ def check_config(config: EvaluateConfig) -> None:
             raise UsageError(f"{name} must be at least {least}, found {getattr(config, name)}")
 
 
-def time_per_step(model: zoo.Model, z0: Tensor, n_steps: int, config: EvaluateConfig) -> float:
+def time_per_step(rollout: Rollout, z0: Tensor, n_steps: int, config: EvaluateConfig) -> float:
     """Median seconds a step of a whole rollout from z0 [1, d] without gradients, synchronised."""
     times = []
     with torch.no_grad():
         for run in range(config.timing_warmup + config.timing_runs):
-            _synchronize(z0.device)
-            started = time.perf_counter()
-            model.rollout(z0, n_steps)
-            _synchronize(z0.device)
+            started = _now(z0.device)
+            rollout(z0, n_steps)
             if run >= config.timing_warmup:
-                times.append(time.perf_counter() - started)
+                times.append(_now(z0.device) - started)
     return statistics.median(times) / n_steps
 
 
@@ -139,14 +232,73 @@ def hardware(device: torch.device | str) -> dict[str, Any]:
     }
 
 
+class _Predictor:
+    """Rolls a model out, or persistence, or a model's network with another integrator; counts implicit steps."""
+
+    def __init__(self, model: zoo.Model | None, integrator: str | None = None) -> None:
+        self.model = model
+        self.integrator = integrator or (model.integrator if isinstance(model, SymplecticIntegrator) else None)
+        self.steps = self.solved = self.evaluations = 0
+
+    @property
+    def converged(self) -> float | None:
+        """Share of the implicit steps so far that were solved; None if there were none."""
+        return self.solved / self.steps if self.steps else None
+
+    @property
+    def evaluations_per_step(self) -> float | None:
+        """Gradients of H a step."""
+        if self.steps:
+            return self.evaluations / self.steps
+        # Tao's method has no stages: it moves two copies in turn, with four gradients
+        return None if self.integrator is None else float(len(SCHEMES[self.integrator].stages) or 4)
+
+    def states(self, z0: Tensor, n_steps: int) -> Tensor:
+        """[B, n_steps + 1, d] from z0 [B, d]."""
+        if self.model is None:
+            return z0.unsqueeze(1).expand(-1, n_steps + 1, -1)
+        if isinstance(self.model, SymplecticIntegrator):
+            return self._trajectory(self.model, z0, n_steps).states
+        return self.model.rollout(z0, n_steps)
+
+    def energies(self, hnn: nn.Module, z0: Tensor, n_steps: int) -> Tensor:
+        """H [B, n_steps + 1] along rollouts from z0 [B, d], without holding all their states."""
+        if self.model is None:
+            return energy(hnn, z0)[:, None].expand(-1, n_steps + 1)
+        if isinstance(self.model, SymplecticIntegrator) and not isinstance(hnn, SeparableHNN):
+            H = self._trajectory(self.model, z0, n_steps, energy=True, states="final").energy
+            assert H is not None
+            return H
+        # a separable H's rollouts and an unconstrained predictor's keep every state they pass
+        length = max(1, NUMBERS_AT_ONCE // z0.numel())
+        parts = [energy(hnn, z0)[:, None]]
+        for start in range(0, n_steps, length):
+            states = self.states(z0, min(length, n_steps - start))
+            parts.append(energy(hnn, states[:, 1:]))
+            z0 = states[:, -1]
+        return torch.cat(parts, dim=1)
+
+    def _trajectory(self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, **options: Any) -> api.Rollout:
+        assert self.integrator is not None
+        out = api.rollout(
+            model.hnn, z0, model.step_size, n_steps,
+            integrator=self.integrator, backend=model.backend, unconverged="flag", **options,
+        )  # fmt: skip
+        if out.solve is not None:
+            self.steps += out.solve.converged.numel()
+            self.solved += int(out.solve.converged.sum())
+            self.evaluations += int(out.solve.evaluations.sum())
+        return out
+
+
 def _measure(
-    rollout: Rollout, hnn: nn.Module | None, windows: Tensor, n_steps: int, batch: int = 256
+    predictor: _Predictor, hnn: nn.Module | None, windows: Tensor, batch: int = 256
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Squared errors [n, T], energies of predictions [n, n_steps + 1] and of the true windows [n, T + 1]."""
+    """Squared errors [n, T], energies of predictions [n, T + 1] and of the true windows [n, T + 1]."""
     errors, predicted, true = [], [], []
     for part in windows.split(batch):
-        states = rollout(part[:, 0], n_steps)
-        errors.append((states[:, 1 : part.shape[1]] - part[:, 1:]).square().mean(dim=-1))
+        states = predictor.states(part[:, 0], part.shape[1] - 1)
+        errors.append((states[:, 1:] - part[:, 1:]).square().mean(dim=-1))
         if hnn is not None:
             predicted.append(energy(hnn, states))
             true.append(energy(hnn, part))
@@ -155,22 +307,48 @@ def _measure(
     return torch.cat(errors), torch.cat(predicted), torch.cat(true)
 
 
-def _drift(H: Tensor | None, H_true: Tensor | None, n_steps: int) -> dict[str, float | None]:
-    if H is None or H_true is None:
-        return dict.fromkeys(("drift_mean", "drift_std", "drift_true_mean", "drift_extended_mean", "energy_std"))
-    distance = (H - H[:, :1]).abs()
-    drift = distance[:, : n_steps + 1].amax(dim=1)
+def _drift(H: Tensor | None, H_true: Tensor | None, extended: Tensor | None) -> dict[str, float | None]:
+    if H is None or H_true is None or extended is None:
+        names = ("drift_mean", "drift_std", "drift_true_mean", "drift_extended_mean", "diverged", "energy_std")
+        return dict.fromkeys(names)
+    drift = _largest_drift(H)
     return {
         "drift_mean": drift.mean().item(),
         "drift_std": drift.std(correction=0).item(),
-        "drift_true_mean": (H_true - H_true[:, :1]).abs().amax(dim=1).mean().item(),
-        "drift_extended_mean": distance.amax(dim=1).mean().item(),
+        "drift_true_mean": _largest_drift(H_true).mean().item(),
+        "drift_extended_mean": _largest_drift(extended).mean().item(),
+        "diverged": _diverged(extended),
         "energy_std": H_true.std(correction=0).item(),
     }
 
 
-def _persist(z0: Tensor, n_steps: int) -> Tensor:
-    return z0.unsqueeze(1).expand(-1, n_steps + 1, -1)
+def _largest_drift(H: Tensor) -> Tensor:
+    """max_t |H(z_t) - H(z_0)| of H [n, T + 1]: [n]; not finite where H is not."""
+    return (H - H[:, :1]).abs().amax(dim=1)
+
+
+def _diverged(H: Tensor) -> float:
+    """Share of the rows of H [n, T + 1] that are not finite somewhere."""
+    return (~H.isfinite()).any(dim=1).double().mean().item()
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """At most `most` of the indices 0..n-1, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
+
+
+def _warn_unsolved(title: str, predictor: _Predictor) -> None:
+    share = predictor.converged
+    if share is not None and share < 1:
+        warnings.warn(
+            f"{title}: {predictor.steps - predictor.solved} of {predictor.steps} implicit steps could not be solved, so its "
+            f"numbers are not all those of {predictor.integrator}; its dt is too large for the network's curvature",
+            stacklevel=3,
+        )
 
 
 def _count_parameters(model: zoo.Model) -> int:
@@ -185,9 +363,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _synchronize(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, after everything that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def processor_name() -> str:

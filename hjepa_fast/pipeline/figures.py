@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,22 @@ COLORS = {
     "hnn": "#0072B2",
     "hnn-no-energy": "#009E73",
     "hnn-euler": "#D55E00",
+    "hnn-implicit": "#56B4E9",
+    "hnn-separable": "#F0E442",
     "baseline": "#CC79A7",
     "baseline-residual": "#E69F00",
     PERSISTENCE: "#999999",
 }
 TRUE = "#000000"
+INTEGRATOR_COLORS = {
+    "leapfrog": "#0072B2",
+    "euler": "#D55E00",
+    "implicit-leapfrog": "#56B4E9",
+    "implicit-midpoint": "#009E73",
+}
+OTHER_INTEGRATOR = "#CC79A7"
+LARGEST = 1e30
+"""What a rollout that diverges goes on to is not drawn."""
 
 
 def draw(run: Run) -> list[Path]:
@@ -39,16 +51,20 @@ def draw(run: Run) -> list[Path]:
     Raises
     ------
     HJEPAError
-        The run was not evaluated.
+        The run was not evaluated, or by a version whose evaluation held less.
     MissingDependencyError
         Matplotlib is not installed.
     """
     summary = files.read_json(run.summary, "the run's summary (run 'hjepa-fast evaluate' first)")
     arrays, _ = files.load_tensors(run.arrays, "the run's evaluation (run 'hjepa-fast evaluate' first)")
     rows = {row["name"]: row for row in summary["models"]}
+    if "integrators" not in summary:
+        raise HJEPAError(f"{run.root} was evaluated by an older version: run 'hjepa-fast evaluate {run.root}' again")
+    arrays = {name: torch.where(values.abs() < LARGEST, values, torch.nan) for name, values in arrays.items()}
     written = []
     for name, figure in (
         ("energy", _energy(summary, rows, arrays)),
+        ("drift_by_integrator", _drift_by_integrator(summary, arrays)),
         ("phase", _phase(rows, arrays)),
         ("comparison", _comparison(run, rows, arrays)),
         ("ablation", _ablation(rows)),
@@ -107,18 +123,23 @@ def _caption(summary: dict[str, Any]) -> str:
 
 
 def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-") -> None:
-    """Median and 10th to 90th percentile over the first dimension of values [n, T]."""
-    low, middle, high = torch.quantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0).numpy()
+    """Median and 10th to 90th percentile over the first dimension of values [n, T], without what is not finite."""
+    low, middle, high = torch.nanquantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0).numpy()
     axis.plot(x, middle, style, color=color, label=label, lw=1.6)
     if style == "-":
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _drift_panel(axis: Axes, arrays: dict[str, Tensor], names: list[str], n_steps: int) -> None:
-    for name in names:
-        H = arrays[f"{name}/energy"][:, : n_steps + 1]
-        _band(axis, np.arange(1, n_steps + 1), (H[:, 1:] - H[:, :1]).abs(), COLORS[name], _title(name))
-    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|", yscale="log")
+def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]]) -> None:
+    """Each of: energies [n, T + 1], a colour, a label."""
+    some = False
+    for H, color, label in drawn:
+        drift = (H[:, 1:] - H[:, :1]).abs()
+        _band(axis, np.arange(1, H.shape[1]), drift, color, label)
+        some |= bool((drift > 0).any())
+    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|")
+    if some:  # nothing but zeros and what is not finite has no logarithms
+        axis.set_yscale("log")
 
 
 def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
@@ -126,13 +147,38 @@ def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Ten
     if not names:
         return None
     figure, axes = new_figure("Energy drift of predictions (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
-    for axis, n_steps in zip(axes.flat, (summary["n_steps"], summary["extended_steps"]), strict=True):
-        _drift_panel(axis, arrays, names, n_steps)
-        axis.set_title(f"{n_steps} steps", fontsize=9)
+    for axis, key in zip(axes.flat, ("energy", "energy_extended"), strict=True):
+        _drift_panel(axis, ((arrays[f"{name}/{key}"], COLORS[name], rows[name]["title"]) for name in names))
+    axes[0, 0].set_title(f"{summary['n_steps']} steps", fontsize=9)
+    axes[0, 1].set_title(f"{summary['extended_steps']} steps, {summary['extended_windows']} test windows", fontsize=9)
     if zoo.FULL_MODEL in names:
         H = arrays[f"{zoo.FULL_MODEL}/energy_true"]
         _band(axes[0, 0], np.arange(1, H.shape[1]), (H[:, 1:] - H[:, :1]).abs(), TRUE, "full model's H on true latents", "--")
     axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _drift_by_integrator(summary: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
+    compared = summary["integrators"]
+    if not compared:
+        return None
+    title = "Energy drift of the full model's network by integrator (median, 10th to 90th percentile)"
+    figure, axes = new_figure(title, 1, 1, 7.5, 4.8)
+    trained = next(row["integrator"] for row in compared if row["trained"])
+    names = [row["integrator"] for row in compared]
+    _drift_panel(
+        axes[0, 0],
+        (
+            (
+                arrays[f"integrators/{name}/energy"],
+                INTEGRATOR_COLORS.get(name, OTHER_INTEGRATOR),
+                f"{name} (trained with)" if name == trained else name,
+            )
+            for name in names
+        ),
+    )
+    axes[0, 0].set_title(f"{summary['extended_steps']} steps, {summary['extended_windows']} test windows, float64", fontsize=9)
+    axes[0, 0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -145,7 +191,7 @@ def _phase(rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
     predicted = arrays[f"{zoo.FULL_MODEL}/example"][: len(true)]
     figure, axes = new_figure("One test window: phase portraits and time series", 2, pairs, 2.9 * pairs, 5.6)
     for i in range(pairs):
-        for states, color, label in ((true, TRUE, "true"), (predicted, COLORS["hnn"], "HNN (full)")):
+        for states, color, label in ((true, TRUE, "true"), (predicted, COLORS["hnn"], rows[zoo.FULL_MODEL]["title"])):
             q, p = states[:, i], states[:, d + i]
             axes[0, i].plot(q, p, ".-", color=color, label=label, lw=1, ms=3)
             axes[0, i].plot(q[:1], p[:1], "o", color=color, ms=6, mfc="none")
@@ -163,26 +209,29 @@ def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Fi
     names = [name for name in rows if name in ("hnn", "baseline", "baseline-residual", PERSISTENCE)] or list(rows)
     for name in names:
         errors = arrays[f"{name}/step_mse"]
-        _band(axes[0, 0], np.arange(1, errors.shape[1] + 1), errors, COLORS[name], _title(name))
+        _band(axes[0, 0], np.arange(1, errors.shape[1] + 1), errors, COLORS[name], rows[name]["title"])
     axes[0, 0].set(xlabel="step", ylabel="MSE", title="error at each step (median, 10th to 90th percentile)")
     axes[0, 0].legend(fontsize=7, frameon=False)
     with_energy = [name for name in names if f"{name}/energy" in arrays and name != PERSISTENCE]
     if with_energy:
-        n_steps = arrays[f"{names[0]}/step_mse"].shape[1]
-        _drift_panel(axes[0, 1], arrays, with_energy, n_steps)
+        _drift_panel(axes[0, 1], ((arrays[f"{name}/energy"], COLORS[name], rows[name]["title"]) for name in with_energy))
         axes[0, 1].set_title("energy drift")
     true = arrays["true/example"]
     axes[1, 0].plot(*true[:, :2].T, ".-", color=TRUE, label="true", lw=1.2)
     for name in names:
         if name != PERSISTENCE:
-            axes[1, 0].plot(*arrays[f"{name}/example"][: len(true), :2].T, ".-", color=COLORS[name], label=_title(name), lw=1.2)
+            axes[1, 0].plot(
+                *arrays[f"{name}/example"][: len(true), :2].T, ".-", color=COLORS[name], label=rows[name]["title"], lw=1.2
+            )
     axes[1, 0].set(xlabel="latent dimension 0", ylabel="latent dimension 1", title="one test window")
     axes[1, 0].legend(fontsize=7, frameon=False)
     for name, path in run.trained().items():
         last = path.with_name("last.safetensors")
         history = checkpoints.load(last if last.exists() else path).facts["history"]
         epochs = [row["epoch"] for row in history]
-        axes[1, 1].semilogy(epochs, [row["test_mse"] for row in history], color=COLORS[name], label=_title(name), lw=1.4)
+        # a model may have been trained since the evaluation
+        title = rows[name]["title"] if name in rows else zoo.MODELS[name].title
+        axes[1, 1].semilogy(epochs, [row["test_mse"] for row in history], color=COLORS[name], label=title, lw=1.4)
         axes[1, 1].semilogy(epochs, [row["train_mse"] for row in history], ":", color=COLORS[name], lw=1)
     axes[1, 1].set(xlabel="epoch", ylabel="MSE", title="training (dotted) and test error")
     axes[1, 1].legend(fontsize=7, frameon=False)
@@ -235,7 +284,8 @@ def _dataset(run: Run) -> Figure | None:
     plane.set_title("latents, two largest components", fontsize=8)
     rest = list(below[2:]) if truths else list(below[1:])
     if rest:
-        rest[0].hist(step_lengths, bins=40, color=COLORS["hnn"])
+        # in float32, forty bins do not fit between lengths that are almost equal
+        rest[0].hist(step_lengths.double(), bins=40, color=COLORS["hnn"])
         rest[0].set_title("distance between neighbouring latents", fontsize=8)
     for axis in rest[1:]:
         axis.set_axis_off()
@@ -248,7 +298,3 @@ def _principal_plane(states: Tensor, basis_of: Tensor) -> np.ndarray:
     _, _, components = torch.linalg.svd((basis_of - centre).double(), full_matrices=False)
     plane = ((states - centre).double() @ components[:2].T).numpy()
     return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-
-
-def _title(name: str) -> str:
-    return "Persistence" if name == PERSISTENCE else zoo.MODELS[name].title

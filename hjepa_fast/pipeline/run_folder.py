@@ -72,14 +72,15 @@ class Run:
             The folder holds a run with other settings.
         """
         recorded = {"videos": None if videos is None else self._relative(videos), "latents": self._relative(latents)}
-        for path, value, what in (
-            (self.config, config.to_dict(), "settings"),
-            (self.inputs, recorded, "inputs"),
-        ):
-            if path.exists():
-                _refuse_difference(files.read_json(path, f"the run's {what}"), value, what, self.root)
-            else:
-                files.write_json(path, value)
+        if self.config.exists():
+            # read as a configuration, so that fields which an older version did not write have their defaults
+            _refuse_difference(self.read_config().to_dict(), config.to_dict(), "settings", self.root)
+        else:
+            files.write_json(self.config, config.to_dict())
+        if self.inputs.exists():
+            _refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
+        else:
+            files.write_json(self.inputs, recorded)
 
     def _relative(self, folder: Path) -> str:
         # a run that holds its inputs can be moved as a whole

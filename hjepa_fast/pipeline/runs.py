@@ -16,7 +16,7 @@ from .latents import encode_videos, load_latents, probe
 from .progress import Progress
 from .run_folder import Run
 from .tables import summary_table
-from .train import train
+from .train import check_numbers, train
 from .videos import find_videos, generate, load_ground_truth
 from .windows import Dataset, prepare
 
@@ -26,7 +26,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "videos": {"n_videos": 10, "background": "gradient"},
     "encode": {"encoder": OFFLINE_ENCODER},
     "train": {"epochs": 3},
-    "evaluate": {"timing_runs": 20},
+    "evaluate": {"timing_runs": 20, "extended_steps": 100},
 }
 """Settings of `--quick`: the whole pipeline in less than two minutes on two cores. Too short to mean anything."""
 
@@ -51,9 +51,24 @@ def probe_latents(videos: Path, latents: Path) -> dict[str, Any] | None:
     return probe(encoded, [truths[item.name] for item in encoded]) if encoded else None
 
 
+def check_settings(config: Config, names: Sequence[str]) -> None:
+    """Settings that training or evaluation would refuse later are refused now, before anything is made or recorded.
+
+    Raises
+    ------
+    UsageError
+        The message names the option, its value and what was expected.
+    """
+    zoo.check_models(tuple(names))
+    for name in names:
+        zoo.spec_of(name, config.train.integrator)
+    check_numbers(config.train)
+    evaluate.check_config(config.evaluate)
+
+
 def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Config, device: str, show: bool, say: Say) -> None:
     """Train the named models one after the other; finished ones are kept, interrupted ones go on."""
-    zoo.check_models(tuple(names))
+    check_settings(config, names)
     target = resolve_device(device)
     for name in names:
         with Progress(name, config.train.epochs, unit="epoch", enabled=show) as progress:
@@ -64,8 +79,8 @@ def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Confi
                 progress.update(row["epoch"] - progress.done, **shown)
 
             best = train(name, dataset, run.model(name), config.train, config.data, target, log)
-        facts = checkpoints.load(best).facts
-        say(f"{zoo.MODELS[name].title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
+        facts, title = checkpoints.load(best).facts, zoo.spec_of(name, config.train.integrator).title
+        say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
 
 
 def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
@@ -101,10 +116,12 @@ def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
         "latent_dim": dataset.latent_dim,
         "n_steps": config.data.window - 1,
         "extended_steps": config.evaluate.extended_steps,
+        "extended_windows": evaluation.extended_windows,
         "epochs": config.train.epochs,
         "probe": _probe(videos, latents),
         "hardware": evaluate.hardware(resolved),
         "models": evaluation.rows,
+        "integrators": evaluation.integrators,
     }
     files.save_tensors(run.arrays, evaluation.arrays, {"encoder": dataset.label})
     files.write_json(run.summary, summary)
@@ -137,7 +154,7 @@ def reproduce(
     dict
         The summary, as written to `summary.json`.
     """
-    zoo.check_models(tuple(names))
+    check_settings(config, names)
     target = resolve_device(device)
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
     if config.encode.encoder == OFFLINE_ENCODER:

@@ -1,19 +1,28 @@
-"""The summary table in Markdown."""
+"""The tables of a run in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-COLUMNS = ("model", "MSE", "MSE / variance", "energy drift", "drift, true latents", "std of H", "parameters", "dt", "ms/step")
-
 
 def _number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _spread(mean: float | None, std: float | None) -> str:
-    return "-" if mean is None else f"{_number(mean, '.4g')} ± {_number(std)}"
+def _measured(value: float | None, form: str = ".3g", std: float | None = None) -> str:
+    """A number that is there for this row, so that None means that the rollouts left the finite numbers."""
+    if value is None:
+        return "diverged"
+    return format(value, form) if std is None else f"{format(value, form)} ± {_number(std)}"
+
+
+def _unsolved(row: Mapping[str, Any]) -> bool:
+    return row["converged"] is not None and row["converged"] < 1
+
+
+def _solved(share: float) -> str:
+    return f"{share:.1%} of the implicit steps could be solved; dt is too large for the others."
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
@@ -24,15 +33,31 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """Markdown of a `summary.json`: the table, and what its numbers were measured on."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
+    """Markdown of a `summary.json`: the table, what its numbers were measured on, and the comparison of integrators."""
+    extended = summary["extended_steps"]
+    rows: list[tuple[str, ...]] = [
+        (
+            "model",
+            "MSE",
+            "MSE / variance",
+            "energy drift",
+            f"drift, {extended} steps",
+            "drift, true latents",
+            "std of H",
+            "parameters",
+            "dt",
+            "ms/step",
+        )
+    ]
     for row in summary["models"]:
+        has_energy = row["energy_std"] is not None
         rows.append(
             (
                 row["title"],
-                _spread(row["mse_mean"], row["mse_std"]),
-                _number(row["mse_relative"], ".3f"),
-                _spread(row["drift_mean"], row["drift_std"]),
+                _measured(row["mse_mean"], ".4g", row["mse_std"]),
+                _measured(row["mse_relative"], ".3f"),
+                _measured(row["drift_mean"], ".4g", row["drift_std"]) if has_energy else "-",
+                _measured(row["drift_extended_mean"]) if has_energy else "-",
                 _number(row["drift_true_mean"]),
                 _number(row["energy_std"]),
                 f"{row['params']:,}",
@@ -48,6 +73,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         + ("standardised with training statistics." if summary["standardized"] else "not standardised."),
         f"{summary['n_train']} training and {summary['n_test']} test windows, split by {summary['split']}{leak}; "
         f"{summary['epochs']} epochs; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
+        f"Energy drift: max |H(z_t) - H(z_0)| of a rollout; over {extended} steps, the mean over {summary['extended_windows']} "
+        "test windows, evenly spread. Diverged: some rollout leaves the finite numbers.",
         "The checkpoint with the best test MSE is kept, as published, so MSE is optimistic. "
         "Models without a Hamiltonian are measured with the full model's H.",
         f"ms/step: batch 1, {summary['n_steps']} steps, on {machine['device']}, {machine['threads']} threads, "
@@ -58,4 +85,51 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             "Linear probe of the latents on held-out videos: "
             f"R² {probe['position_r2']:.2f} for ball positions, {probe['velocity_r2']:.2f} for velocities."
         )
-    return _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    notes += [f"{row['title']}: {_solved(row['converged'])}" for row in summary["models"] if _unsolved(row)]
+    text = _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    return text + _integrators_table(summary) if summary["integrators"] else text
+
+
+def _integrators_table(summary: Mapping[str, Any]) -> str:
+    n_steps, extended = summary["n_steps"], summary["extended_steps"]
+    rows: list[tuple[str, ...]] = [
+        (
+            "integrator",
+            f"drift, {n_steps} steps",
+            f"drift, {extended} steps",
+            "of the published step's",
+            "gradients/step",
+            "ms/step",
+            f"s, {extended} steps",
+        )
+    ]
+    for row in summary["integrators"]:
+        rows.append(
+            (
+                row["integrator"],
+                _measured(row["drift_mean"]),
+                _measured(row["drift_extended_mean"]),
+                _number(row["drift_ratio"], ".2g"),
+                _number(row["evaluations_per_step"], ".1f"),
+                _number(row["ms_per_step"], ".3f"),
+                _number(row["seconds_extended"], ".2f"),
+            )
+        )
+    trained = next(row["integrator"] for row in summary["integrators"] if row["trained"])
+    notes = [
+        f"The network was trained with {trained}. Rollouts with its dt from {summary['extended_windows']} test windows, evenly "
+        "spread; max |H(z_t) - H(z_0)|, mean over windows, in float64, since the rounding of float32 would hide it; "
+        f"the last column is the time of those rollouts. ms/step: as above.",
+    ]
+    for row in summary["integrators"]:
+        if _unsolved(row):
+            notes.append(f"{row['integrator']}: {_solved(row['converged'])}")
+        if row["diverged"]:
+            notes.append(f"{row['integrator']}: {row['diverged']:.1%} of the rollouts diverge.")
+    return (
+        "\nThe full model's network under other integrators:\n\n"
+        + _markdown(rows)
+        + "\n\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + "\n"
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError, UsageError
+from ..errors import ConvergenceError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
@@ -60,8 +60,8 @@ def loss_terms(model: zoo.Model, windows: Tensor, config: TrainConfig, energy_lo
     return mse, (H[:, 1:] - reference).abs().mean()
 
 
-def check_config(config: TrainConfig, dataset: Dataset) -> None:
-    """Numbers that training cannot use are refused before it starts.
+def check_numbers(config: TrainConfig) -> None:
+    """Numbers that no training can use are refused before anything starts.
 
     Raises
     ------
@@ -76,6 +76,17 @@ def check_config(config: TrainConfig, dataset: Dataset) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
+
+
+def check_config(config: TrainConfig, dataset: Dataset) -> None:
+    """As `check_numbers`, and the training set must fill a batch.
+
+    Raises
+    ------
+    UsageError
+        The message names the option, its value and what was expected.
+    """
+    check_numbers(config)
     if len(dataset.train) < config.batch_size:
         raise UsageError(
             f"batch_size {config.batch_size} is larger than the training set of {len(dataset.train)} windows; "
@@ -113,14 +124,17 @@ def train(
     Raises
     ------
     TrainingError
-        The loss is not finite (the message names epoch and batch), or `folder` holds a run with other settings.
+        The loss is not finite, or an implicit step could not be solved (the message names the epoch), or `folder` holds a
+        run with other settings. The last complete epoch's checkpoint stays.
     """
     check_config(config, dataset)
-    spec = zoo.MODELS[name]
-    model = zoo.build(name, dataset.latent_dim, config.dt, config.seed, config.backend).to(device)
+    spec = zoo.spec_of(name, config.integrator)
+    model = zoo.assemble(spec, dataset.latent_dim, config.dt, config.seed, config.backend).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     facts: dict[str, Any] = {
         "model": name,
+        "hamiltonian": spec.hamiltonian,
+        "integrator": spec.integrator,
         "latent_dim": dataset.latent_dim,
         "encoder": dataset.label,
         "encoding": dataset.encoding,
@@ -143,24 +157,26 @@ def train(
             group["lr"] = lr
         sums = torch.zeros(2, device=device)
         n_batches = 0
-        for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
-            n_batches += 1
-            optimizer.zero_grad(set_to_none=True)
-            with _autocast(config, device):
-                mse, energy_term = loss_terms(model, train_windows[batch.to(device)], config, spec.energy_loss)
-                loss = mse + weight * energy_term
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"{spec.title}: the loss is {loss.item()} in epoch {epoch}, batch {n_batches} "
-                    f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
-                    f"{last.name} holds the epoch before; try a smaller --lr or --dt."
-                )
-            loss.backward()
-            nn.utils.clip_grad_norm_(network, config.grad_clip)
-            if step_sizes:
-                nn.utils.clip_grad_norm_(step_sizes, config.grad_clip)
-            optimizer.step()
-            sums += torch.stack((mse.detach().float(), energy_term.detach().float()))
+        with _explained(name, spec, model, epoch):
+            for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
+                n_batches += 1
+                optimizer.zero_grad(set_to_none=True)
+                with _autocast(config, device):
+                    mse, energy_term = loss_terms(model, train_windows[batch.to(device)], config, spec.energy_loss)
+                    loss = mse + weight * energy_term
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"{spec.title}: the loss is {loss.item()} in epoch {epoch}, batch {n_batches} "
+                        f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
+                        f"{_kept(epoch)}; try a smaller --lr or --dt."
+                    )
+                loss.backward()
+                nn.utils.clip_grad_norm_(network, config.grad_clip)
+                if step_sizes:
+                    nn.utils.clip_grad_norm_(step_sizes, config.grad_clip)
+                optimizer.step()
+                sums += torch.stack((mse.detach().float(), energy_term.detach().float()))
+            test_mse = rollout_error(model, test_windows)
         train_mse, train_energy = (sums / n_batches).tolist()
         row = {
             "epoch": epoch,
@@ -169,7 +185,7 @@ def train(
             "train_loss": train_mse + (weight * train_energy if spec.energy_loss else 0.0),
             "train_mse": train_mse,
             "train_energy": train_energy,
-            "test_mse": rollout_error(model, test_windows),
+            "test_mse": test_mse,
             "dt": _dt(model) if step_sizes else None,
             "seconds": time.perf_counter() - started,
         }
@@ -180,6 +196,23 @@ def train(
         if log:
             log(row)
     return folder / "best.safetensors"
+
+
+@contextlib.contextmanager
+def _explained(name: str, spec: zoo.ModelSpec, model: zoo.Model, epoch: int) -> Iterator[None]:
+    """Turn an implicit step that was not solved into an error that says where it happened and what to do."""
+    try:
+        yield
+    except ConvergenceError as error:
+        other = "with another --integrator" if name == zoo.FULL_MODEL else f"leave {name} out of --models"
+        raise TrainingError(
+            f"{spec.title}: {spec.integrator} could not solve a step in epoch {epoch}: dt {_dt(model):.4g} is too large for "
+            f"the network's curvature. {_kept(epoch)}; try a smaller --dt or --lr in another folder, or {other}."
+        ) from error
+
+
+def _kept(epoch: int) -> str:
+    return f"last.safetensors holds epoch {epoch - 1}" if epoch > 1 else "Nothing was saved yet"
 
 
 def rollout_error(model: zoo.Model, windows: Tensor) -> float:
@@ -232,6 +265,8 @@ def _resume(last: Path, facts: dict[str, Any], model: zoo.Model, optimizer: torc
     checkpoint = checkpoints.load(last)
     for key, value in facts.items():
         found = checkpoint.facts.get(key)
+        if key == "train" and isinstance(found, dict):
+            found = dataclasses.asdict(TrainConfig()) | found  # fields that an older version did not write
         if found != value:
             raise TrainingError(
                 f"{last.parent} holds a run with another {key}: found {found!r}, expected {value!r}. "
