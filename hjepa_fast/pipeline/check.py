@@ -112,7 +112,7 @@ def check(
             raise UsageError(f"integrator must be one of {', '.join(api.INTEGRATORS)}; found {name!r}")
     loaded = checkpoints.load(checkpoint)
     model = checkpoints.restore(loaded, checkpoint).eval()
-    title = zoo.MODELS[loaded.facts["model"]].title
+    title = zoo.title(loaded.facts["model"], model)
     if not isinstance(model, SymplecticIntegrator):
         raise UsageError(
             f"{checkpoint} is a {title}, which has no Hamiltonian to check; expected one of {_hamiltonian_models()}"
