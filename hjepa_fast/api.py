@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import hamiltonian, hidden_space, ops, validation  # noqa: F401  (ops registers the operators)
-from .backends import cpp, reference
+from .backends import cpp, reference, triton
 from .hamiltonian import SeparableHamiltonian
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
-BACKENDS = ("auto", "reference", "torch", "cpp")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 MEMORY = ("store", "recompute", "checkpoint", "reversible")
 
 
@@ -89,8 +89,9 @@ def rollout(
         takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
         A `SeparableHNN` keeps its states and nothing else.
     backend : str
-        "auto" (the fastest that is there, see `backends`), "cpp", "torch", or "reference" (nested autograd, the only one
-        that is differentiable more than once; it knows no `memory`).
+        "auto" (the fastest that is there, see `backends`), "cpp", "triton", "torch", or "reference" (nested autograd, the
+        only one that is differentiable more than once; it knows no `memory`). "triton" runs "leapfrog" and "euler" as one
+        kernel each way and leaves the other integrators to PyTorch operations.
 
     Returns
     -------
@@ -117,7 +118,8 @@ def rollout(
     validation.check_choice(unconverged, ("raise", "flag"), "unconverged")
     tolerance = validation.as_tolerance(tolerance, hidden_space.work_dtype(z0.dtype))
     validation.check_positive(max_evaluations, "max_evaluations")
-    validation.check_finite(omega, "omega")
+    if integrator == "tao":
+        validation.check_finite(omega, "omega")
     dt = validation.as_step_sizes(dt, z0, n_steps)
 
     lead, every_state = z0.shape[:-1], states == "all"
@@ -169,7 +171,7 @@ def _check_combination(integrator: str, separable: bool, memory: str, backend: s
 
 
 def choose_backend(backend: str, z0: Tensor) -> str:
-    """The backend that "auto" stands for: C++ for tensors on a CPU where it was built, else plain PyTorch.
+    """The backend that "auto" stands for: C++ on a CPU where it was built, Triton on a CUDA device, else plain PyTorch.
 
     Raises
     ------
@@ -177,7 +179,11 @@ def choose_backend(backend: str, z0: Tensor) -> str:
         A backend asked for by name that is not there; the message says how to get it.
     """
     if backend == "auto":
-        return "cpp" if z0.device.type == "cpu" and cpp.available() else "torch"
+        if z0.device.type == "cpu":
+            return "cpp" if cpp.available() else "torch"
+        return "triton" if z0.device.type == "cuda" and triton.available() else "torch"
+    if backend == "triton":
+        triton.require(z0)
     if backend == "cpp":
         if not cpp.available():
             raise RuntimeError(f'backend "cpp" is not there: {cpp.why_not()}')
@@ -188,7 +194,8 @@ def choose_backend(backend: str, z0: Tensor) -> str:
 
 def backends() -> dict[str, str]:
     """Every backend's name, and "available" or what it lacks."""
-    return {"reference": "available", "torch": "available", "cpp": "available" if cpp.available() else cpp.why_not()}
+    optional = {name: module.why_not() or "available" for name, module in (("cpp", cpp), ("triton", triton))}
+    return {"reference": "available", "torch": "available", **optional}
 
 
 def leapfrog(hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int) -> Tensor:

@@ -134,5 +134,5 @@ def check_finite(x: float, name: str) -> None:
     ------
     ValueError
     """
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # torch.compile traces this, but not math.isfinite of a number it takes as dynamic
         raise ValueError(f"{name} must be finite, found {x}")

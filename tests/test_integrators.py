@@ -264,7 +264,7 @@ def test_the_inverse_of_a_reversible_scheme_is_itself(integrator):
         ({"tolerance": 2.0}, "found 2.0"),
         ({"max_evaluations": 0}, "max_evaluations must be positive, found 0"),
         ({"unconverged": "ignore"}, "unconverged must be one of raise, flag; found 'ignore'"),
-        ({"omega": float("nan")}, "omega must be finite, found nan"),
+        ({"integrator": "tao", "omega": float("nan")}, "omega must be finite, found nan"),
     ],
 )
 def test_bad_options_are_named(options, message):

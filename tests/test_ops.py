@@ -24,7 +24,7 @@ def gradients(hnn, z0, dt, n_steps, seed=5, **options):
     """States and energy, and the gradients of a random linear function of them, as one flat list."""
     out = hf.rollout(hnn, z0, dt, n_steps, energy=True, **options)
     generator = torch.Generator().manual_seed(seed)
-    weighted = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in out[:2])
+    weighted = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in out[:2])
     inputs = [t for t in (z0, dt, *hnn.parameters()) if isinstance(t, torch.Tensor) and t.requires_grad]
     return [*out[:2], *torch.autograd.grad(weighted, inputs, allow_unused=True, materialize_grads=True)]
 

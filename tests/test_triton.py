@@ -1,0 +1,388 @@
+"""The Triton loop against the PyTorch one in float64: on a GPU where there is one, and in Triton's interpreter.
+
+The interpreter runs the same kernels on the CPU. It must be switched on before Triton is imported, so these tests then run in
+a process of their own; what the GPUs' own compilers make of the kernels is looked at without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hjepa_fast as hf
+from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.backends import torch as torch_backend
+from hjepa_fast.backends import triton as triton_backend
+from hjepa_fast.backends.triton import SHAPES, Blocks
+from hjepa_fast.testing import make_hnn, make_states
+from test_cpp import Case, error
+from test_ops import assert_all_close, gradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float64 if INTERPRETED else torch.float32
+SMALL = Blocks(16, 16, 16, 4, 2)
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+runs = pytest.mark.skipif(
+    not triton_backend.available(), reason=f"{triton_backend.why_not()}; the interpreter's turn is test_in_the_interpreter"
+)
+on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _defaults():
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loops_in_the_interpreter():
+    """Triton 3.6 makes loop bounds of arrays of one number by int(), which NumPy 2.4 no longer allows."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+        yield
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="is this process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def on_device(case: Case) -> Case:
+    """In the dtype and on the device that are tested."""
+    return case.to(DTYPE).to(DEVICE)
+
+
+def compare(case: Case, memory: str, with_sums: bool, **options: bool) -> None:
+    """Everything that both directions return, to rounding."""
+    exact = case.to(DTYPE).to(torch.float64)
+    mine = on_device(case)
+    tolerance = 1e-12 if INTERPRETED else 3e-6
+    expected, found = exact.forward(torch_backend, memory, **options), mine.forward(triton_backend, memory, **options)
+    assert error(cpu(found), expected) < tolerance
+    expected = exact.backward(torch_backend, expected[-1], memory, with_sums=with_sums, **options)
+    found = mine.backward(triton_backend, found[-1], memory, with_sums=with_sums, **options)
+    assert error(cpu(found), expected) < 10 * tolerance
+
+
+def cpu(tensors):
+    return [x.cpu() for x in tensors]
+
+
+WIDTHS = [(1,), (40,), (7, 5), (33, 20), (20, 33, 18), (9, 18, 31, 17)]
+
+
+@runs
+@pytest.mark.parametrize("batch", [1, 19, 40])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_equals_torch(widths, batch, monkeypatch):
+    """Rows, widths and layers that fill no tile, one tile and several, with fewer programs than they would fill."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(triton_backend, "programs", 2)
+    i = 3 * WIDTHS.index(widths) + batch % 3
+    scheme = ("leapfrog", "euler", "many")[(i + i // 3) % 3]
+    case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
+    memory = ("store", "recompute")[i // 2 % 2]
+    if i % 3 == 0:
+        # a step at a time, or a program's samples and a step
+        monkeypatch.setattr(triton_backend, "bound", 1 if i % 2 else 40 * len(case.scheme) * 8 * 300)
+    compare(case, memory, with_sums=i % 4 > 0, every_state=i % 3 > 0, with_energy=i % 5 > 0)
+
+
+@runs
+def test_tiles_of_several_shapes(monkeypatch):
+    monkeypatch.setattr(triton_backend, "programs", 1)
+    for shape in (Blocks(32, 16, 32, 4, 2), Blocks(16, 32, 16, 4, 3)):
+        monkeypatch.setattr(triton_backend, "blocks", shape)
+        compare(Case(35, (40, 33), n_steps=1), "store", with_sums=True, every_state=True, with_energy=True)
+
+
+@runs
+def test_eight_layers(monkeypatch):
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    compare(Case(3, (9, 8, 7, 6, 5, 4, 3, 2), n_steps=1), "recompute", with_sums=True, every_state=True, with_energy=True)
+
+
+@runs
+@pytest.mark.parametrize("activation", [*map(Activation, NAMES), Activation("softplus", 2.5, 3.0)], ids=str)
+def test_activations(activation, monkeypatch):
+    """The network F(a) = s(a) with K = 0 at numbers small, large and in between: s is its energy, s' moves sq, s'' la."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    numbers = [0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.34, 0.35, 1.0, 2.9, 7.0, 19.9, 20.1, 30.0, 90.0]
+    a = torch.tensor([*numbers, *(-x for x in numbers)], dtype=DTYPE)
+    case = Case(len(a), (1,), activation, "euler", n_steps=1).to(DTYPE)
+    case.a, case.K, case.dt = a[:, None], torch.zeros(1, 1, dtype=DTYPE), torch.ones(1, 1, dtype=DTYPE)
+    case.tail = case.tail._replace(weights=[torch.ones(1, 1, dtype=DTYPE)], biases=[torch.zeros(1, dtype=DTYPE)])
+    case.cotangents = [torch.zeros_like(case.a), torch.ones_like(case.a), torch.zeros_like(case.a)]
+    case.of_states = torch.zeros_like(case.of_states)
+    moved = case.to(DEVICE)
+    out = moved.forward(triton_backend)
+    la = moved.backward(triton_backend, out[-1], with_energy=False, with_sums=False)[0]
+    found, exact = (out[3][:, 0], out[1][:, 0, 0], la[:, 0]), activation.derivatives(a.double())
+    eps = torch.finfo(DTYPE).eps
+    # the formulas for gelu-tanh cancel; the oracle in float64 is one of them
+    tolerance = (1000 if activation.name == "gelu-tanh" else 32) * eps
+    for order, (x, y) in enumerate(zip(cpu(found), exact, strict=True)):
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance, msg=lambda m, order=order: f"{order}: {m}")
+    if activation.name in ("softplus", "tanh", "silu", "sin") and activation.beta == 1:
+        torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=16 * eps, atol=1e-36)
+
+
+@runs
+def test_not_a_number_stays_in_its_row(monkeypatch):
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    case = on_device(Case(6, (20, 17), n_steps=1))
+    clean = case.forward(triton_backend)
+    case.a[1, 3] = float("nan")
+    out = case.forward(triton_backend)
+    others = [0, 2, 3, 4, 5]
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(out, clean, strict=True))
+    assert out[0][1].isnan().all()
+
+
+@runs
+def test_what_it_does_not_do_is_the_torch_loops(monkeypatch):
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: pytest.fail("a kernel was asked for"))
+    cases = [Case(2, (5, 4), scheme="implicit-midpoint"), Case(2, (5, 4), n_steps=1), Case(2, (4,) * 9)]
+    cases[1].a, cases[1].batch = cases[1].a[:0], 0
+    cases[1].dt = cases[1].dt[:0]
+    for case in map(on_device, cases):
+        case.forward(triton_backend)
+
+
+@runs
+def test_the_same_twice(monkeypatch):
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    case = on_device(Case(19, (20, 17), n_steps=1))
+    once, again = ([*out, *case.backward(triton_backend, out[-1])] for out in (case.forward(triton_backend) for _ in range(2)))
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+
+
+def test_blocks_are_the_smallest_that_fill_the_chip(monkeypatch):
+    monkeypatch.setattr(triton_backend, "programs", 132)
+    for precision, batch, rows in (("bf16", 1, 16), ("bf16", 2112, 16), ("bf16", 2113, 64), ("bf16", 10**6, 128)):
+        choice, programs = triton_backend._choose(precision, batch, torch.device("cpu"))
+        assert choice.rows == rows
+        assert programs == min(132, -(-batch // rows))
+
+
+@pytest.mark.parametrize(("batch", "n_steps", "step_bytes"), [(1, 1, 0), (40, 7, 100), (1000, 3, 1000), (33, 5, 10**9)])
+def test_chunks_cover_everything_once(batch, n_steps, step_bytes, monkeypatch):
+    monkeypatch.setattr(triton_backend, "bound", 10_000)
+    seen = torch.zeros(batch, n_steps)
+    last = [n_steps] * batch
+    for rows, steps in triton_backend._chunks(batch, n_steps, 16, step_bytes):
+        seen[rows, steps] += 1
+        assert rows.start % 16 == 0
+        for row in range(batch)[rows]:
+            assert last[row] == steps.stop, "not backwards"
+            last[row] = steps.start
+        assert len(range(batch)[rows]) * len(range(n_steps)[steps]) * step_bytes <= max(10_000, 16 * step_bytes)
+    assert bool((seen == 1).all())
+
+
+PAPER = (512, 512, 256)
+
+
+def relative(found, exact) -> float:
+    errors = [(x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30) for x, y in zip(found, exact, strict=True)]
+    return max(float(e) for e in errors)
+
+
+@on_gpu
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("batch", [1, 40, 2500, 9000])
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-5), ("high", 5e-3), ("medium", 3e-2), ("weights", 3e-2)])
+def test_precisions_on_a_gpu(precision, tolerance, batch, memory):
+    """The paper's network with the tables' own shapes; "weights" are bfloat16 themselves."""
+    case = Case(batch, PAPER, n_steps=2).to(torch.float32)
+    exact = case.to(torch.float64).to("cuda")
+    mine = case.to("cuda")
+    if precision == "weights":
+        mine.tail = mine.tail._replace(weights=[w.bfloat16() for w in mine.tail.weights])
+        exact.tail = exact.tail._replace(weights=[w.double() for w in mine.tail.weights])
+    else:
+        torch.set_float32_matmul_precision(precision)
+    expected, found = exact.forward(torch_backend, memory), mine.forward(triton_backend, memory)
+    assert relative(found[:4], expected[:4]) < tolerance
+    expected, found = exact.backward(torch_backend, expected[-1], memory), mine.backward(triton_backend, found[-1], memory)
+    assert relative(found, expected) < 3 * tolerance
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_captured_in_a_cuda_graph(memory, precision):
+    """Replays follow what is in the inputs by then."""
+    torch.set_float32_matmul_precision(precision)
+    case = on_device(Case(33, (130, 70, 40)))
+
+    def run():
+        out = case.forward(triton_backend, memory)
+        return [*out, *case.backward(triton_backend, out[-1], memory)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(2):
+        case.a.copy_(torch.randn_like(case.a))
+        case.K.mul_(0.9)
+        case.dt.mul_(1.1)
+        expected = run()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@on_gpu
+def test_large_batches_on_a_gpu(monkeypatch):
+    """More samples than the chip's programs own at a time, and a backward pass in chunks."""
+    monkeypatch.setattr(triton_backend, "bound", 2**24)
+    case = on_device(Case(20_000, (64, 32), n_steps=2))
+    out = case.forward(triton_backend)
+    expected = case.forward(torch_backend)
+    assert relative(out[:4], expected[:4]) < 1e-5
+    expected = case.backward(torch_backend, expected[-1])
+    assert relative(case.backward(triton_backend, out[-1]), expected) < 1e-4
+
+
+def compiled(direction: str, precision: str, blocks: Blocks, capability: int, widths=PAPER, **options):
+    """What Triton makes of a kernel for a GPU that need not be there: its metadata, PTX, registers and stack."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hjepa_fast.backends import triton_kernels
+
+    layout = triton_backend.layout_of(widths, blocks)
+    constants = {**layout.constants, "ACTIVATION": (0, 1.0, 20.0), "PRECISION": "tf32" if precision == "tf32" else "ieee"}
+    if direction == "forward":
+        kernel = triton_kernels.forward_kernel
+        constants |= triton_backend.forward_constants(layout) | {"STORE": True, "MOVE": True}
+    else:
+        kernel = triton_kernels.backward_kernel
+        constants |= triton_backend.backward_constants(layout) | {"SUMS": True}
+    constants |= {"EVERY_STATE": True, "WITH_ENERGY": True} | options
+    product = "*bf16" if precision == "bf16" else "*fp32"
+    types = {"matrices_ptr": product, "layers_ptr": product, "factors_ptr": product, "which_ptr": "*i32"}
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        pointer = name.endswith("_ptr")
+        signature[name] = "constexpr" if name in constants else types.get(name, "*fp32") if pointer else "i32"
+        if pointer:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=layout.launch
+    )
+    return binary
+
+
+def resources(binary, folder: Path) -> tuple[int, int]:
+    """Registers a thread and bytes of its stack, where spilled registers are."""
+    import triton
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    out = subprocess.run([str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found, out
+    return int(found[1]), int(found[2])
+
+
+FAST_MEMORY = {80: 163, 90: 227, 100: 227}
+"""KiB of shared memory that a program may have, by compute capability."""
+MOST_STACK = {("forward", 80): 640, ("forward", 90): 512, ("forward", 100): 512}
+MOST_STACK |= {("backward", 80): 2560, ("backward", 90): 1280, ("backward", 100): 1280}
+"""Bytes, a little more than was found: registers spilled around a product, in what is done with it."""
+
+# the last shape of the table on every chip, the first one too on the one that the tables are for
+TARGETS = [(90, precision, shape) for precision in SHAPES for shape in (0, -1)]
+TARGETS += [(chip, precision, -1) for chip in (80, 100) for precision in ("bf16", "tf32")]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("capability", "precision", "shape"), TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_for_gpus_that_are_not_here(direction, capability, precision, shape, tmp_path):
+    blocks = SHAPES[precision][shape]
+    binary = compiled(direction, precision, blocks, capability)
+    registers, stack = resources(binary, tmp_path)
+    assert binary.metadata.shared <= FAST_MEMORY[capability] * 1024
+    assert registers * 32 * blocks.warps <= 65536
+    assert stack <= MOST_STACK[direction, capability]
+    ptx = binary.asm["ptx"]
+    if capability == 90 and precision != "ieee" and blocks.rows >= 64:
+        assert "wgmma" in ptx
+    elif capability == 100 and precision != "ieee":
+        assert "tcgen05.mma" in ptx
+    elif precision != "ieee":
+        assert "mma.sync" in ptx
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("options", [{"widths": (1,)}, {"widths": (33, 7), "EVERY_STATE": False, "WITH_ENERGY": False}])
+def test_other_variants_compile(direction, options):
+    compiled(direction, "ieee", SHAPES["ieee"][0], 90, **options)
+
+
+def test_the_backend_is_listed_and_what_it_lacks_is_named():
+    state = hf.backends()["triton"]
+    if state == "available":
+        pytest.skip("Triton and a CUDA device are there, nothing is missing")
+    assert "triton" in state.lower()
+    hnn = hf.LatentHNN(4, (3,))
+    with pytest.raises(RuntimeError, match="Triton backend"):
+        hf.rollout(hnn, torch.zeros(2, 4), 0.1, 1, backend="triton")
+
+
+@runs
+@pytest.mark.parametrize("integrator", ["leapfrog", "euler", "implicit-leapfrog"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
+def test_through_the_operators(integrator, memory):
+    """What the kernels do not run is left to PyTorch operations."""
+    hnn, z0 = make_hnn(6, (5, 4)).to(DEVICE, DTYPE), make_states(3, 6).to(DEVICE, DTYPE).requires_grad_()
+    dt = torch.full((5,), 0.3, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    options = {"integrator": integrator}
+    expected = gradients(hnn, z0, dt, 5, backend="reference", **options)
+    found = gradients(hnn, z0, dt, 5, backend="triton", memory=memory, **options)
+    tolerance = 1e-11 if torch.float64 == DTYPE else 1e-4
+    assert_all_close(found, expected, rtol=tolerance, atol=tolerance)
