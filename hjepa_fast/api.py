@@ -194,7 +194,9 @@ def choose_backend(backend: str, z0: Tensor) -> str:
 
 def backends() -> dict[str, str]:
     """Every backend's name, and "available" or what it lacks."""
-    optional = {name: module.why_not() or "available" for name, module in (("cpp", cpp), ("triton", triton))}
+    optional = {
+        name: "available" if module.available() else module.why_not() for name, module in (("cpp", cpp), ("triton", triton))
+    }
     return {"reference": "available", "torch": "available", **optional}
 
 
