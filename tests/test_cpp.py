@@ -24,7 +24,7 @@ from hjepa_fast.hidden_space import stages_of
 from hjepa_fast.schemes import SCHEMES, SubStep
 
 N_STEPS = 3
-ROWS, FEATURES = 1, 2
+ROWS, FEATURES, CREW = 1, 2, 3
 # more sub-steps than any real scheme; with both moves, one, the other, none
 MANY = (SubStep(0.3, 0.2), SubStep(0.0, 0.5), SubStep(0.4, 0.0), SubStep(0.0, 0.0), SubStep(-0.2, 0.3))
 # with energies, so that one list serves both; a composition only repeats its base
@@ -143,7 +143,7 @@ WIDTHS = [(1,), (40,), (7, 5), (33, 64), (64, 33, 20), (9, 48, 31, 17)]
 
 
 @pytest.mark.parametrize("isa", range(4))
-@pytest.mark.parametrize("path", [ROWS, FEATURES])
+@pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_float64_equals_torch(isa, path, memory, monkeypatch, poisoned):
     if isa not in instruction_sets():
@@ -165,21 +165,27 @@ def test_float64_equals_torch(isa, path, memory, monkeypatch, poisoned):
 
 
 @pytest.mark.parametrize("isa", range(3))
-@pytest.mark.parametrize("path", [ROWS, FEATURES])
+@pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_error_within_twice_torchs(isa, path, name, monkeypatch, poisoned):
     if isa not in instruction_sets():
         pytest.skip(f"this processor has instruction sets {instruction_sets()}")
     monkeypatch.setattr(cpp, "isa", isa)
     monkeypatch.setattr(cpp, "path", path)
+    # of several problems the largest and the mean: that of one is a matter of luck
+    errors: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
     for i, (widths, batch) in enumerate(itertools.product([(130,), (64, 33), (128, 96, 65)], (1, 5, 33))):
         exact = Case(batch, widths, name, seed=i)
         case = exact.to(torch.float32)
         exact = case.to(torch.float64)
         expected, eager, found = exact.forward(torch_backend), case.forward(torch_backend), case.forward(cpp)
-        assert error(found, expected) <= 2 * error(eager, expected) + 3e-7, (widths, batch)
+        errors["forward"].append((error(found, expected), error(eager, expected)))
         expected, eager = exact.backward(torch_backend, expected[-1]), case.backward(torch_backend, eager[-1])
-        assert error(case.backward(cpp, found[-1]), expected) <= 2 * error(eager, expected) + 3e-7, (widths, batch)
+        errors["backward"].append((error(case.backward(cpp, found[-1]), expected), error(eager, expected)))
+    for direction, pairs in errors.items():
+        found, eager = zip(*pairs, strict=True)
+        assert max(found) <= 2 * max(eager), (direction, pairs)
+        assert sum(found) <= 2 * sum(eager), (direction, pairs)
 
 
 def one_unit(a: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +239,7 @@ def test_activations_to_rounding(isa, dtype, activation, monkeypatch):
         torch.testing.assert_close(x, y, equal_nan=True, rtol=4 * eps, atol=1e-30)
 
 
-@pytest.mark.parametrize("path", [ROWS, FEATURES])
+@pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
 @pytest.mark.parametrize("activation", NAMES)
 def test_not_a_number_and_infinity_stay_in_their_row(path, activation, monkeypatch):
     monkeypatch.setattr(cpp, "path", path)
@@ -251,7 +257,7 @@ def test_not_a_number_and_infinity_stay_in_their_row(path, activation, monkeypat
 
 
 @pytest.mark.parametrize("batch", [1, 5, 8, 70])
-@pytest.mark.parametrize("path", [ROWS, FEATURES])
+@pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
 def test_threads_do_not_matter(batch, path, monkeypatch):
     monkeypatch.setattr(cpp, "path", path)
     case = Case(batch, (160, 130, 72)).to(torch.float32)
@@ -375,7 +381,7 @@ def test_busy_machine():
             hog.wait()
 
 
-@pytest.mark.parametrize("path", [ROWS, FEATURES])
+@pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
 @pytest.mark.parametrize("every_state", [True, False])
 def test_in_chunks_as_at_once(path, every_state, monkeypatch):
     monkeypatch.setattr(cpp, "path", path)

@@ -6,21 +6,6 @@ namespace hjepa_fast::HJEPA_ISA {
 // Accumulators are MR x 2 vectors: as many rows as the registers hold beside two vectors of B and one broadcast.
 constexpr int MAX_MR = HJEPA_VECTOR_BYTES == 64 ? 12 : 6;
 
-template <class T>
-constexpr i64 NR = 2 * LANES<T>;
-
-// Leading dimension of scratch for rows of n numbers: whole panels, so that nothing needs a remainder, and not a power
-// of two, so that rows do not compete for the same lines of the cache.
-template <class T>
-i64 ld(i64 n) {
-  return round_up(n, NR<T>) + 64 / i64(sizeof(T));
-}
-
-template <class T>
-i64 n_panels(i64 columns) {
-  return (columns + NR<T> - 1) / NR<T>;
-}
-
 // How products are formed. Numbers of x and B are taken in units along the inner dimension: single ones, or pairs of
 // bfloat16 in the space of one float.
 template <class T>
@@ -133,12 +118,10 @@ void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* 
   }
 }
 
-// C [MR, NR] += L^T R, for columns of L [n, *] and R [n, *].
+// C [MR, NR] += L^T R, for columns of L [n, *] and R [n, *]. C comes last: a long sum loses less if its parts are formed apart.
 template <class T, int MR>
 void outer_tile(const T* L, i64 ldl, const T* R, i64 ldr, i64 n, T* C, i64 ldc) {
-  Vec<T> acc[MR][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) acc[i][0] = load(C + i * ldc), acc[i][1] = load(C + i * ldc + LANES<T>);
+  Vec<T> acc[MR][2] = {};
   for (i64 k = 0; k < n; ++k, L += ldl, R += ldr) {
     const Vec<T> r0 = load(R), r1 = load(R + LANES<T>);
 #pragma GCC unroll 16
@@ -148,7 +131,10 @@ void outer_tile(const T* L, i64 ldl, const T* R, i64 ldr, i64 n, T* C, i64 ldc) 
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) store(C + i * ldc, acc[i][0]), store(C + i * ldc + LANES<T>, acc[i][1]);
+  for (int i = 0; i < MR; ++i) {
+    store(C + i * ldc, load(C + i * ldc) + acc[i][0]);
+    store(C + i * ldc + LANES<T>, load(C + i * ldc + LANES<T>) + acc[i][1]);
+  }
 }
 
 template <class F>
@@ -181,17 +167,18 @@ HJEPA_INLINE void over_rows(i64 rows, F f) {
   }
 }
 
-// C [rows, columns] = X [rows, inner] B with B packed; then epilogue(c, row, column) for each row's NR numbers at c,
-// while they are in the cache. `converted` is scratch like X.
+// This thread's columns of X [rows, inner] B with B packed: epilogue(x, row, column) gets NR numbers of a row at a time, in
+// the nearest cache; where they go is its business. `converted` is scratch like X.
 template <class P, class T, class Epilogue>
-HJEPA_INLINE void product(const T* X, i64 ldx, i64 rows, i64 inner, const T* B, i64 columns, T* C, i64 ldc, T* converted,
+HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 inner, const T* B, i64 columns, T* converted,
                           Epilogue epilogue) {
-  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH;
+  alignas(HJEPA_VECTOR_BYTES) T block[MAX_MR * NR<T>];
+  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH, panels = n_panels<T>(columns);
   const auto* x = P::rows(X, rows, inner, ldx, converted);
-  for (i64 column = 0; column < columns; column += NR<T>, B += units * NR<T>)
+  for (i64 panel = crew.first(panels); panel < crew.last(panels); ++panel)
     over_rows(rows, [&]<int MR>(i64 row) {
-      product_tile<P, MR>(x + row * ldx, ldx, B, NR<T>, units, C + row * ldc + column, ldc);
-      for (i64 r = row; r < row + MR; ++r) epilogue(C + r * ldc + column, r, column);
+      product_tile<P, MR>(x + row * ldx, ldx, B + panel * units * NR<T>, NR<T>, units, block, NR<T>);
+      for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, panel * NR<T>);
     });
 }
 
@@ -213,10 +200,11 @@ void multiply(const T* X, i64 first, i64 rows, i64 inner, const Operand<T>& B, i
   }
 }
 
-// C [m, columns] += L^T R, L [n, m], R [n, columns]; rows of R and C are padded to whole panels.
+// This thread's columns of C [m, columns] += L^T R, L [n, m], R [n, columns]; rows of R and C are padded to whole panels.
 template <class T>
-void add_outer(const T* L, i64 ldl, i64 m, const T* R, i64 ldr, i64 columns, i64 n, T* C, i64 ldc) {
-  for (i64 column = 0; column < columns; column += NR<T>)
+void add_outer(const Crew& crew, const T* L, i64 ldl, i64 m, const T* R, i64 ldr, i64 columns, i64 n, T* C, i64 ldc) {
+  const i64 panels = n_panels<T>(columns);
+  for (i64 column = crew.first(panels) * NR<T>; column < crew.last(panels) * NR<T>; column += NR<T>)
     over_rows(m, [&]<int MR>(i64 row) {
       outer_tile<T, MR>(L + row, ldl, R + column, ldr, n, C + row * ldc + column, ldc);
     });

@@ -7,6 +7,8 @@
 
 #include "activations.h"
 
+#include "crew.h"
+
 #include "gemm.h"
 
 #include "solve.h"

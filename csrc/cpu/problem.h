@@ -105,11 +105,12 @@ struct Kernels {
   void (*pack)(const T* W, i64 ldW, bool transposed, i64 inner, i64 columns, T* packed, i64 first, i64 last);
   // rows first..first+rows-1 of X [*, inner] B, columns `column` (a panel's first) to last-1
   void (*multiply)(const T* X, i64 first, i64 rows, i64 inner, const Operand<T>& B, i64 column, i64 last, const Target<T>&);
-  i64 (*forward_scratch)(const Problem<T>&, i64 rows);
-  void (*forward)(const Problem<T>&, i64 row, i64 rows, T* scratch);
-  i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums);
+  // A crew of threads calls the next with the same tile and scratch; one alone needs no barrier.
+  i64 (*forward_scratch)(const Problem<T>&, i64 rows, int crew_size);
+  void (*forward)(const Problem<T>&, i64 row, i64 rows, int thread, int crew_size, Barrier*, T* scratch);
+  i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums, int crew_size);
   // rows row..last-1, in tiles of at most `rows`
-  void (*backward)(const Problem<T>&, i64 row, i64 last, i64 rows, T* scratch, const Sums<T>*);
+  void (*backward)(const Problem<T>&, i64 row, i64 last, i64 rows, int thread, int crew_size, Barrier*, T* scratch, const Sums<T>*);
   i64 (*shared_scratch)(const Problem<T>&);
   i64 (*thread_scratch)(const Problem<T>&);
   void (*forward_features)(const Problem<T>&, int thread, int n_threads, Barrier&, T* shared, T* scratch);

@@ -94,6 +94,22 @@ HJEPA_INLINE T dot(const T* x, const T* y, i64 n) {
 
 HJEPA_INLINE i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
+// Numbers of a panel: columns are taken two vectors at a time.
+template <class T>
+constexpr i64 NR = 2 * LANES<T>;
+
+// Leading dimension of scratch for rows of n numbers: whole panels, so that nothing needs a remainder, and not a power
+// of two, so that rows do not compete for the same lines of the cache.
+template <class T>
+i64 ld(i64 n) {
+  return round_up(n, NR<T>) + 64 / i64(sizeof(T));
+}
+
+template <class T>
+i64 n_panels(i64 columns) {
+  return (columns + NR<T> - 1) / NR<T>;
+}
+
 // Hands out pieces of a buffer; with a null buffer only counts, so that one constructor both sizes and lays out scratch.
 template <class T>
 struct Pieces {

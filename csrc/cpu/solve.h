@@ -26,17 +26,21 @@ struct FixedPoint {
   }
 
   // Solves for x [R, h], where g(x) must leave G(x) in `gx`. Residuals are relative to the largest number of a row of x, or
-  // to `floor`.
+  // to `floor`. Each thread of the crew looks at its share of the rows.
   template <class G>
-  void solve(T* x, const T* gx, i64 R, T floor, double tolerance, i64 most, G g) {
-    for (i64 i = 0; i < R; ++i) active[i] = 1, evaluations[i] = 0;
+  void solve(const Crew& crew, T* x, const T* gx, i64 R, T floor, double tolerance, i64 most, G g) {
+    const i64 first = crew.first(R), last = crew.last(R);
+    for (i64 i = first; i < last; ++i) active[i] = 1, evaluations[i] = 0;
     for (i64 n = 1;; ++n) {
       g();
+      crew.meet();
+      for (i64 i = first; i < last; ++i) look(x + i * w, gx + i * w, r + i * w, i, floor, tolerance);
+      crew.meet();
       bool again = false;
-      for (i64 i = 0; i < R; ++i) again |= look(x + i * w, gx + i * w, r + i * w, i, floor, tolerance);
+      for (i64 i = 0; i < R; ++i) again |= active[i] != 0;
       if (!again || n == most) return;
       const int used = n - 1 < DEPTH ? int(n - 1) : DEPTH, slot = int(n + DEPTH - 2) % DEPTH;
-      for (i64 i = 0; i < R; ++i) {
+      for (i64 i = first; i < last; ++i) {
         if (!active[i]) continue;
         T *xi = x + i * w, *ri = r + i * w, *xb = x_before + i * w, *rb = r_before + i * w;
         if (n > 1) {
@@ -47,6 +51,7 @@ struct FixedPoint {
         __builtin_memcpy(rb, ri, w * sizeof(T));
         move(xi, ri, i, used);
       }
+      crew.meet();
     }
   }
 
@@ -55,8 +60,8 @@ struct FixedPoint {
     for (i64 c = 0; c < h; c += LANES<T>) store(to + c, load(x + c) - load(y + c));
   }
 
-  // Whether row i must go on.
-  bool look(const T* x, const T* gx, T* r, i64 i, T floor, double tolerance) {
+  // Whether row i must go on: active[i].
+  void look(const T* x, const T* gx, T* r, i64 i, T floor, double tolerance) {
     Vec<T> largest_r = {}, largest_x = {}, not_finite = {};
     for (i64 c = 0; c < h; c += LANES<T>) {
       const Vec<T> xc = load(x + c), rc = load(gx + c) - xc;
@@ -74,7 +79,6 @@ struct FixedPoint {
     residual[i] = sum<T>(not_finite) == 0 ? size / scale : T(__builtin_nan(""));
     evaluations[i] += active[i];
     active[i] = active[i] && residual[i] > tolerance;
-    return active[i];
   }
 
   // x += r, corrected by the combination of earlier differences of x that makes r vanish best.

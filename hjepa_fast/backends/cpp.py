@@ -28,7 +28,7 @@ _CHUNK = 5e10
 _SOME_ROWS, _MANY_ROWS, _MOST_INNER = 4, 64, 4096
 
 # For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
-# (0 by batch size, 1 threads share the rows, 2 threads share the features).
+# (0 by batch size; threads share 1 the rows, 2 the features, 3 the columns of products of all rows).
 isa = -1
 path = 0
 
@@ -193,7 +193,7 @@ def backward(
     inputs = gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous(), tape.contiguous()
     operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail, solver)
     for begin, end in reversed([*_chunks(batch, tail.widths, scheme, n_steps, 2 if sums is None else 3)]):
-        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options)
+        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options, path)
     for total, x in zip(totals, contiguous, strict=True):
         if total is not x:
             total.copy_(x)
