@@ -193,7 +193,9 @@ def backward(
     inputs = gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous(), tape.contiguous()
     operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail, solver)
     for begin, end in reversed([*_chunks(batch, tail.widths, scheme, n_steps, 2 if sums is None else 3)]):
-        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options, path)
+        torch.ops.hjepa_fast_cpp.backward(
+            la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options, path
+        )
     for total, x in zip(totals, contiguous, strict=True):
         if total is not x:
             total.copy_(x)
