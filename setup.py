@@ -13,7 +13,21 @@ from setuptools import setup
 
 WANTED = os.environ.get("HJEPA_FAST_BUILD", "")
 SOURCES = ["kernels_avx2", "kernels_avx512", "kernels_avx512bf16", "kernels_generic", "ops", "pool"]
-HEADERS = ["activations", "crew", "features", "gemm", "kernels", "pool", "problem", "rows", "simd", "solve"]
+HEADERS = [
+    "activations",
+    "crew",
+    "features",
+    "gemm",
+    "kernels",
+    "network",
+    "pool",
+    "problem",
+    "rows",
+    "separable",
+    "separable_ops",
+    "simd",
+    "solve",
+]
 
 
 def without(reason: object) -> None:

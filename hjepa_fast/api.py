@@ -87,11 +87,12 @@ def rollout(
         sub-step), "checkpoint" (the first layer's, every sqrt(n_steps) steps). Less memory, more time; same gradients.
         "reversible" keeps at most eight states of a rollout, however long, and rebuilds the others by stepping back, which
         takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
-        A `SeparableHNN` keeps its states and nothing else.
+        A `SeparableHNN` takes "reversible" for "checkpoint"; one with a quadratic term in V keeps its states and nothing else.
     backend : str
         "auto" (the fastest that is there, see `backends`), "cpp", "triton", "torch", or "reference" (nested autograd, the
         only one that is differentiable more than once; it knows no `memory`). "triton" runs "leapfrog" and "euler" as one
-        kernel each way and leaves the other integrators to PyTorch operations.
+        kernel each way and leaves the other integrators to PyTorch operations. For a `SeparableHNN` "cpp" has a loop of its
+        own and every other is PyTorch's; one with a quadratic term in V is always left to PyTorch operations.
 
     Returns
     -------
@@ -128,6 +129,8 @@ def rollout(
     backend = choose_backend(backend, z0)
     separable = isinstance(mlp, SeparableHamiltonian)
     _check_combination(integrator, separable, memory, backend)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
+        memory = "none"
     H: Tensor | None
     solve = distance = None
     if backend == "reference":
@@ -136,14 +139,11 @@ def rollout(
         path = path if every_state else path[:, -1:]
     elif isinstance(mlp, SeparableHamiltonian):
         V, T = mlp.V, mlp.T
-        path, H = torch.ops.hjepa_fast.rollout_separable(
+        path, H, *_ = torch.ops.hjepa_fast.rollout_separable(
             z0, V.weights, V.biases, T.weights, T.biases, V.stiffness, T.stiffness, dt,
-            n_steps, integrator, *V.activation, *T.activation, energy,
+            n_steps, integrator, *V.activation, *T.activation, every_state, energy, memory, backend,
         )  # fmt: skip
-        path = path if every_state else path[:, -1:]
     else:
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
-            memory = "none"
         path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
             z0, mlp.weights, mlp.biases, dt, n_steps, integrator, *mlp.activation, every_state, energy, memory,
             tolerance, max_evaluations, unconverged == "raise", omega, backend,

@@ -6,7 +6,6 @@ Torch only: a backend supplies the loop and is imported when it first runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import hidden_space, separable
+from . import hidden_space, separable, separable_hidden_space
 from .activations import Activation
 from .backends.torch import Solver
 from .hamiltonian import Term
@@ -185,16 +184,21 @@ for _device in ("cpu", "cuda"):
 
 _SEPARABLE_ATTRIBUTES = (
     "int n_steps, str integrator, str v_activation, float v_beta, float v_threshold, "
-    "str t_activation, float t_beta, float t_threshold, bool with_energy"
+    "str t_activation, float t_beta, float t_threshold, bool every_state, bool with_energy, str memory, str backend"
 )
 _SEPARABLE_TENSORS = (
     "Tensor z0, Tensor[] v_weights, Tensor[] v_biases, Tensor[] t_weights, Tensor[] t_biases, "
     "Tensor? v_stiffness, Tensor? t_stiffness, Tensor dt"
 )
-torch.library.define("hjepa_fast::rollout_separable", f"({_SEPARABLE_TENSORS}, {_SEPARABLE_ATTRIBUTES}) -> (Tensor, Tensor)")
+torch.library.define(
+    "hjepa_fast::rollout_separable",
+    f"({_SEPARABLE_TENSORS}, {_SEPARABLE_ATTRIBUTES}) -> "
+    "(Tensor states, Tensor energy, Tensor tape, Tensor sp, Tensor sq, Tensor aT)",
+)
 torch.library.define(
     "hjepa_fast::rollout_separable_backward",
-    f"(Tensor? g_states, Tensor? g_energy, Tensor states, {_SEPARABLE_TENSORS}, {_SEPARABLE_ATTRIBUTES}) -> Tensor[]",
+    f"(Tensor? g_states, Tensor? g_energy, Tensor[] saved, bool need_v, bool need_t, {_SEPARABLE_TENSORS}, "
+    f"{_SEPARABLE_ATTRIBUTES}) -> (Tensor g_z0, Tensor[] g_v, Tensor[] g_t, Tensor g_dt)",
 )
 
 
@@ -215,7 +219,10 @@ class _Separable(NamedTuple):
     t_activation: str
     t_beta: float
     t_threshold: float
+    every_state: bool
     with_energy: bool
+    memory: str
+    backend: str
 
     @property
     def moves(self) -> tuple[SubStep, ...]:
@@ -223,8 +230,17 @@ class _Separable(NamedTuple):
         assert moves is not None  # the caller has checked
         return moves
 
-    def terms(self, dtype: torch.dtype) -> tuple[Term, Term]:
-        """V and T, their tensors in `dtype`."""
+    @property
+    def in_hidden_space(self) -> bool:
+        return separable_hidden_space.covers(self.v_stiffness, self.t_weights, self.t_stiffness)
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether the states themselves are all that the backward pass needs."""
+        return self.every_state and not self.in_hidden_space
+
+    def terms(self) -> tuple[Term, Term]:
+        """V and T."""
         V = Term(
             tuple(self.v_weights), tuple(self.v_biases),
             Activation(self.v_activation, self.v_beta, self.v_threshold), self.v_stiffness,
@@ -233,68 +249,139 @@ class _Separable(NamedTuple):
             tuple(self.t_weights), tuple(self.t_biases),
             Activation(self.t_activation, self.t_beta, self.t_threshold), self.t_stiffness,
         )  # fmt: skip
-        return tree_map_only(Tensor, lambda t: t.to(dtype), (V, T))
+        return V, T
+
+    def in_states(self) -> tuple[Term, Term, Tensor, Tensor]:
+        """V, T, z0 and dt, all in the dtype that is computed in."""
+        work = hidden_space.work_dtype(self.z0.dtype)
+        V, T = tree_map_only(Tensor, lambda t: t.to(work), self.terms())
+        return V, T, self.z0.to(work), self.dt.to(work).expand(-1, self.n_steps)
+
+    def problem(self) -> separable_hidden_space.Problem:
+        work = hidden_space.work_dtype(self.z0.dtype)
+        V, T = (
+            term._replace(
+                weights=tuple(w if i else w.to(work) for i, w in enumerate(term.weights)),
+                biases=tuple(b if i else b.to(work) for i, b in enumerate(term.biases)),
+                stiffness=None if term.stiffness is None else term.stiffness.to(work),
+            )
+            for term in self.terms()
+        )
+        dt = self.dt.to(work).expand(-1, self.n_steps)
+        return separable_hidden_space.Problem(
+            self.z0.to(work), V, T, dt, self.moves, self.every_state, self.with_energy, self.memory
+        )
+
+    def loop(self) -> ModuleType:
+        """Of any backend but "cpp" that is PyTorch's."""
+        return importlib.import_module(f"hjepa_fast.backends.separable_{'cpp' if self.backend == 'cpp' else 'torch'}")
 
 
 @torch.library.impl("hjepa_fast::rollout_separable", "CompositeExplicitAutograd")
-def _rollout_separable(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _rollout_separable(*arguments: Any) -> tuple[Tensor, ...]:
     x = _Separable(*arguments)
-    work = hidden_space.work_dtype(x.z0.dtype)
-    dt = x.dt.to(work).expand(-1, x.n_steps)
-    states, energy = separable.forward(*x.terms(work), x.z0.to(work), dt, x.moves, x.with_energy)
-    return states.to(x.z0.dtype), energy.to(x.z0.dtype)
+    if x.in_hidden_space:
+        out = separable_hidden_space.forward(x.loop(), x.problem())
+        return out.states.to(x.z0.dtype), out.energy.to(x.z0.dtype), *out[2:]
+    V, T, z0, dt = x.in_states()
+    states, energy = separable.forward(V, T, z0, dt, x.moves, x.with_energy)
+    kept = 0 if x.every_state or x.memory == "none" else x.n_steps + 1
+    tape = states[:, :kept].flatten(1).clone()
+    if not x.every_state:
+        states = states[:, -1:].clone()
+    none = (states.new_empty(z0.shape[0], 0, 0) for _ in range(3))
+    return states.to(x.z0.dtype), energy.to(x.z0.dtype), tape, *none
 
 
 @torch.library.impl("hjepa_fast::rollout_separable_backward", "CompositeExplicitAutograd")
 def _rollout_separable_backward(
-    g_states: Tensor | None, g_energy: Tensor | None, states: Tensor, *arguments: Any
-) -> list[Tensor]:
+    g_states: Tensor | None, g_energy: Tensor | None, saved: list[Tensor], need_v: bool, need_t: bool, *arguments: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     x = _Separable(*arguments)
     work = hidden_space.work_dtype(x.z0.dtype)
     g_states, g_energy = (None if g is None else g.to(work) for g in (g_states, g_energy))
-    dt = x.dt.to(work).expand(-1, x.n_steps)
-    g_z0, V, T, g_dt = separable.backward(*x.terms(work), g_states, g_energy, states.to(work), dt, x.moves)
-    stiffness = [g for g in (V.stiffness, T.stiffness) if g is not None]
-    parameters = [*V.weights, *V.biases, *T.weights, *T.biases, *stiffness]
-    return [g_z0.to(x.z0.dtype), *[g.to(x.z0.dtype) for g in parameters], g_dt.sum_to_size(x.dt.shape).to(x.dt.dtype)]
+    if x.in_hidden_space:
+        g_z0, of_V, of_T, g_dt = separable_hidden_space.backward(
+            x.loop(), x.problem(), g_states, g_energy, saved, need_v, need_t
+        )
+        parameters = [[*g.weights, *g.biases, *g.stiffness] for g in (of_V, of_T)]
+    else:
+        V, T, _, dt = x.in_states()
+        states = saved[0].to(work) if x.every_state else saved[0].unflatten(1, (x.n_steps + 1, -1))
+        if g_states is not None and not x.every_state:
+            g_states = torch.cat((torch.zeros_like(states[:, 1:]), g_states), dim=1)
+        g_z0, sums_V, sums_T, g_dt = separable.backward(V, T, g_states, g_energy, states, dt, x.moves)
+        parameters = [
+            [*g.weights, *g.biases, *([] if g.stiffness is None else [g.stiffness])] if need else []
+            for g, need in ((sums_V, need_v), (sums_T, need_t))
+        ]
+    g_v, g_t = ([g.to(x.z0.dtype) for g in part] for part in parameters)
+    return g_z0.to(x.z0.dtype), g_v, g_t, g_dt.sum_to_size(x.dt.shape).to(x.dt.dtype)
 
 
 @torch.library.register_fake("hjepa_fast::rollout_separable")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     x = _Separable(*arguments)
-    batch, n = x.z0.shape[0], x.n_steps + 1
-    return x.z0.new_empty(batch, n, x.z0.shape[1]), x.z0.new_empty(batch, n if x.with_energy else 0)
+    batch, n, work = x.z0.shape[0], x.n_steps + 1, hidden_space.work_dtype(x.z0.dtype)
+    if x.in_hidden_space:
+        widths_V, widths_T = ([w.shape[0] for w in ws[:-1]] or [1] for ws in (x.v_weights, x.t_weights))
+        saved = separable_hidden_space.saved_shapes(
+            widths_V, widths_T if x.t_weights else None, x.moves, x.n_steps, x.every_state, x.with_energy, x.memory
+        )
+    else:
+        n_kept = 0 if x.every_state or x.memory == "none" else n
+        saved = ((n_kept * x.z0.shape[1],), (0, 0), (0, 0), (0, 0))
+    return (
+        x.z0.new_empty(batch, n if x.every_state else 1, x.z0.shape[1]),
+        x.z0.new_empty(batch, n if x.with_energy else 0),
+        *(x.z0.new_empty(batch, *shape, dtype=work) for shape in saved),
+    )
 
 
 @torch.library.register_fake("hjepa_fast::rollout_separable_backward")
-def _(g_states: Tensor | None, g_energy: Tensor | None, states: Tensor, *arguments: Any) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _flat(arguments)]
-
-
-def _flat(arguments: Sequence[Any]) -> list[Tensor]:
-    """The tensors among an operator's arguments, lists opened, in order."""
-    lists = (value if isinstance(value, (list, tuple)) else [value] for value in arguments)
-    return [t for values in lists for t in values if isinstance(t, Tensor)]
+def _(
+    g_states: Tensor | None, g_energy: Tensor | None, saved: list[Tensor], need_v: bool, need_t: bool, *arguments: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    x = _Separable(*arguments)
+    V, T = x.terms()
+    g_v, g_t = (
+        [torch.empty_like(p, memory_format=torch.contiguous_format) for p in term.tensors] if need else []
+        for term, need in ((V, need_v), (T, need_t))
+    )
+    return torch.empty_like(x.z0, memory_format=torch.contiguous_format), g_v, g_t, torch.empty_like(x.dt)
 
 
 def _save_separable(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = _flat(inputs)
-    ctx.layout = [len(v) if isinstance(v, (list, tuple)) else isinstance(v, Tensor) or None for v in inputs[:8]]
-    ctx.attributes = inputs[8:]
-    ctx.save_for_backward(output[0], *tensors)
+    x = _Separable(*inputs)
+    saved = output[:1] if x.keeps_output else output[2:]
+    tensors = [t for part in inputs[:8] for t in (part if isinstance(part, (list, tuple)) else [part]) if t is not None]
+    ctx.layout = [len(part) if isinstance(part, (list, tuple)) else part is not None or None for part in inputs[:8]]
+    ctx.attributes, ctx.n_saved = tuple(inputs[8:]), len(saved)
+    ctx.save_for_backward(*saved, *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_separable(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None) -> tuple[Any, ...]:
-    states, *tensors = ctx.saved_tensors
-    arguments = _unflat(tensors, ctx.layout)
-    grads = torch.ops.hjepa_fast.rollout_separable_backward(g_states, g_energy, states, *arguments, *ctx.attributes)
-    return (*_unflat(grads, ctx.layout), *([None] * len(ctx.attributes)))
+def _differentiate_separable(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    saved, rest = ctx.saved_tensors[: ctx.n_saved], iter(ctx.saved_tensors[ctx.n_saved :])
+    arguments = [None if n is None else next(rest) if n is True else [next(rest) for _ in range(n)] for n in ctx.layout]
+    need_z0, v_weights, v_biases, t_weights, t_biases, v_stiffness, t_stiffness, need_dt, *_ = ctx.needs_input_grad
+    needs_V, needs_T = [*v_weights, *v_biases, v_stiffness], [*t_weights, *t_biases, t_stiffness]
+    g_z0, g_v, g_t, g_dt = torch.ops.hjepa_fast.rollout_separable_backward(
+        g_states, g_energy, list(saved), any(needs_V), any(needs_T), *arguments, *ctx.attributes
+    )
 
+    def divided(grads: list[Tensor], needs: list[bool], n_layers: int) -> tuple[Any, ...]:
+        """Of weights, biases and stiffness."""
+        given: list[Tensor | None] = [*grads, *[None] * (len(needs) - len(grads))]
+        wanted = [g if need else None for g, need in zip(given, needs, strict=True)]
+        return wanted[:n_layers], wanted[n_layers : 2 * n_layers], wanted[-1]
 
-def _unflat(tensors: Sequence[Tensor], layout: Sequence[int | bool | None]) -> list[Any]:
-    rest = iter(tensors)
-    return [None if entry is None else next(rest) if entry is True else [next(rest) for _ in range(entry)] for entry in layout]
+    gv_weights, gv_biases, gv_stiffness = divided(g_v, needs_V, len(v_weights))
+    gt_weights, gt_biases, gt_stiffness = divided(g_t, needs_T, len(t_weights))
+    return (
+        g_z0 if need_z0 else None, gv_weights, gv_biases, gt_weights, gt_biases, gv_stiffness, gt_stiffness,
+        g_dt if need_dt else None, *[None] * len(ctx.attributes),
+    )  # fmt: skip
 
 
 torch.library.register_autograd("hjepa_fast::rollout_separable", _differentiate_separable, setup_context=_save_separable)

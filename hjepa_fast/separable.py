@@ -1,4 +1,7 @@
-"""Rollouts of a separable H(q, p) = T(p) + V(q), and their adjoint.
+"""Rollouts of a separable H(q, p) = T(p) + V(q) on its states, and their adjoint.
+
+This serves an H that does not close in the hidden space, V having a quadratic term beside its network; for every other see
+`separable_hidden_space.py`.
 
 Kicks need only grad V at q and drifts only grad T at p, so a gradient is evaluated once for as long as its argument stays:
 two a leapfrog step, since the last kick of a step and the first of the next one share q. The leapfrog method is then

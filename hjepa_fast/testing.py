@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .models import LatentHNN
+from .models import LatentHNN, SeparableHNN
 
 
 def make_hnn(
@@ -19,14 +19,32 @@ def make_hnn(
 ) -> LatentHNN:
     """A random Hamiltonian whose weights and biases are all of order one, so that no term of a gradient is negligible."""
     hnn = LatentHNN(latent_dim, hidden_dims, activation)
+    _fill(hnn, seed)
+    return hnn.to(dtype)
+
+
+def make_two_networks(
+    latent_dim: int,
+    potential_dims: Sequence[int],
+    kinetic_dims: Sequence[int],
+    activation: str = "softplus",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> SeparableHNN:
+    """A random V(q) + T(p), filled like `make_hnn`."""
+    hnn = SeparableHNN(latent_dim, potential_dims, kinetic_dims, activation)
+    _fill(hnn, seed)
+    return hnn.to(dtype)
+
+
+def _fill(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in hnn.net:
+        for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 scale = layer.in_features**-0.5
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * scale)
                 layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) * 0.3)
-    return hnn.to(dtype)
 
 
 def make_separable_hnn(d: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> LatentHNN:

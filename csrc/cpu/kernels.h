@@ -15,6 +15,10 @@
 
 #include "rows.h"
 
+#include "network.h"
+
+#include "separable.h"
+
 #include "features.h"
 
 namespace hjepa_fast::HJEPA_ISA {
@@ -35,6 +39,10 @@ constexpr Kernels<T> table = {
     shared_scratch<T>,
     thread_scratch<T>,
     forward_features<T>,
+    separable_forward_scratch<P, T>,
+    separable_forward<P, T>,
+    separable_backward_scratch<P, T>,
+    separable_backward<P, T>,
 };
 
 }  // namespace hjepa_fast::HJEPA_ISA

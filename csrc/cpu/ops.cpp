@@ -462,6 +462,8 @@ void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t
   (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, n_threads, isa);
 }
 
+#include "separable_ops.h"
+
 int64_t isa() { return best_isa(); }
 
 }  // namespace
@@ -481,12 +483,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
       "int n_threads, int isa, int path) -> ()");
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
+  m.def(SEPARABLE_FORWARD);
+  m.def(SEPARABLE_BACKWARD);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("product", TORCH_BOX(&product));
+  m.impl("separable_forward", TORCH_BOX(&separable_forward));
+  m.impl("separable_backward", TORCH_BOX(&separable_backward));
 }
 
 }  // namespace hjepa_fast

@@ -76,6 +76,41 @@ struct Sums {
   T* b[MAX_LAYERS];
 };
 
+// H = T(p) + V(q). Of the members' numbers only those of the network and of its tape are used.
+template <class T_>
+struct Separable {
+  Problem<T_> V, T;
+  bool quadratic;  // T = (s p) . p / 2; T then only has the width of V
+  const T_ *N_packed, *NT_packed;  // right operands: x N, x N^T with N [hV, hT]
+  i64 B, n_steps, begin, end;      // steps begin..end-1 of n_steps are run
+  bool with_energy, last;          // whether V is wanted before each step, and after step n_steps - 1 too
+  int n_moves;
+  const double* moves;  // [n_moves, 2]: kick, drift
+  const T_* dt;         // [1 or B, n_steps]
+  i64 dt_stride;
+  T_* tape;  // [B, tape_width]: evaluations of V, and from offset_T on those of T
+  i64 tape_width, offset_T;
+  // Evaluations of each term before step `begin`, or on the way back before step `end` and of the last energy; and whether the
+  // last of them is of where the rollout then is: this call makes it again.
+  i64 before_V, before_T;
+  bool known_V, known_T;
+
+  // where the rollout is, or the cotangents of that, [B, hV or hT], in and out
+  T_ *aV, *aT, *sp, *sq;
+  // after each step, [B, n_steps, *], or null; energy [B, n_steps + 1]
+  T_ *sps, *sqs, *aTs, *energy;
+  // backward: sp itself, [B, hV], in and out; cotangents like what they belong to, or null
+  T_ *value_of_sp, *gdt;
+  const T_ *gsp, *gsq, *gaT, *gE;
+};
+
+template <class T_>
+struct SeparableSums {
+  bool need_V, need_T;
+  Sums<T_> V, T;
+  T_* N;  // [hV, ld(hT)]
+};
+
 // The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.
 template <class T>
 struct Operand {
@@ -114,6 +149,11 @@ struct Kernels {
   i64 (*shared_scratch)(const Problem<T>&);
   i64 (*thread_scratch)(const Problem<T>&);
   void (*forward_features)(const Problem<T>&, int thread, int n_threads, Barrier&, T* shared, T* scratch);
+  // of a separable H, as the four above
+  i64 (*separable_forward_scratch)(const Separable<T>&, i64 rows);
+  void (*separable_forward)(const Separable<T>&, i64 row, i64 rows, T* scratch);
+  i64 (*separable_backward_scratch)(const Separable<T>&, i64 rows, const SeparableSums<T>*);
+  void (*separable_backward)(const Separable<T>&, i64 row, i64 last, i64 rows, T* scratch, const SeparableSums<T>*);
 };
 
 }  // namespace hjepa_fast

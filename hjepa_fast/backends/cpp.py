@@ -17,11 +17,11 @@ from . import torch as torch_backend
 from .torch import Gradients, Rolled, Solver, Tail, tape_width
 
 # as in csrc/cpu/problem.h
-_KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
-_MAX_LAYERS = 32
+KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
+MAX_LAYERS = 32
 
 # Between two calls of the extension Python looks for Ctrl-C: multiplications in a call, about a second's worth.
-_CHUNK = 5e10
+CHUNK = 5e10
 
 # Products of fewer rows, or of fewer but for which W must be packed first, and those of a longer inner dimension than the
 # cache holds are the library's.
@@ -61,14 +61,14 @@ def why_not() -> str:
     )
 
 
-def _require() -> None:
+def require() -> None:
     if not available():
         raise RuntimeError(f"hjepa_fast: {why_not()}")
 
 
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     empty = not n_steps or not a.shape[0] or 0 in tail.widths
-    return empty or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix for stage in scheme)
+    return empty or not 0 < len(tail.weights) <= MAX_LAYERS or any(stage.mix for stage in scheme)
 
 
 def _operands(
@@ -88,7 +88,7 @@ def _operands(
 def _options(a: Tensor, tail: Tail, solver: Solver) -> tuple[int, float, float, bool, float, int, int, int]:
     low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
     name, beta, threshold = tail.activation
-    return _KINDS[name], beta, threshold, a.dtype == torch.float32 and low, *solver, torch.get_num_threads(), isa
+    return KINDS[name], beta, threshold, a.dtype == torch.float32 and low, *solver, torch.get_num_threads(), isa
 
 
 def _chunks(
@@ -96,7 +96,7 @@ def _chunks(
 ) -> Iterator[tuple[int, int]]:
     """Ranges of steps, each about a second's work or one step."""
     products = widths[0] ** 2 + sum(2 * m * n for m, n in pairwise(widths))
-    steps = max(1, int(_CHUNK / (factor * batch * len(scheme) * products)))
+    steps = max(1, int(CHUNK / (factor * batch * len(scheme) * products)))
     if any(stage.implicit for stage in scheme):
         steps = max(steps, 16)  # every call starts without the steps before it to extrapolate from
     for begin in range(0, n_steps, steps):
@@ -145,7 +145,7 @@ def forward(
     Products are rounded to bfloat16 and summed in float32 if the weights are bfloat16 or
     `torch.get_float32_matmul_precision()` is "medium", on processors with AVX512_BF16 and where many rows are multiplied.
     """
-    _require()
+    require()
     if _delegated(a, tail, scheme, n_steps):
         tail = tail._replace(weights=[w.to(a.dtype) for w in tail.weights], biases=[b.to(a.dtype) for b in tail.biases])
         return torch_backend.forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
@@ -181,7 +181,7 @@ def backward(
     solver: Solver,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `backends.torch.backward`; `sums` is in la's dtype."""
-    _require()
+    require()
     batch, n_steps = la.shape[0], tape.shape[1]
     if _delegated(la, tail, scheme, n_steps):
         tail = tail._replace(weights=[w.to(la.dtype) for w in tail.weights], biases=[b.to(la.dtype) for b in tail.biases])
