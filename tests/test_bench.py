@@ -30,6 +30,8 @@ TINY = (
     dataclasses.replace(
         TRAINING, name="tiny-reversible", states="final", integrators=("implicit-leapfrog",), memory=("reversible",), rivals=()
     ),
+    dataclasses.replace(ROLLOUT, name="tiny-separable-rollout", separable=True, rivals=("eager",)),
+    dataclasses.replace(TRAINING, name="tiny-separable-training", separable=True, rivals=("eager",)),
     dataclasses.replace(ROLLOUT, name="tiny-bfloat16", dtype="bfloat16", rivals=("eager", "eager-float32", "manual")),
 )
 CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))

@@ -388,7 +388,7 @@ def test_in_chunks_as_at_once(path, every_state, monkeypatch):
     case = Case(5, (40, 33), n_steps=7)
     out = case.forward(cpp, every_state=every_state)
     grads = case.backward(cpp, out[-1], every_state=every_state)
-    monkeypatch.setattr(cpp, "_CHUNK", 5 * 3 * (40 * 40 + 2 * 40 * 33) * 2)
+    monkeypatch.setattr(cpp, "CHUNK", 5 * 3 * (40 * 40 + 2 * 40 * 33) * 2)
     chunked = case.forward(cpp, every_state=every_state)
     assert all(torch.equal(x, y) for x, y in zip(chunked, out, strict=True))
     assert error(case.backward(cpp, out[-1], every_state=every_state), grads) < 1e-13

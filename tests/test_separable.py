@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import hjepa_fast as hf
-from hjepa_fast import separable
+from hjepa_fast import hamiltonian, separable, separable_hidden_space
+from hjepa_fast.backends import cpp, reference, separable_cpp, separable_torch
+from hjepa_fast.hamiltonian import SeparableHamiltonian, Term
 from hjepa_fast.schemes import SCHEMES, for_separable
 from hjepa_fast.testing import make_states
 from test_ops import assert_all_close, gradients
@@ -30,6 +37,11 @@ def make(name, dtype=torch.float64, latent_dim=6):
     return hnn
 
 
+EXPLICIT = [name for name in SCHEMES if for_separable(SCHEMES[name])]
+FUSED = ("torch", "cpp")
+MEMORY = ("store", "recompute", "checkpoint", "reversible")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("integrator", ["leapfrog", "euler"])
 @pytest.mark.parametrize("states", ["all", "final"])
@@ -38,11 +50,134 @@ def test_values_and_gradients_match_the_reference(name, integrator, states):
     z0 = make_states(3, 6).requires_grad_()
     for shape in ((), (5,), (3, 1), (3, 5)):
         dt = (make_states(*shape, seed=4) * 0.2 + 0.4).requires_grad_()
-        found, expected = (
-            gradients(hnn, z0, dt, 5, integrator=integrator, states=states, backend=backend)
-            for backend in ("auto", "reference")
-        )
-        assert_all_close(found, expected, rtol=1e-11, atol=1e-12)
+        options = {"integrator": integrator, "states": states}
+        expected = gradients(hnn, z0, dt, 5, backend="reference", **options)
+        for backend, memory in itertools.product(FUSED, MEMORY):
+            found = gradients(hnn, z0, dt, 5, backend=backend, memory=memory, **options)
+            assert_all_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("integrator", EXPLICIT)
+@pytest.mark.parametrize("name", ["kinetic |p|^2/2", "two MLPs"])
+def test_every_explicit_integrator(name, integrator, backend):
+    hnn, z0 = make(name), make_states(3, 6).requires_grad_()
+    dt = torch.tensor([0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    expected = gradients(hnn, z0, dt, 2, integrator=integrator, backend="reference")
+    found = gradients(hnn, z0, dt, 2, integrator=integrator, backend=backend)
+    assert_all_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+MODULES = {"softplus": nn.Softplus(beta=1.5), "tanh": nn.Tanh(), "silu": nn.SiLU(), "gelu": nn.GELU()}
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_odd_shapes_match_the_reference(backend, data):
+    """Any widths, depths and activations of V and of T, batch, number of steps, latent size, layout of z0 and shape of dt."""
+    draw = data.draw
+    d, batch, n_steps = draw(st.integers(1, 19)), draw(st.integers(0, 9)), draw(st.integers(0, 5))
+    widths = st.lists(st.integers(1, 37), max_size=3)
+    hnn = hf.SeparableHNN(2 * d, draw(widths), draw(st.one_of(st.none(), widths)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    for net in (hnn.potential, hnn.kinetic or []):
+        activation = MODULES[draw(st.sampled_from(sorted(MODULES)))]
+        for i, layer in enumerate(net):
+            if not isinstance(layer, nn.Linear):
+                net[i] = activation
+                continue
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, std=layer.in_features**-0.5, generator=generator)
+    hnn = hnn.double()
+    z0 = make_states(2 * d, batch).T if draw(st.booleans()) else make_states(batch, 2 * d)
+    shape = draw(st.sampled_from([(), (n_steps,), (batch, 1), (batch, n_steps)]))
+    z0, dt = z0.requires_grad_(), (make_states(*shape, seed=3) * 0.3).requires_grad_()
+    options = {
+        "integrator": draw(st.sampled_from(["leapfrog", "euler", "symplectic-euler"])),
+        "states": draw(st.sampled_from(["all", "final"])),
+    }
+    found = gradients(hnn, z0, dt, n_steps, backend=backend, memory=draw(st.sampled_from(MEMORY)), **options)
+    assert_all_close(found, gradients(hnn, z0, dt, n_steps, backend="reference", **options), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("states", ["all", "final"])
+@pytest.mark.parametrize("size", [1, 5], ids=["scalar", "by coordinate"])
+def test_learnable_masses(size, states, backend):
+    """T = (s p) . p / 2 with s of any values, and its gradient, by the operator itself."""
+    hnn = hf.SeparableHNN(10, (7, 4), activation="tanh").double()
+    V = hamiltonian.from_module(hnn).V
+    s = (make_states(size, seed=8).abs() + 0.5).requires_grad_()
+    H = SeparableHamiltonian(V, Term((), (), V.activation, s), 10)
+    z0, dt = make_states(4, 10).requires_grad_(), torch.full((1, 3), 0.3, dtype=torch.float64, requires_grad=True)
+    expected = reference.rollout(H, z0, dt, 3, "leapfrog", 1.0)
+    expected = (expected if states == "all" else expected[:, -1:]), H.energy(expected)
+    for memory in MEMORY:
+        found = torch.ops.hjepa_fast.rollout_separable(
+            z0, V.weights, V.biases, (), (), None, s, dt, 3, "leapfrog", *V.activation, *V.activation,
+            states == "all", True, memory, backend,
+        )[:2]  # fmt: skip
+        grads = []
+        for out in (found, expected):
+            weighted = sum((x * make_states(*x.shape, seed=6)).sum() for x in out)
+            grads.append(torch.autograd.grad(weighted, [z0, dt, s, *hnn.parameters()], retain_graph=True))
+        assert_all_close([*found, *grads[0]], [*expected, *grads[1]], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("frozen", ["potential", "kinetic"])
+def test_frozen_terms_get_no_gradient(frozen, backend, monkeypatch):
+    hnn, z0 = make("two MLPs"), make_states(3, 6)
+    expected = gradients(hnn, z0, 0.3, 3, backend="reference")
+    named = dict(zip(dict(hnn.named_parameters()), expected[2:], strict=True))
+    getattr(hnn, frozen).requires_grad_(False)
+    asked = []
+    backward = separable_hidden_space.backward
+    monkeypatch.setattr(separable_hidden_space, "backward", lambda *args: asked.append(args[-2:]) or backward(*args))
+    found = gradients(hnn, z0, 0.3, 3, backend=backend)
+    assert asked == [(frozen != "potential", frozen != "kinetic")]
+    assert_all_close(found[2:], [g for name, g in named.items() if not name.startswith(frozen)], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_backend_asked_for_runs(backend, monkeypatch):
+    calls = []
+    for name, module in (("torch", separable_torch), ("cpp", separable_cpp)):
+        forward = module.forward
+        monkeypatch.setattr(module, "forward", lambda *args, n=name, f=forward: calls.append(n) or f(*args))
+    hf.rollout(make("two MLPs"), make_states(3, 6), 0.2, 2, backend=backend)
+    assert calls == [backend]
+    hf.rollout(make("two MLPs"), make_states(3, 6), 0.2, 2)
+    assert calls[1] == ("cpp" if cpp.available() else "torch")
+
+
+@pytest.mark.parametrize("name", ["kinetic |p|^2/2", "two MLPs"])
+def test_final_states_cost_one_row(name, monkeypatch):
+    """With states="final", energies or not, only one row of a sample is multiplied to the latent size."""
+    rows = []
+    product = separable_torch.product
+    monkeypatch.setattr(
+        separable_torch, "product", lambda x, W, *rest: (rows.append(x.shape[:-1]) if rest else None) or product(x, W, *rest)
+    )
+    hf.rollout(make(name), make_states(3, 6), 0.2, 50, energy=True, states="final", backend="torch")
+    assert rows == [(3, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("name", ["kinetic |p|^2/2", "two MLPs"])
+def test_less_memory(name, backend):
+    """What is kept for the backward pass: less from mode to mode, and with checkpoints far less than in proportion."""
+
+    def kept(memory, n_steps):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            hf.rollout(make(name), make_states(40, 6), 0.01, n_steps, states="final", memory=memory, backend=backend)
+        return sum(sizes)
+
+    store, recompute, checkpoint = (kept(memory, 100) for memory in MEMORY[:3])
+    assert store > recompute > 2 * checkpoint
+    assert kept("checkpoint", 400) < 2.5 * checkpoint
 
 
 def test_energy_is_what_forward_computes():
@@ -50,6 +185,22 @@ def test_energy_is_what_forward_computes():
     out = hf.rollout(hnn, z0, 0.2, 4, energy=True)
     torch.testing.assert_close(out.energy, hnn(out.states).squeeze(-1))
     torch.testing.assert_close(hf.energy(hnn, z0), hnn(z0).squeeze(-1))
+
+
+@pytest.mark.parametrize("with_energy", [True, False])
+def test_a_step_costs_two_gradients_in_the_hidden_space(with_energy, monkeypatch):
+    counted = {2: 0, 3: 0}
+    evaluate = separable_torch.evaluate
+
+    def count(tail, a):
+        counted[len(tail.weights)] += 1
+        return evaluate(tail, a)
+
+    monkeypatch.setattr(separable_torch, "evaluate", count)
+    hnn = hf.SeparableHNN(6, (5, 4), (5, 4, 3)).double()
+    with torch.no_grad():
+        hf.rollout(hnn, make_states(3, 6), 0.2, 9, energy=with_energy, backend="torch")
+    assert counted == {2: 10, 3: 9}
 
 
 def test_a_step_costs_two_gradients(monkeypatch):
@@ -63,8 +214,6 @@ def test_a_step_costs_two_gradients(monkeypatch):
         return evaluate(term, x)
 
     monkeypatch.setattr(separable, "evaluate_term", count)
-    from hjepa_fast import hamiltonian
-
     H = hamiltonian.from_module(hnn)
     separable.forward(
         H.V, H.T, make_states(3, 6), torch.full((1, 9), 0.2, dtype=torch.float64), for_separable(SCHEMES["leapfrog"]), False
@@ -106,33 +255,37 @@ def test_energy_stays_over_many_steps():
     assert drift.amax() < 1.5 * drift[:, :500].amax() < 0.5
 
 
-def test_opcheck_and_compile():
-    hnn = make("two MLPs, quadratic", torch.float32)
+@pytest.mark.parametrize("name", ["kinetic |p|^2/2", "two MLPs", "quadratic", "linear"])
+@pytest.mark.parametrize(
+    ("backend", "memory", "every_state"), [("cpp", "store", True), ("torch", "checkpoint", False), ("cpp", "recompute", False)]
+)
+def test_opcheck_and_compile(name, backend, memory, every_state):
+    hnn = make(name, torch.float32)
     z0 = make_states(3, 6, dtype=torch.float32).requires_grad_()
+    states = "all" if every_state else "final"
 
     def loss_of(z0):
-        out = hf.rollout(hnn, z0, 0.3, 4, energy=True)
+        out = hf.rollout(hnn, z0, 0.3, 4, energy=True, states=states, memory=memory, backend=backend)
         return out.states.square().mean() + out.energy.sum()
 
     expected = torch.autograd.grad(loss_of(z0), [z0, *hnn.parameters()])
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
     assert_all_close(torch.autograd.grad(compiled(z0), [z0, *hnn.parameters()]), expected)
 
-    from hjepa_fast import hamiltonian
-
     H = hamiltonian.from_module(hnn)
     V, T = H.V, H.T
     arguments = (
         z0, list(V.weights), list(V.biases), list(T.weights), list(T.biases), V.stiffness, T.stiffness,
-        torch.full((1, 1), 0.3), 4, "leapfrog", *V.activation, *T.activation, True,
+        torch.full((1, 1), 0.3), 4, "leapfrog", *V.activation, *T.activation, every_state, True, memory, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.hjepa_fast.rollout_separable.default, arguments)
 
     detached = tree_map_only(torch.Tensor, lambda t: t.detach(), arguments)
-    states, H_path = torch.ops.hjepa_fast.rollout_separable(*detached)
+    states, H_path, *saved = torch.ops.hjepa_fast.rollout_separable(*detached)
+    saved = [states] if name == "quadratic" and every_state else saved
     torch.library.opcheck(
         torch.ops.hjepa_fast.rollout_separable_backward.default,
-        (torch.randn_like(states), torch.randn_like(H_path), states, *detached),
+        (torch.randn_like(states), torch.randn_like(H_path), saved, True, True, *detached),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
