@@ -25,6 +25,8 @@ class Case:
     n_steps: int = 15
     latent_dim: int = 1024
     hidden_dims: tuple[int, ...] = (512, 512, 256)
+    separable: bool = False
+    """H = T(p) + V(q), two networks of these widths, instead of one of q and p."""
     dtype: str = "float32"
     states: str = "all"
     """"all" or "final", as in `hjepa_fast.rollout`."""
@@ -35,8 +37,14 @@ class Case:
     rivals: tuple[str, ...] = STANDARD
 
     @property
+    def gradients_a_step(self) -> int:
+        """Of the leapfrog step; for a separable H the last one of a step is the first of the next."""
+        return 2 if self.separable else 3
+
+    @property
     def gradient_flops(self) -> int:
-        """Of one gradient of H for one sample in the hidden space: K, and every later layer forward and back."""
+        """Of one gradient of H, or of a term of it, for one sample in the hidden space: the product with K, and every later
+        layer forward and back."""
         h = self.hidden_dims
         return 2 * (h[0] * h[0] + 2 * sum(a * b for a, b in pairwise(h)))
 
@@ -61,6 +69,10 @@ def _reversible(n_steps: int) -> Case:
     )  # fmt: skip
 
 
+def _separable(kind: str, batch: int) -> Case:
+    return Case(f"separable-{kind}-b{batch}-t15", kind, batch, separable=True, rivals=("eager",))
+
+
 def _bfloat16(batch: int) -> Case:
     return Case(f"bfloat16-b{batch}-t15", "rollout", batch, dtype="bfloat16", rivals=("eager", "eager-float32", "manual"))
 
@@ -72,6 +84,8 @@ QUICK = (
     _memory(15),
     _integrators("rollout"),
     _integrators("training"),
+    _separable("rollout", 32),
+    _separable("training", 32),
 )
 """The table of ratios."""
 FULL = (

@@ -210,7 +210,7 @@ def measure(
         fact = facts[contestant.name]
         fact |= _percentiles(times[contestant.name])
         if contestant.ours and not problem.training:
-            flops = 3 * case.n_steps * case.batch * case.gradient_flops
+            flops = case.gradients_a_step * case.n_steps * case.batch * case.gradient_flops
             fact["gflops_per_s"] = flops / fact["median_s"] / 1e9
         if problem.training:
             fact["kept_bytes"] = kept_bytes(contestant, problem)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import hjepa_fast as hf
 from hjepa_fast import api
-from hjepa_fast.testing import make_hnn, make_states
+from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
 from .cases import Case
 
@@ -70,9 +70,16 @@ class Problem:
 
 def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
     dtype = getattr(torch, case.dtype)
-    hnn = make_hnn(case.latent_dim, case.hidden_dims)
+    hnn: nn.Module
+    if case.separable:
+        hnn = make_two_networks(case.latent_dim, case.hidden_dims, case.hidden_dims)
+        outputs = [hnn.potential[-1], hnn.kinetic[-1]]
+    else:
+        hnn = make_hnn(case.latent_dim, case.hidden_dims)
+        outputs = [hnn.net[-1]]
     with torch.no_grad():
-        hnn.net[-1].weight.mul_(OUTPUT_SCALE)
+        for layer in outputs:
+            layer.weight.mul_(OUTPUT_SCALE)
     torch.manual_seed(0)
     baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
     n_targets = case.n_steps + 1 if case.kind == "training" else 0
