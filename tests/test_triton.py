@@ -20,7 +20,10 @@ import hjepa_fast as hf
 from hjepa_fast.activations import NAMES, Activation
 from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
+from hjepa_fast.backends.torch import Solver
 from hjepa_fast.backends.triton import SHAPES, Blocks
+from hjepa_fast.hidden_space import stages_of
+from hjepa_fast.schemes import SCHEMES
 from hjepa_fast.testing import make_hnn, make_states
 from test_cpp import Case, error
 from test_ops import assert_all_close, gradients
@@ -84,8 +87,8 @@ def on_device(case: Case) -> Case:
     return case.to(DTYPE).to(DEVICE)
 
 
-def compare(case: Case, memory: str, with_sums: bool, **options: bool) -> None:
-    """Everything that both directions return, to rounding."""
+def compare(case: Case, memory: str, with_sums: bool, **options: bool):
+    """Everything that both directions return, to rounding; returns residuals and evaluations of the kernel and of PyTorch."""
     exact = case.to(DTYPE).to(torch.float64)
     mine = on_device(case)
     tolerance = 1e-12 if INTERPRETED else 3e-6
@@ -94,6 +97,7 @@ def compare(case: Case, memory: str, with_sums: bool, **options: bool) -> None:
     expected = exact.backward(torch_backend, expected[-1], memory, with_sums=with_sums, **options)
     found = mine.backward(triton_backend, found[-1], memory, with_sums=with_sums, **options)
     assert error(cpu(found), expected) < 10 * tolerance
+    return mine.solved, exact.solved
 
 
 def cpu(tensors):
@@ -118,6 +122,69 @@ def test_equals_torch(widths, batch, monkeypatch):
         # a step at a time, or a program's samples and a step
         monkeypatch.setattr(triton_backend, "bound", 1 if i % 2 else 40 * len(case.scheme) * 8 * 300)
     compare(case, memory, with_sums=i % 4 > 0, every_state=i % 3 > 0, with_energy=i % 5 > 0)
+
+
+@runs
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.implicit])
+def test_implicit_sub_steps_equal_torch(scheme, monkeypatch):
+    """Every integrator, each with another network, batch and set of options; the same equations, solved as well."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(triton_backend, "programs", 1)
+    i = list(SCHEMES).index(scheme)
+    widths = (WIDTHS[1:] + WIDTHS[:1])[i % len(WIDTHS)]
+    long = len(SCHEMES[scheme].stages) > 3
+    # more than a program's samples, or more sub-steps; small steps take the interpreter fewer evaluations
+    shape = (3, (5, 4)) if long else (18, widths)
+    case = Case(*shape, NAMES[i % len(NAMES)], per_sample=i % 2 == 0, n_steps=1 if long else 2, seed=i)
+    case.scheme, case.dt = stages_of(SCHEMES[scheme], i % 2 > 0), 0.3 * case.dt
+    options = {"every_state": i % 3 > 0, "with_energy": i % 2 > 0}
+    (residual, evaluations), expected = compare(case, ("store", "recompute")[i // 2 % 2], with_sums=i % 4 > 0, **options)
+    assert bool((residual <= on_device(case).solver.tolerance).all())
+    if INTERPRETED:  # rounding may decide whether one more is needed
+        assert bool(((evaluations - expected[1]).abs() <= 2 * len(case.scheme)).all())
+
+
+@runs
+def test_points_are_extrapolated_from_the_last_five(monkeypatch):
+    """Seven steps fill the history and go round it; a start that is no better than the state takes more evaluations."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    case = on_device(Case(2, (3,), scheme="implicit-midpoint", n_steps=7))
+    counts = []
+    for backend in (torch_backend, triton_backend):
+        case.forward(backend, "none")
+        counts.append(case.solved[1].sum(0))
+    assert int((counts[0] - counts[1]).abs().max()) <= 2
+    assert counts[1][-1] < counts[1][0]
+
+
+@runs
+def test_rows_are_solved_on_their_own(monkeypatch):
+    """The same numbers whatever else the program has; one that does not converge, or is not finite, says so and no other."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    case = on_device(Case(6, (20, 17), scheme="implicit-midpoint", n_steps=2))
+    clean = [*case.forward(triton_backend), *case.solved]
+    case.a[1, 3], case.dt[4] = float("nan"), 1e6
+    out = [*case.forward(triton_backend), *case.solved]
+    others = [0, 2, 3, 5]
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(out, clean, strict=True))
+    residual, evaluations = case.solved
+    unsolved = ~(residual <= case.solver.tolerance)
+    assert unsolved.any(1).tolist() == [False, True, False, False, True, False]
+    assert int(evaluations.max()) <= 2 * case.solver.max_evaluations
+
+
+@runs
+def test_too_few_evaluations(monkeypatch):
+    """The iteration stops where it is told to, each way, as PyTorch's does."""
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    case = Case(3, (7, 5), scheme="implicit-midpoint", n_steps=1)
+    monkeypatch.setattr(Case, "solver", Solver(1e-300, 3))
+    exact, mine = case.to(torch.float64), on_device(case)
+    tolerance = 1e-12 if INTERPRETED else 1e-5
+    expected, found = exact.forward(torch_backend), mine.forward(triton_backend)
+    assert error(cpu(found), expected) < tolerance
+    assert mine.solved[1].cpu().tolist() == exact.solved[1].tolist()
+    assert error(cpu(mine.backward(triton_backend, found[-1])), exact.backward(torch_backend, expected[-1])) < 10 * tolerance
 
 
 @runs
@@ -174,7 +241,8 @@ def test_not_a_number_stays_in_its_row(monkeypatch):
 @runs
 def test_what_it_does_not_do_is_the_torch_loops(monkeypatch):
     monkeypatch.setattr(triton_backend, "_kernels", lambda: pytest.fail("a kernel was asked for"))
-    cases = [Case(2, (5, 4), scheme="implicit-midpoint"), Case(2, (5, 4), n_steps=1), Case(2, (4,) * 9)]
+    cases = [Case(2, (5, 4)), Case(2, (5, 4), n_steps=1), Case(2, (4,) * 9)]
+    cases[0].scheme = SCHEMES["rk4"].stages
     cases[1].a, cases[1].batch = cases[1].a[:0], 0
     cases[1].dt = cases[1].dt[:0]
     for case in map(on_device, cases):
@@ -281,7 +349,7 @@ def test_large_batches_on_a_gpu(monkeypatch):
     assert relative(case.backward(triton_backend, out[-1]), expected) < 1e-4
 
 
-def compiled(direction: str, precision: str, blocks: Blocks, capability: int, widths=PAPER, **options):
+def compiled(direction: str, precision: str, blocks: Blocks, capability: int, widths=PAPER, implicit=False, **options):
     """What Triton makes of a kernel for a GPU that need not be there: its metadata, PTX, registers and stack."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -289,17 +357,20 @@ def compiled(direction: str, precision: str, blocks: Blocks, capability: int, wi
 
     from hjepa_fast.backends import triton_kernels
 
-    layout = triton_backend.layout_of(widths, blocks)
-    constants = {**layout.constants, "ACTIVATION": (0, 1.0, 20.0), "PRECISION": "tf32" if precision == "tf32" else "ieee"}
+    layout = triton_backend.layout_of(widths, blocks, precision, Activation("softplus"), implicit)
     if direction == "forward":
-        kernel = triton_kernels.forward_kernel
-        constants |= triton_backend.forward_constants(layout) | {"STORE": True, "MOVE": True}
+        kernel, C = triton_kernels.forward_kernel, layout.forward._replace(STORE=len(widths) > 1, **options)
     else:
-        kernel = triton_kernels.backward_kernel
-        constants |= triton_backend.backward_constants(layout) | {"SUMS": True}
-    constants |= {"EVERY_STATE": True, "WITH_ENERGY": True} | options
+        kernel, C = triton_kernels.backward_kernel, layout.backward._replace(SUMS=True, **options)
+    constants = {"C": C.compiled()}
     product = "*bf16" if precision == "bf16" else "*fp32"
-    types = {"matrices_ptr": product, "layers_ptr": product, "factors_ptr": product, "which_ptr": "*i32"}
+    types = {
+        "matrices_ptr": product,
+        "layers_ptr": product,
+        "factors_ptr": product,
+        "which_ptr": "*i32",
+        "evaluations_ptr": "*i32",
+    }
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -333,7 +404,7 @@ MOST_STACK |= {("backward", 80): 2560, ("backward", 90): 1280, ("backward", 100)
 
 # the last shape of the table on every chip, the first one too on the one that the tables are for
 TARGETS = [(90, precision, shape) for precision in SHAPES for shape in (0, -1)]
-TARGETS += [(chip, precision, -1) for chip in (80, 100) for precision in ("bf16", "tf32")]
+TARGETS += [(chip, precision, -1) for chip in (80, 100) for precision in ("bf16", "tf32", "tf32x3")]
 
 
 @needs_triton
@@ -342,7 +413,7 @@ TARGETS += [(chip, precision, -1) for chip in (80, 100) for precision in ("bf16"
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_compiles_for_gpus_that_are_not_here(direction, capability, precision, shape, tmp_path):
     blocks = SHAPES[precision][shape]
-    binary = compiled(direction, precision, blocks, capability)
+    binary = compiled(direction, precision, blocks, capability, implicit=precision == "tf32x3")
     registers, stack = resources(binary, tmp_path)
     assert binary.metadata.shared <= FAST_MEMORY[capability] * 1024
     assert registers * 32 * blocks.warps <= 65536
@@ -359,7 +430,15 @@ def test_compiles_for_gpus_that_are_not_here(direction, capability, precision, s
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("options", [{"widths": (1,)}, {"widths": (33, 7), "EVERY_STATE": False, "WITH_ENERGY": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"widths": (1,)},
+        {"widths": (1,), "implicit": True},
+        {"widths": (33, 7), "EVERY_STATE": False, "WITH_ENERGY": False},
+        {"widths": (33, 7), "EVERY_STATE": False, "WITH_ENERGY": False, "implicit": True},
+    ],
+)
 def test_other_variants_compile(direction, options):
     compiled(direction, "ieee", SHAPES["ieee"][0], 90, **options)
 
@@ -375,10 +454,19 @@ def test_the_backend_is_listed_and_what_it_lacks_is_named():
 
 
 @runs
-@pytest.mark.parametrize("integrator", ["leapfrog", "euler", "implicit-leapfrog"])
-@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
-def test_through_the_operators(integrator, memory):
-    """What the kernels do not run is left to PyTorch operations."""
+@pytest.mark.parametrize(
+    ("integrator", "memory"),
+    [
+        ("leapfrog", "store"),
+        ("leapfrog", "checkpoint"),
+        ("euler", "recompute"),
+        ("implicit-leapfrog", "checkpoint"),
+        ("implicit-midpoint", "reversible"),
+        ("rk4", "store"),
+    ],
+)
+def test_through_the_operators(integrator, memory, monkeypatch):
+    monkeypatch.setattr(triton_backend, "blocks", SMALL)
     hnn, z0 = make_hnn(6, (5, 4)).to(DEVICE, DTYPE), make_states(3, 6).to(DEVICE, DTYPE).requires_grad_()
     dt = torch.full((5,), 0.3, dtype=DTYPE, device=DEVICE, requires_grad=True)
     options = {"integrator": integrator}

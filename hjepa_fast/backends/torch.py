@@ -124,7 +124,7 @@ class Solver(NamedTuple):
 _T = TypeVar("_T")
 _DEPTH = 3
 """Earlier differences that Anderson's method combines."""
-_EXTRAPOLATION = ((), (1,), (2, -1), (3, -3, 1), (4, -6, 4, -1), (5, -10, 10, -5, 1))
+EXTRAPOLATION = ((), (1,), (2, -1), (3, -3, 1), (4, -6, 4, -1), (5, -10, 10, -5, 1))
 """Row n: the next value of a polynomial through the last n, the last one first. With all five, a step of a trained network
 starts ten times closer to its solution than with two."""
 
@@ -226,10 +226,10 @@ def forward(
         deltas: list[Tensor] = []
         for i, stage in enumerate(scheme):
             if stage.implicit:
-                start = a + sum(c * move for c, move in zip(_EXTRAPOLATION[len(moves[i])], moves[i], strict=True))
+                start = a + sum(c * move for c, move in zip(EXTRAPOLATION[len(moves[i])], moves[i], strict=True))
                 follow = partial(_follow, tail, K, a, stage, dt_t)
                 (point, delta, move), residual, count = fixed_point(follow, start, 1.0, solver)
-                moves[i] = [move, *moves[i]][: len(_EXTRAPOLATION) - 1]
+                moves[i] = [move, *moves[i]][: len(EXTRAPOLATION) - 1]
                 residuals.append(residual)
                 evaluations.append(count)
             else:

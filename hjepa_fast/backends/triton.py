@@ -1,7 +1,7 @@
 """The hidden-space loop on NVIDIA GPUs: a rollout is one kernel launch, written in Triton (see `triton_kernels.py`).
 
-Triton is imported when a rollout first needs it. What the kernels do not do (implicit and mixed sub-steps, a linear H,
-float64, nothing to do) is the PyTorch loop's.
+Triton is imported when a rollout first needs it. What the kernels do not do (mixed sub-steps, a linear H, float64, nothing
+to do) is the PyTorch loop's.
 
 A call can be captured in a CUDA graph once the same call has run before: that compiles the kernels and copies the scheme's
 coefficients to the device. Nothing else waits for the device.
@@ -15,11 +15,12 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..activations import Activation
 from ..schemes import SubStep
 from . import torch as torch_backend
 from .torch import Gradients, Rolled, Solver, Tail, tape_width
@@ -51,6 +52,7 @@ SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
     "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 128, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
     "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
+    "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
 }
 _BOUND = 2**31
 """Bytes of the factors of the weights' gradients, and of restored layer values, that are held at a time."""
@@ -84,7 +86,7 @@ def _kernels() -> ModuleType:
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     empty = not n_steps or not scheme or not a.shape[0] or 0 in tail.widths
     double = a.dtype == torch.float64 and not _interpreted
-    return empty or double or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix or stage.implicit for stage in scheme)
+    return empty or double or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix for stage in scheme)
 
 
 def require(a: Tensor) -> None:
@@ -94,46 +96,97 @@ def require(a: Tensor) -> None:
         raise RuntimeError(f"hjepa_fast: the Triton backend runs on a CUDA device; the tensors are on {a.device}")
 
 
-def _precision(a: Tensor, tail: Tail) -> str:
+def _precision(a: Tensor, tail: Tail, scheme: Sequence[SubStep]) -> str:
+    """What products are computed in. The equations of implicit sub-steps are solved to the last digits of float32, which
+    rounded factors do not have: they take three TF32 products where others take one."""
     setting = torch.get_float32_matmul_precision()
-    if a.dtype != torch.float32:
+    narrow = tail.weights[0].dtype == torch.bfloat16
+    if a.dtype != torch.float32 or (setting == "highest" and not narrow):
         return "ieee"
-    if tail.weights[0].dtype == torch.bfloat16 or setting == "medium":
-        return "bf16"
-    return "tf32" if setting == "high" else "ieee"
+    if any(stage.implicit for stage in scheme):
+        return "tf32x3"
+    return "bf16" if narrow or setting == "medium" else "tf32"
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for. Offsets (_AT) say where things are in its arrays, by layer from 0."""
+
+    L: int
+    WIDTHS: tuple[int, ...]
+    N: tuple[int, ...]
+    """Widths padded to whole tiles."""
+    ROWS: int
+    COLUMNS: int
+    INNER: int
+    W_AT: tuple[int, ...]
+    """In `matrices`: W [N[j + 1], N[j]] of the layer after j; T_AT: its transpose."""
+    T_AT: tuple[int, ...]
+    M_AT: int
+    """The first of the matrices drift K - kick K^T, transposed for the forward kernel."""
+    B_AT: tuple[int, ...]
+    """In `vectors`: the bias of layer j; that of the output is the first number there."""
+    OUT_AT: int
+    """The output weights."""
+    A_AT: tuple[int, ...]
+    """In the tape; G_AT likewise."""
+    G_AT: tuple[int, ...]
+    TAPE: int
+    """Numbers of a sub-step on the tape."""
+    WORKS: int
+    """Numbers of a sample in `work`."""
+    ACTIVATION: tuple[int, float, float] = (0, 1.0, 20.0)
+    """Kind, beta, threshold."""
+    PRECISION: str = "ieee"
+    """Of products, as Triton calls it."""
+    IMPLICIT: bool = False
+    """Whether sub-steps may be implicit."""
+    EVERY_STATE: bool = True
+    WITH_ENERGY: bool = True
+    # of the forward kernel
+    MOVE: bool = True
+    """False: only fill the tape."""
+    STORE: bool = False
+    """Whether the tape has every layer, or only the first, if any."""
+    POINT_AT: int = 0
+    """In `work`: where the gradient is evaluated."""
+    X_AT: tuple[int, ...] = ()
+    """In `layers`; S_AT likewise, and in the backward kernel's `work`, where C_AT is too."""
+    S_AT: tuple[int, ...] = ()
+    LAYERS: int = 0
+    # of the backward kernel
+    SUMS: bool = False
+    """Whether the factors of the weights' gradients are wanted."""
+    C_AT: tuple[int, ...] = ()
+    SOLVE_AT: int = 0
+    Z_AT: tuple[int, ...] = ()
+    """In `factors`, where la is first; the next of every layer but the last."""
+    ZD_AT: tuple[int, ...] = ()
+    E_AT: tuple[int, ...] = ()
+    """Of every layer but the first."""
+    R_AT: tuple[int, ...] = ()
+    STEP_AT: int = 0
+    """dt delta."""
+    TOP_AT: int = 0
+    """The gradient of the output weights."""
+    NU_AT: int = 0
+    """The cotangent of an implicit point."""
+    FACTORS: int = 0
+
+    def compiled(self) -> Constants:
+        """As Triton's compiler takes them, which knows a field only by its type; its interpreter takes them as they are."""
+        if _interpreted:
+            return self
+        from triton.language import constexpr
+
+        return Constants(*map(constexpr, self))
 
 
 class Layout(NamedTuple):
-    """Where things are in the kernels' arrays, by layer from 0; see the kernels' arguments of these names."""
+    """Constants of a network's two kernels, and how they are launched."""
 
-    widths: tuple[int, ...]
-    N: tuple[int, ...]
     blocks: Blocks
-    W_AT: tuple[int, ...]
-    T_AT: tuple[int, ...]
-    M_AT: int
-    B_AT: tuple[int, ...]
-    OUT_AT: int
-    A_AT: tuple[int, ...]
-    G_AT: tuple[int, ...]
-    TAPE: int
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Of both kernels."""
-        return {
-            "L": len(self.N),
-            "WIDTHS": self.widths,
-            "N": self.N,
-            "W_AT": self.W_AT,
-            "T_AT": self.T_AT,
-            "M_AT": self.M_AT,
-            "OUT_AT": self.OUT_AT,
-            "A_AT": self.A_AT,
-            "G_AT": self.G_AT,
-            "TAPE": self.TAPE,
-            "TILE": tuple(self.blocks[:3]),
-        }
+    forward: Constants
+    backward: Constants
 
     @property
     def launch(self) -> dict[str, int]:
@@ -146,92 +199,116 @@ def _offsets(sizes: Sequence[int], start: int = 0) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def layout_of(widths: tuple[int, ...], blocks: Blocks) -> Layout:
+def layout_of(widths: tuple[int, ...], blocks: Blocks, precision: str, activation: Activation, implicit: bool) -> Layout:
     # not less than what 128 threads share without two of them holding the same number
     largest = max(32, 1 << (max(widths) - 1).bit_length())
     blocks = blocks._replace(columns=min(blocks.columns, largest), inner=min(blocks.inner, largest))
     tile = max(blocks.columns, blocks.inner)
     N = tuple(-(-width // tile) * tile for width in widths)
-    areas = [m * n for m, n in itertools.pairwise(N)]
+    n = len(N) - 1
+    areas = [x * y for x, y in itertools.pairwise(N)]
     W_AT = _offsets(areas)
     T_AT = _offsets(areas, W_AT[-1])
     values = _offsets([*widths, *widths[:-1]])
     B_AT = _offsets(N)
-    return Layout(
-        widths,
-        N,
-        blocks,
-        W_AT[:-1] or (0,),
-        T_AT[:-1] or (0,),
-        T_AT[-1],
-        B_AT,
-        B_AT[-1],
-        values[: len(N)],
-        values[len(N) : -1] or (0,),
-        values[-1],
+    in_layers = _offsets([N[0], *N, *N[:-1]])
+    common = Constants(
+        L=len(N),
+        WIDTHS=widths,
+        N=N,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
+        INNER=blocks.inner,
+        W_AT=W_AT[:-1],
+        T_AT=T_AT[:-1],
+        M_AT=T_AT[-1],
+        B_AT=B_AT,
+        OUT_AT=B_AT[-1],
+        A_AT=values[: n + 1],
+        G_AT=values[n + 1 : -1],
+        TAPE=values[-1],
+        WORKS=(12 if implicit else 4) * N[0],
+        ACTIVATION=(_KINDS[activation.name], float(activation.beta), float(activation.threshold)),
+        PRECISION=precision if precision.startswith("tf32") else "ieee",
+        IMPLICIT=implicit,
     )
-
-
-def forward_constants(layout: Layout) -> dict[str, Any]:
-    """Of the forward kernel's scratch in the products' dtype."""
-    N = layout.N
-    at = _offsets([N[0], *N, *N[:-1]])
-    return {"B_AT": layout.B_AT, "X_AT": at[1 : len(N) + 1], "S_AT": at[len(N) + 1 : -1] or (0,), "LAYERS": at[-1]}
-
-
-def backward_constants(layout: Layout) -> dict[str, Any]:
-    """Of the backward kernel's scratch and its factors."""
-    N = layout.N
+    forward = common._replace(
+        POINT_AT=4 * N[0] if implicit else 0,
+        X_AT=in_layers[1 : n + 2],
+        S_AT=in_layers[n + 2 : -1],
+        LAYERS=in_layers[-1],
+    )
     bent = N[:-1] or N
-    work = _offsets([*bent, *bent], 3 * N[0])
-    at = _offsets([N[0], N[0], N[-1], *N[:-1], *N[:-1], *N[1:], *N[1:]])
-    n = len(N) - 1
-    Z, ZD, E, R = (at[3 + k * n : 3 + (k + 1) * n] for k in range(4))
-    return {
-        "S_AT": work[: len(bent)],
-        "C_AT": work[len(bent) : -1],
-        "WORKS": work[-1],
-        "Z_AT": Z or (0,),
-        "ZD_AT": ZD or (0,),
-        "E_AT": (0, *E),
-        "R_AT": (0, *R),
-        "STEP_AT": at[1],
-        "TOP_AT": at[2],
-        "FACTORS": at[-1],
-    }
+    in_work = _offsets([*bent, *bent], 3 * N[0])
+    solver = N[:1] if implicit else ()
+    in_factors = _offsets([N[0], N[0], N[-1], *N[:-1], *N[:-1], *N[1:], *N[1:], *solver])
+    Z, ZD, E, R = (in_factors[3 + k * n : 3 + (k + 1) * n] for k in range(4))
+    backward = common._replace(
+        S_AT=in_work[: len(bent)],
+        C_AT=in_work[len(bent) : -1],
+        SOLVE_AT=in_work[-1],
+        WORKS=in_work[-1] + (10 * N[0] if implicit else 0),
+        Z_AT=Z,
+        ZD_AT=ZD,
+        E_AT=(0, *E),
+        R_AT=(0, *R),
+        STEP_AT=in_factors[1],
+        TOP_AT=in_factors[2],
+        NU_AT=in_factors[3 + 4 * n],
+        FACTORS=in_factors[-1],
+    )
+    return Layout(blocks, forward, backward)
+
+
+Move = tuple[float, float]
+
+
+class Moves(NamedTuple):
+    """A scheme on the device."""
+
+    steps: Tensor
+    """[sub-steps, 4]: kick, drift, and those of the point itself."""
+    which: Tensor
+    """[sub-steps, 2], int32: which of the distinct pairs both are."""
+    solver: Tensor
+    """Tolerance, eps and tiny; [6, 5] coefficients that extrapolate the moves to implicit points."""
+    distinct: tuple[Move, ...]
 
 
 @functools.lru_cache(maxsize=256)
-def _moves(scheme: tuple[SubStep, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Kick and drift of every sub-step; which of the distinct pairs each has; these pairs."""
-    pairs = [(stage.kick, stage.drift) for stage in scheme]
-    distinct = tuple(dict.fromkeys(pairs))
-    which = torch.tensor([distinct.index(pair) for pair in pairs], dtype=torch.int32, device=device)
-    return torch.tensor(pairs, dtype=dtype, device=device), which, distinct
+def _moves(scheme: tuple[SubStep, ...], tolerance: float, device: torch.device, dtype: torch.dtype) -> Moves:
+    pairs: list[tuple[Move, Move]] = [((s.kick, s.drift), (s.implicit_kick, s.implicit_drift)) for s in scheme]
+    distinct = tuple(dict.fromkeys(itertools.chain.from_iterable(pairs)))
+    which = torch.tensor([[distinct.index(move) for move in pair] for pair in pairs], dtype=torch.int32, device=device)
+    steps = torch.tensor([[*state, *point] for state, point in pairs], dtype=dtype, device=device)
+    limits = torch.finfo(dtype)
+    coefficients = [x for row in torch_backend.EXTRAPOLATION for x in (*row, *[0] * (5 - len(row)))]
+    solver = torch.tensor([tolerance, limits.eps, limits.tiny, *coefficients], dtype=dtype, device=device)
+    return Moves(steps, which, solver, distinct)
 
 
 def _pack(
-    layout: Layout, K: Tensor, tail: Tail, moves: Sequence[tuple[float, float]], dtype: torch.dtype, transposed: bool
+    C: Constants, K: Tensor, tail: Tail, moves: Sequence[Move], dtype: torch.dtype, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """The matrices in the products' dtype and the vectors in K's, padded with zeros."""
-    N, widths = layout.N, layout.widths
+    N, widths = C.N, C.WIDTHS
     h = widths[0]
-    matrices = torch.zeros(layout.M_AT + len(moves) * N[0] ** 2, dtype=dtype, device=K.device)
-    vectors = torch.zeros(layout.OUT_AT + N[-1], dtype=K.dtype, device=K.device)
+    matrices = torch.zeros(C.M_AT + len(moves) * N[0] ** 2, dtype=dtype, device=K.device)
+    vectors = torch.zeros(C.OUT_AT + N[-1], dtype=K.dtype, device=K.device)
     for j, weight in enumerate(tail.weights[:-1]):
         m, n = N[j + 1], N[j]
-        matrices[layout.W_AT[j] :][: m * n].view(m, n)[: widths[j + 1], : widths[j]] = weight
-        matrices[layout.T_AT[j] :][: m * n].view(n, m)[: widths[j], : widths[j + 1]] = weight.T
+        matrices[C.W_AT[j] :][: m * n].view(m, n)[: widths[j + 1], : widths[j]] = weight
+        matrices[C.T_AT[j] :][: m * n].view(n, m)[: widths[j], : widths[j + 1]] = weight.T
     for i, (kick, drift) in enumerate(moves):
         forwards, back = (K.T, K) if transposed else (K, K.T)
         if not kick or not drift:
             move = forwards * drift if drift else back * -kick
         else:
             move = torch.add(forwards * drift, back, alpha=-kick)
-        matrices[layout.M_AT + i * N[0] ** 2 :][: N[0] ** 2].view(N[0], N[0])[:h, :h] = move
+        matrices[C.M_AT + i * N[0] ** 2 :][: N[0] ** 2].view(N[0], N[0])[:h, :h] = move
     for j, bias in enumerate(tail.biases):
-        vectors[layout.B_AT[(j + 1) % len(N)] :][: bias.shape[0]] = bias
-    vectors[layout.OUT_AT :][: widths[-1]] = tail.weights[-1][0]
+        vectors[C.B_AT[(j + 1) % len(N)] :][: bias.shape[0]] = bias
+    vectors[C.OUT_AT :][: widths[-1]] = tail.weights[-1][0]
     return matrices, vectors
 
 
@@ -247,14 +324,6 @@ def _choose(precision: str, batch: int, device: torch.device) -> tuple[Blocks, i
     fitting = (b for b in SHAPES[precision] if b.rows * n >= batch)
     choice = blocks or next(fitting, SHAPES[precision][-1])
     return choice, min(n, -(-batch // choice.rows))
-
-
-def _problem_constants(a: Tensor, tail: Tail, precision: str) -> dict[str, Any]:
-    name, beta, threshold = tail.activation
-    return {
-        "ACTIVATION": (_KINDS[name], float(beta), float(threshold)),
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-    }
 
 
 def _in_work_dtype(tail: Tail, a: Tensor) -> Tail:
@@ -277,7 +346,8 @@ def forward(
     """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
 
     Products of float32 are IEEE float32, TF32 where `torch.get_float32_matmul_precision()` is "high", and of numbers rounded
-    to bfloat16 where it is "medium" or the weights are bfloat16; sums and states are float32 always.
+    to bfloat16 where it is "medium" or the weights are bfloat16; sums and states are float32 always. With implicit sub-steps
+    they are IEEE, or three TF32 products each where they would be rounded.
     """
     require(a)
     if _delegated(a, tail, scheme, n_steps):
@@ -288,45 +358,43 @@ def forward(
     sp, end = torch.empty_like(sq), torch.empty(batch, h, dtype=a.dtype, device=a.device)
     energy = a.new_empty(batch, n_steps if with_energy else 0)
     tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
-    precision = _precision(a, tail)
-    moves, which, distinct = _moves(tuple(scheme), a.device, a.dtype)
+    implicit = any(stage.implicit for stage in scheme)
+    residual = a.new_empty(batch, n_steps if implicit else 0)
+    rolled = Rolled(end, sq, sp, energy, tape, residual, torch.empty_like(residual, dtype=torch.int32))
+    precision = _precision(a, tail, scheme)
+    moves = _moves(tuple(scheme), solver.tolerance, a.device, a.dtype)
     choice, n_programs = _choose(precision, batch, a.device)
-    layout = layout_of(tuple(tail.widths), choice)
+    layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
     product_dtype = torch.bfloat16 if precision == "bf16" else a.dtype
-    matrices, vectors = _pack(layout, K, tail, distinct, product_dtype, transposed=True)
+    matrices, vectors = _pack(layout.forward, K, tail, moves.distinct, product_dtype, transposed=True)
+    C = layout.forward._replace(EVERY_STATE=every_state, WITH_ENERGY=with_energy)
     _launch_forward(
-        layout, n_programs, a.contiguous(), end, sq, sp, energy, tape, matrices, vectors, dt.contiguous(), moves, which,
-        EVERY_STATE=every_state, WITH_ENERGY=with_energy, MOVE=True, **_problem_constants(a, tail, precision),
-    )  # fmt: skip
-    none = a.new_empty(batch, 0)
-    return Rolled(end, sq, sp, energy, tape, none, none.int())
+        C, layout.launch, n_programs, a.contiguous(), rolled, matrices, vectors, dt.contiguous(), moves, solver.max_evaluations
+    )
+    return rolled
 
 
 def _launch_forward(
-    layout: Layout,
+    C: Constants,
+    launch: dict[str, int],
     n_programs: int,
     a: Tensor,
-    end: Tensor,
-    sq: Tensor,
-    sp: Tensor,
-    energy: Tensor,
-    tape: Tensor,
+    out: Rolled,
     matrices: Tensor,
     vectors: Tensor,
     dt: Tensor,
-    moves: Tensor,
-    which: Tensor,
-    **constants: Any,
+    moves: Moves,
+    max_evaluations: int,
 ) -> None:
-    batch, n_steps, n_sub, width = tape.shape
-    scratch = forward_constants(layout)
-    work = a.new_empty(n_programs * layout.blocks.rows, 3 * layout.N[0])
-    layers = matrices.new_empty(n_programs * layout.blocks.rows, scratch["LAYERS"])
-    constants |= layout.constants | scratch | {"TAPE": width, "STORE": width == layout.TAPE and len(layout.N) > 1}
+    batch, n_steps, n_sub, width = out.tape.shape
+    rows = n_programs * C.ROWS
+    work, layers = a.new_empty(rows, C.WORKS), matrices.new_empty(rows, C.LAYERS)
+    history = a.new_empty(rows if C.IMPLICIT else 0, n_sub, len(torch_backend.EXTRAPOLATION) - 1, C.N[0])
+    C = C._replace(TAPE=width, STORE=width == C.TAPE and C.L > 1)
     with torch.cuda.device_of(a):
         _kernels().forward_kernel[(n_programs,)](
-            a, end, sq, sp, energy, tape, matrices, vectors, dt, dt.stride(0) if dt.shape[0] > 1 else 0, moves, which, work,
-            layers, batch, n_steps, n_sub, **constants, **layout.launch,
+            a, *out, matrices, vectors, dt, dt.stride(0) if dt.shape[0] > 1 else 0, moves.steps, moves.which, moves.solver,
+            work, layers, history, batch, n_steps, n_sub, max_evaluations, C.compiled(), **launch,
         )  # fmt: skip
 
 
@@ -357,59 +425,58 @@ def backward(
         lsq, lsp = lsq + gsq[:, -1], lsp + gsp[:, -1]
     la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
     gdt = la.new_empty(la.shape[0], n_steps)
-    batch, precision = la.shape[0], _precision(la, tail)
-    moves, which, distinct = _moves(tuple(scheme), la.device, la.dtype)
+    batch, precision = la.shape[0], _precision(la, tail, scheme)
+    residual = la.new_zeros(batch)
+    moves = _moves(tuple(scheme), solver.tolerance, la.device, la.dtype)
     choice, most_programs = _choose(precision, batch, la.device)
-    layout = layout_of(tuple(tail.widths), choice)
-    places = backward_constants(layout)
+    implicit = any(stage.implicit for stage in scheme)
+    layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
+    C = layout.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
     product_dtype = torch.bfloat16 if precision == "bf16" else la.dtype
-    matrices, vectors = _pack(layout, K, tail, distinct, product_dtype, transposed=False)
-    constants = _problem_constants(la, tail, precision) | layout.constants
+    matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=False)
     step_bytes = n_sub * (
-        (places["FACTORS"] * product_dtype.itemsize if sums is not None else 0)
-        + (layout.TAPE * la.dtype.itemsize if memory == "recompute" else 0)
+        (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
+        + (C.TAPE * la.dtype.itemsize if memory == "recompute" else 0)
     )
     tape, gsq, gsp, dt, gE_ = (x.contiguous() for x in (tape, gsq, gsp, dt, gdt if gE is None else gE))
-    for rows, steps in _chunks(batch, n_steps, layout.blocks.rows, step_bytes):
+    for rows, steps in _chunks(batch, n_steps, C.ROWS, step_bytes):
         n, n_chunk = rows.stop - rows.start, steps.stop - steps.start
-        n_blocks = -(-n // layout.blocks.rows)
+        n_blocks = -(-n // C.ROWS)
         n_programs = min(n_blocks, most_programs)
         saved = tape[rows]
-        if memory == "recompute" and len(layout.widths) > 1:
-            saved = _restored(layout, saved[:, steps], matrices, vectors, moves, which, constants)
-        work = la.new_empty(n_programs * layout.blocks.rows, places["WORKS"])
+        if memory == "recompute" and C.L > 1:
+            saved = _restored(layout, saved[:, steps], matrices, vectors, moves)
+        work = la.new_empty(n_programs * C.ROWS, C.WORKS)
         held = n_chunk * n_sub * n_blocks if sums is not None else n_programs
-        factors = matrices.new_empty(held * layout.blocks.rows, places["FACTORS"])
+        factors = matrices.new_empty(held * C.ROWS, C.FACTORS)
         with torch.cuda.device_of(la):
             _kernels().backward_kernel[(n_programs,)](
-                la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], saved, matrices, vectors,
-                dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves, which, work, factors,
-                n, n_steps, saved.shape[1], steps.start, 0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub,
-                SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None, **constants, **places,
-                **layout.launch,
+                la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], residual[rows], saved, matrices,
+                vectors, dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves.steps, moves.which,
+                moves.solver, work, factors, n, n_steps, saved.shape[1], steps.start,
+                0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, C.compiled(), **layout.launch,
             )  # fmt: skip
         if sums is not None:
-            _add_gradients(sums, factors, layout, places, scheme)
+            _add_gradients(sums, factors, C, scheme)
     if sums is not None and gE is not None:
         sums.biases[-1].add_(gE.sum())
-    return la, lsq, lsp, gdt, la.new_zeros(batch)
+    return la, lsq, lsp, gdt, residual
 
 
-def _restored(
-    layout: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, moves: Tensor, which: Tensor, constants: dict[str, Any]
-) -> Tensor:
+def _restored(layout: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, moves: Moves) -> Tensor:
     """Every layer's values [rows, steps, sub-steps, TAPE] from the first one's.
 
     They depend on nothing else, so all of them are samples of one launch that moves nowhere.
     """
-    points = a.reshape(-1, 1, 1, layout.widths[0])
-    tape = a.new_empty(points.shape[0], 1, 1, layout.TAPE)
-    n_programs = min(-(-points.shape[0] // layout.blocks.rows), _multiprocessors(a.device))
-    _launch_forward(
-        layout, n_programs, points, points, points, points, points, tape, matrices, vectors, vectors[None, :1], moves, which,
-        EVERY_STATE=False, WITH_ENERGY=False, MOVE=False, **constants,
-    )  # fmt: skip
-    return tape.view(*a.shape[:3], layout.TAPE)
+    C = layout.forward._replace(
+        WORKS=4 * layout.forward.N[0], POINT_AT=0, IMPLICIT=False, EVERY_STATE=False, WITH_ENERGY=False, MOVE=False
+    )
+    points = a.reshape(-1, 1, 1, C.WIDTHS[0])
+    tape = a.new_empty(points.shape[0], 1, 1, C.TAPE)
+    n_programs = min(-(-points.shape[0] // C.ROWS), _multiprocessors(a.device))
+    out = Rolled(points, points, points, points, tape, points, points)
+    _launch_forward(C, layout.launch, n_programs, points, out, matrices, vectors, vectors[None, :1], moves, 0)
+    return tape.view(*a.shape[:3], C.TAPE)
 
 
 def _chunks(batch: int, n_steps: int, rows: int, step_bytes: int) -> Iterator[tuple[slice, slice]]:
@@ -432,24 +499,30 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor, factor: float = 1.0) -> No
         total.add_(torch.mm(x.T, y, out_dtype=total.dtype), alpha=factor)
 
 
-def _add_gradients(sums: Gradients, factors: Tensor, layout: Layout, places: dict[str, Any], scheme: Sequence[SubStep]) -> None:
-    """Products of what the backward kernel left: dK += drift (dt delta)^T la - kick la^T (dt delta) of every sub-step, and
-    dW += e^T zd + r^T z, db += sum r of every layer."""
-    widths = layout.widths
+def _add_gradients(sums: Gradients, factors: Tensor, C: Constants, scheme: Sequence[SubStep]) -> None:
+    """Products of what the backward kernel left. Of every sub-step
 
-    def values(at: int, width: int) -> Tensor:
-        return factors[:, at : at + width]
+        dK += (dt delta)^T (drift la + id nu) - (kick la + ik nu)^T (dt delta)
 
-    las, steps = (values(at, widths[0]).chunk(len(scheme)) for at in (0, places["STEP_AT"]))
-    for stage, la, step in zip(scheme, las, steps, strict=True):
+    and of every layer dW += e^T zd + r^T z, db += sum r.
+    """
+
+    def values(at: int, j: int) -> Tensor:
+        return factors[:, at : at + C.WIDTHS[j]]
+
+    las, steps, nus = (values(at, 0).chunk(len(scheme)) for at in (0, C.STEP_AT, C.NU_AT if C.IMPLICIT else 0))
+    for stage, la, step, nu in zip(scheme, las, steps, nus, strict=True):
+        if stage.implicit:
+            _add_product(sums.K, stage.kick * la + stage.implicit_kick * nu, step, -1.0)
+            _add_product(sums.K, step, stage.drift * la + stage.implicit_drift * nu)
+            continue
         if stage.kick:
             _add_product(sums.K, la, step, -stage.kick)
         if stage.drift:
             _add_product(sums.K, step, la, stage.drift)
-    for j in range(len(widths) - 1):
-        e, r = (values(places[name][j + 1], widths[j + 1]) for name in ("E_AT", "R_AT"))
-        zd, z = (values(places[name][j], widths[j]) for name in ("ZD_AT", "Z_AT"))
+    for j in range(C.L - 1):
+        e, r, zd, z = values(C.E_AT[j + 1], j + 1), values(C.R_AT[j + 1], j + 1), values(C.ZD_AT[j], j), values(C.Z_AT[j], j)
         _add_product(sums.weights[j], e, zd)
         _add_product(sums.weights[j], r, z)
         sums.biases[j].add_(r.sum(0, dtype=sums.K.dtype))
-    sums.weights[-1].add_(values(places["TOP_AT"], widths[-1]).sum(0, dtype=sums.K.dtype))
+    sums.weights[-1].add_(values(C.TOP_AT, C.L - 1).sum(0, dtype=sums.K.dtype))
