@@ -149,6 +149,7 @@ def test_points_are_extrapolated_from_the_last_five(monkeypatch):
     """Seven steps fill the history and go round it; a start that is no better than the state takes more evaluations."""
     monkeypatch.setattr(triton_backend, "blocks", SMALL)
     case = on_device(Case(2, (3,), scheme="implicit-midpoint", n_steps=7))
+    case.dt.fill_(0.05)
     counts = []
     for backend in (torch_backend, triton_backend):
         case.forward(backend, "none")
@@ -257,12 +258,87 @@ def test_the_same_twice(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
 
 
-def test_blocks_are_the_smallest_that_fill_the_chip(monkeypatch):
+def test_without_tuning_blocks_are_the_smallest_that_fill_the_chip(monkeypatch):
     monkeypatch.setattr(triton_backend, "programs", 132)
     for precision, batch, rows in (("bf16", 1, 16), ("bf16", 2112, 16), ("bf16", 2113, 64), ("bf16", 10**6, 128)):
-        choice, programs = triton_backend._choose(precision, batch, torch.device("cpu"))
+        choice = triton_backend._of_table(precision, batch, torch.device("cpu"))
         assert choice.rows == rows
-        assert programs == min(132, -(-batch // rows))
+        assert triton_backend._n_programs(choice, batch, torch.device("cpu")) == min(132, -(-batch // rows))
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Tuning with a stopwatch of our own, that runs nothing and prefers the second shape; returns what it was asked to time."""
+    asked = []
+
+    def seconds(run):
+        asked.append(run)
+        return 1.0 if len(asked) % 3 == 2 else 2.0
+
+    for name, value in {"tune": True, "_fastest": {}, "_seconds": seconds, "programs": 132}.items():
+        monkeypatch.setattr(triton_backend, name, value)
+    return asked
+
+
+def choose(batch, precision="tf32", direction="forward", like=torch.zeros):
+    return triton_backend._choose(direction, precision, [64, 32], like(batch, 1), lambda blocks: blocks)
+
+
+def test_the_fastest_shape_is_timed_once_a_size(tuned):
+    table = SHAPES["tf32"]
+    assert choose(1000) == choose(1024) == choose(513) == table[1]
+    assert tuned == list(table)
+    assert choose(1025) == table[1]
+    assert choose(1025, direction="backward") == table[1]
+    assert len(tuned) == 3 * len(table)
+
+
+def test_a_small_batch_has_nothing_to_choose_from(tuned):
+    assert choose(8) == SHAPES["tf32"][0]
+    assert not tuned
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(tuned, monkeypatch):
+    """What was found before is taken, or what the table says, and that is not remembered."""
+
+    class Captured:
+        def __init__(self, *shape):
+            self.shape, self.device = shape, torch.device("cuda", 0)
+
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert choose(5000, like=Captured) == SHAPES["tf32"][1] == triton_backend._of_table("tf32", 5000, torch.device("cpu"))
+    assert choose(10**5, like=Captured) == SHAPES["tf32"][2]
+    assert not tuned
+    assert not triton_backend._fastest
+    capturing = False
+    assert choose(10**5, like=Captured) == SHAPES["tf32"][1]
+    capturing = True
+    assert choose(10**5, like=Captured) == SHAPES["tf32"][1]
+
+
+@runs
+@pytest.mark.parametrize("scheme", ["leapfrog", "implicit-midpoint"])
+def test_timing_leaves_no_trace(scheme, monkeypatch):
+    """Every shape runs several times before the results are made, which are the same."""
+    case = on_device(Case(33, (7, 5), scheme=scheme, n_steps=1))
+    shapes = (SMALL, Blocks(32, 16, 16, 4, 2))
+    monkeypatch.setitem(SHAPES, "ieee", shapes)
+    monkeypatch.setattr(triton_backend, "blocks", shapes[1])
+    out = case.forward(triton_backend)
+    expected = [*out, *case.backward(triton_backend, out[-1])]
+    ran = []
+
+    def seconds(run):
+        run(), run()
+        ran.append(run)
+        return -float(len(ran))
+
+    for name, value in {"blocks": None, "tune": True, "_fastest": {}, "_seconds": seconds}.items():
+        monkeypatch.setattr(triton_backend, name, value)
+    out = case.forward(triton_backend)
+    assert all(torch.equal(x, y) for x, y in zip([*out, *case.backward(triton_backend, out[-1])], expected, strict=True))
+    assert len(ran) == 2 * len(shapes)
 
 
 @pytest.mark.parametrize(("batch", "n_steps", "step_bytes"), [(1, 1, 0), (40, 7, 100), (1000, 3, 1000), (33, 5, 10**9)])

@@ -4,7 +4,9 @@ Triton is imported when a rollout first needs it. What the kernels do not do (mi
 to do) is the PyTorch loop's.
 
 A call can be captured in a CUDA graph once the same call has run before: that compiles the kernels and copies the scheme's
-coefficients to the device. Nothing else waits for the device.
+coefficients to the device. Nothing else waits for the device, but for the first call of a size, which times a few shapes of
+the kernel's program. HJEPA_FAST_TUNE=0 in the environment takes the shape from a table instead: then another process on the
+same chip finds the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -45,19 +48,22 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By precision, smallest first: the first is taken of which the chip holds as many programs as the batch needs, else the last.
-# A program reads every matrix from the L2 cache at each gradient, so that more rows cost little until the products do. The
-# tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
+# By precision, smallest first: what is timed. Without timing the first is taken of which the chip holds as many programs as the
+# batch needs, else the last. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little
+# until the products do. The tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
 SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
     "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 128, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
     "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
-    "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
+    "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3)),
 }
 _BOUND = 2**31
 """Bytes of the factors of the weights' gradients, and of restored layer values, that are held at a time."""
 
-# For tests: instead of the tables' choice and of the chip's number of multiprocessors; the bound above.
+tune = os.environ.get("HJEPA_FAST_TUNE", "1") != "0" and not _interpreted
+"""Whether the fastest shape is found by timing."""
+
+# For tests: instead of any choice, and of the chip's number of multiprocessors; the bound above.
 blocks: Blocks | None = None
 programs = 0
 bound = _BOUND
@@ -176,9 +182,7 @@ class Constants(NamedTuple):
         """As Triton's compiler takes them, which knows a field only by its type; its interpreter takes them as they are."""
         if _interpreted:
             return self
-        from triton.language import constexpr
-
-        return Constants(*map(constexpr, self))
+        return Constants(*map(_kernels().tl.constexpr, self))
 
 
 class Layout(NamedTuple):
@@ -318,12 +322,56 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _choose(precision: str, batch: int, device: torch.device) -> tuple[Blocks, int]:
-    """The shape of a program and how many run."""
+def _of_table(precision: str, batch: int, device: torch.device) -> Blocks:
     n = _multiprocessors(device)
-    fitting = (b for b in SHAPES[precision] if b.rows * n >= batch)
-    choice = blocks or next(fitting, SHAPES[precision][-1])
-    return choice, min(n, -(-batch // choice.rows))
+    return next((b for b in SHAPES[precision] if b.rows * n >= batch), SHAPES[precision][-1])
+
+
+def _n_programs(choice: Blocks, batch: int, device: torch.device) -> int:
+    return min(_multiprocessors(device), -(-batch // choice.rows))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of a launch, by events: the shortest of three after one that compiles."""
+    run()
+    times = []
+    for _ in range(3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return min(times)
+
+
+_fastest: dict[tuple[object, ...], Blocks] = {}
+
+
+def _choose(
+    direction: str, precision: str, widths: Sequence[int], like: Tensor, prepare: Callable[[Blocks], Callable[[], object]]
+) -> Blocks:
+    """The shape of a program for a batch like this [B, *]; `prepare` gives a launch with a shape, which may be repeated.
+
+    Not `triton.autotune`: how the arrays are laid out depends on the shape, and nothing may be timed while a graph is captured.
+    """
+    batch, device = like.shape[0], like.device
+    if blocks:
+        return blocks
+    key = (direction, precision, tuple(widths), device, (batch - 1).bit_length())
+    if key in _fastest:
+        return _fastest[key]
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not tune or capturing:
+        return _of_table(precision, batch, device)
+    smallest, *others = SHAPES[precision]
+    candidates = [smallest, *(b for b in others if b.rows < 2 * batch)]
+    if len(candidates) > 1:
+        times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
+        _fastest[key] = min(candidates, key=times.__getitem__)
+    else:
+        _fastest[key] = smallest
+    return _fastest[key]
 
 
 def _in_work_dtype(tail: Tail, a: Tensor) -> Tail:
@@ -363,14 +411,18 @@ def forward(
     rolled = Rolled(end, sq, sp, energy, tape, residual, torch.empty_like(residual, dtype=torch.int32))
     precision = _precision(a, tail, scheme)
     moves = _moves(tuple(scheme), solver.tolerance, a.device, a.dtype)
-    choice, n_programs = _choose(precision, batch, a.device)
-    layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
     product_dtype = torch.bfloat16 if precision == "bf16" else a.dtype
-    matrices, vectors = _pack(layout.forward, K, tail, moves.distinct, product_dtype, transposed=True)
-    C = layout.forward._replace(EVERY_STATE=every_state, WITH_ENERGY=with_energy)
-    _launch_forward(
-        C, layout.launch, n_programs, a.contiguous(), rolled, matrices, vectors, dt.contiguous(), moves, solver.max_evaluations
-    )
+
+    def prepare(choice: Blocks) -> Callable[[], None]:
+        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
+        C = layout.forward._replace(EVERY_STATE=every_state, WITH_ENERGY=with_energy)
+        matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=True)
+        return partial(
+            _launch_forward, C, layout.launch, _n_programs(choice, batch, a.device), a.contiguous(), rolled, matrices, vectors,
+            dt.contiguous(), moves, solver.max_evaluations,
+        )  # fmt: skip
+
+    prepare(_choose("forward", precision, tail.widths, a, prepare))()
     return rolled
 
 
@@ -428,34 +480,49 @@ def backward(
     batch, precision = la.shape[0], _precision(la, tail, scheme)
     residual = la.new_zeros(batch)
     moves = _moves(tuple(scheme), solver.tolerance, la.device, la.dtype)
-    choice, most_programs = _choose(precision, batch, la.device)
     implicit = any(stage.implicit for stage in scheme)
-    layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
-    C = layout.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
     product_dtype = torch.bfloat16 if precision == "bf16" else la.dtype
-    matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=False)
-    step_bytes = n_sub * (
-        (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
-        + (C.TAPE * la.dtype.itemsize if memory == "recompute" else 0)
-    )
     tape, gsq, gsp, dt, gE_ = (x.contiguous() for x in (tape, gsq, gsp, dt, gdt if gE is None else gE))
-    for rows, steps in _chunks(batch, n_steps, C.ROWS, step_bytes):
-        n, n_chunk = rows.stop - rows.start, steps.stop - steps.start
-        n_blocks = -(-n // C.ROWS)
-        n_programs = min(n_blocks, most_programs)
-        saved = tape[rows]
-        if memory == "recompute" and C.L > 1:
-            saved = _restored(layout, saved[:, steps], matrices, vectors, moves)
-        work = la.new_empty(n_programs * C.ROWS, C.WORKS)
-        held = n_chunk * n_sub * n_blocks if sums is not None else n_programs
-        factors = matrices.new_empty(held * C.ROWS, C.FACTORS)
-        with torch.cuda.device_of(la):
-            _kernels().backward_kernel[(n_programs,)](
-                la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], residual[rows], saved, matrices,
-                vectors, dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves.steps, moves.which,
-                moves.solver, work, factors, n, n_steps, saved.shape[1], steps.start,
-                0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, C.compiled(), **layout.launch,
-            )  # fmt: skip
+
+    def prepare(choice: Blocks) -> Callable[..., Iterator[tuple[Constants, Tensor]]]:
+        """A sweep over all steps that yields every chunk's factors, given la, lsq and lsp, which it takes along."""
+        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
+        C = layout.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
+        matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=False)
+        step_bytes = n_sub * (
+            (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
+            + (C.TAPE * la.dtype.itemsize if memory == "recompute" else 0)
+        )
+
+        def sweep(la: Tensor, lsq: Tensor, lsp: Tensor) -> Iterator[tuple[Constants, Tensor]]:
+            for rows, steps in _chunks(batch, n_steps, C.ROWS, step_bytes):
+                n, n_chunk = rows.stop - rows.start, steps.stop - steps.start
+                n_programs = _n_programs(choice, n, la.device)
+                saved = tape[rows]
+                if memory == "recompute" and C.L > 1:
+                    saved = _restored(layout, saved[:, steps], matrices, vectors, moves)
+                work = la.new_empty(n_programs * C.ROWS, C.WORKS)
+                held = n_chunk * n_sub * -(-n // C.ROWS) if sums is not None else n_programs
+                factors = matrices.new_empty(held * C.ROWS, C.FACTORS)
+                with torch.cuda.device_of(la):
+                    _kernels().backward_kernel[(n_programs,)](
+                        la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], residual[rows], saved,
+                        matrices, vectors, dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves.steps,
+                        moves.which, moves.solver, work, factors, n, n_steps, saved.shape[1], steps.start,
+                        0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, C.compiled(),
+                        **layout.launch,
+                    )  # fmt: skip
+                yield C, factors
+
+        return sweep
+
+    def first_chunk(choice: Blocks) -> Callable[[], object]:
+        sweep = prepare(choice)
+        return lambda: next(sweep(la.clone(), lsq.clone(), lsp.clone()))
+
+    choice = _choose("backward", precision, tail.widths, la, first_chunk)
+    residual.zero_()  # what was timed has left its own
+    for C, factors in prepare(choice)(la, lsq, lsp):
         if sums is not None:
             _add_gradients(sums, factors, C, scheme)
     if sums is not None and gE is not None:
@@ -473,7 +540,7 @@ def _restored(layout: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, move
     )
     points = a.reshape(-1, 1, 1, C.WIDTHS[0])
     tape = a.new_empty(points.shape[0], 1, 1, C.TAPE)
-    n_programs = min(-(-points.shape[0] // C.ROWS), _multiprocessors(a.device))
+    n_programs = _n_programs(layout.blocks, points.shape[0], a.device)
     out = Rolled(points, points, points, points, tape, points, points)
     _launch_forward(C, layout.launch, n_programs, points, out, matrices, vectors, vectors[None, :1], moves, 0)
     return tape.view(*a.shape[:3], C.TAPE)
