@@ -90,8 +90,8 @@ def rollout(
         A `SeparableHNN` takes "reversible" for "checkpoint"; one with a quadratic term in V keeps its states and nothing else.
     backend : str
         "auto" (the fastest that is there, see `backends`), "cpp", "triton", "torch", or "reference" (nested autograd, the
-        only one that is differentiable more than once; it knows no `memory`). "triton" runs "leapfrog" and "euler" as one
-        kernel each way and leaves the other integrators to PyTorch operations. For a `SeparableHNN` "cpp" has a loop of its
+        only one that is differentiable more than once; it knows no `memory`). "triton" runs a rollout as one kernel
+        each way, and leaves "rk4", "tao" and float64 to PyTorch operations. For a `SeparableHNN` "cpp" has a loop of its
         own and every other is PyTorch's; one with a quadratic term in V is always left to PyTorch operations.
 
     Returns
@@ -192,12 +192,29 @@ def choose_backend(backend: str, z0: Tensor) -> str:
     return backend
 
 
-def backends() -> dict[str, str]:
-    """Every backend's name, and "available" or what it lacks."""
+def backends(z0: Tensor | None = None) -> dict[str, str]:
+    """Every backend's name, and "available" or what it lacks.
+
+    Parameters
+    ----------
+    z0 : Tensor [..., 2d], optional
+        Initial states, of which only shape and device count. Then a backend that cannot run them says so, and "auto" names
+        the one that `rollout` would take.
+    """
+    if z0 is not None:
+        return {name: _state(name, z0.reshape(-1, z0.shape[-1])) for name in BACKENDS}
     optional = {
         name: "available" if module.available() else module.why_not() for name, module in (("cpp", cpp), ("triton", triton))
     }
     return {"reference": "available", "torch": "available", **optional}
+
+
+def _state(backend: str, z0: Tensor) -> str:
+    try:
+        choice = choose_backend(backend, z0)
+    except RuntimeError as error:
+        return str(error)
+    return choice if backend == "auto" else "available"
 
 
 def leapfrog(hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int) -> Tensor:

@@ -317,6 +317,31 @@ def test_backends_are_named_with_what_they_lack(monkeypatch):
     assert hf.backends()["cpp"] != "available"
 
 
+def test_backends_tell_what_auto_takes_for_given_states(monkeypatch):
+    """And nothing else: what runs, and what is refused, is the same."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from hjepa_fast.backends import cpp, triton
+
+    z0 = make_states(2, 3, 4)
+    for built, choice in ((True, "cpp"), (False, "torch")):
+        monkeypatch.setattr(cpp, "available", lambda built=built: built)
+        found = hf.backends(z0)
+        assert found["auto"] == choice
+        assert found["reference"] == found["torch"] == "available"
+        assert (found["cpp"] == "available") is built
+        assert found.keys() - {"auto"} == hf.backends().keys()
+    with FakeTensorMode():
+        on_gpu = torch.empty(5, 4, device="cuda")
+    monkeypatch.setattr(cpp, "available", lambda: True)
+    for there, choice in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(triton, "available", lambda there=there: there)
+        found = hf.backends(on_gpu)
+        assert found["auto"] == choice
+        assert (found["triton"] == "available") is there
+        assert "runs on the CPU, z0 is on cuda" in found["cpp"]
+
+
 def test_prediction_follows_weights_changed_behind_pytorchs_back():
     """The product K is remembered between calls; any change of the weights, however made, must be seen."""
     hnn, z0 = make_hnn(6, (5, 4)), make_states(3, 6)
