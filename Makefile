@@ -7,12 +7,13 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench bench-gpu lint clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
 	@echo "make test    install, then every test"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (a few quiet minutes)"
+	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)"
@@ -38,6 +39,9 @@ test: setup
 bench: setup
 	$(PIP) --no-build-isolation --editable '.[dev,jax]' || echo 'JAX could not be installed; it is left out of the comparison'
 	$(BIN)/python -m bench.run
+
+bench-gpu: setup
+	$(BIN)/python -m bench.run --device cuda
 
 lint: setup
 	$(BIN)/ruff check .

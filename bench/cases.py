@@ -20,7 +20,8 @@ class Case:
 
     name: str
     kind: str
-    """"rollout" (no gradients) or "training" (forward, loss with energy term, backward)."""
+    """"rollout" (no gradients), "training" (forward, loss with energy term, backward), or "backward", which is that of
+    "training" alone."""
     batch: int
     n_steps: int = 15
     latent_dim: int = 1024
@@ -28,6 +29,8 @@ class Case:
     separable: bool = False
     """H = T(p) + V(q), two networks of these widths, instead of one of q and p."""
     dtype: str = "float32"
+    precision: str = "highest"
+    """Of float32 products, as in `torch.set_float32_matmul_precision`."""
     states: str = "all"
     """"all" or "final", as in `hjepa_fast.rollout`."""
     memory: tuple[str, ...] = ("store",)
@@ -35,6 +38,15 @@ class Case:
     integrators: tuple[str, ...] = ("leapfrog",)
     """What ours runs; each is a contestant, checked against its own reference. Rivals run the published leapfrog step."""
     rivals: tuple[str, ...] = STANDARD
+
+    @staticmethod
+    def arithmetic_of(dtype: str, precision: str) -> str:
+        """What products are computed in: a dtype's name, or "tf32"."""
+        return "tf32" if dtype == "float32" and precision == "high" else dtype
+
+    @property
+    def arithmetic(self) -> str:
+        return self.arithmetic_of(self.dtype, self.precision)
 
     @property
     def gradients_a_step(self) -> int:
@@ -103,6 +115,41 @@ FULL = (
     *(_memory(n) for n in (50, 150)),
     *(_reversible(n) for n in (32, 128, 512)),
 )
+
+
+def _on_gpu(kind: str, batch: int, arithmetic: str, rivals: tuple[str, ...]) -> Case:
+    dtype, precision = {"tf32": ("float32", "high")}.get(arithmetic, (arithmetic, "highest"))
+    name = _named(kind, batch) if arithmetic == "float32" else f"{arithmetic}-{_named(kind, batch)}"
+    return Case(name, kind, batch, dtype=dtype, precision=precision, rivals=rivals)
+
+
+_COMPILED = {("rollout", 1), ("rollout", 32), ("training", 32)}
+"""Where torch.compile takes part, in float32: it takes its minutes for every shape anew."""
+GPU = (
+    *(
+        _on_gpu(kind, batch, arithmetic, EXTENDED if (kind, batch) in _COMPILED and arithmetic == "float32" else rivals)
+        for kind, batches, arithmetics, rivals in (
+            ("rollout", (1, 8, 32, 64, 256, 1024, 4096, 16384), ("float32", "tf32"), (*STANDARD, "func")),
+            # JAX keeps bfloat16 where the others do not
+            ("rollout", (1, 8, 32, 64, 256, 1024, 4096, 16384), ("bfloat16",), ("eager", "manual", "baseline")),
+            ("training", (32, 1024, 4096), ("float32", "tf32"), (*STANDARD, "func")),
+            ("backward", (1, 32, 1024, 4096), ("float32", "tf32"), ("eager", "manual", "baseline")),
+        )
+        for batch in batches
+        for arithmetic in arithmetics
+    ),
+    _integrators("rollout"),
+    _integrators("training"),
+)
+"""What a GPU is measured by."""
+
+
+def of_device(kind: str) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases of a quick run on a "cpu" or "cuda", and every case."""
+    if kind != "cuda":
+        return QUICK, FULL
+    names = {case.name for case in GPU}
+    return GPU, (*GPU, *(case for case in FULL if case.name not in names))
 
 
 def select(subset: tuple[Case, ...], pattern: str | None = None) -> tuple[Case, ...]:

@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every contestant of the quick cases of the module's KIND, grouped by case."""
     pairs = [
         pytest.param(case, name, id=f"{case.name}-{name}", marks=pytest.mark.benchmark(group=case.name))
-        for case in cases.QUICK
+        for case in cases.QUICK  # in full float32 all of them
         if case.kind == metafunc.module.KIND
         for name in entrants(case, DEVICE)[0]
     ]

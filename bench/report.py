@@ -10,6 +10,7 @@ from typing import Any
 from hjepa_fast.pipeline import files
 
 from .cases import SLOPE_STEPS
+from .chip import matrix_rate
 
 RIVALS = ("eager", "jax", "compiled", "baseline", "manual", "func", "eager-float32")
 Entry = dict[str, Any]
@@ -18,9 +19,18 @@ Curves = dict[str, list[tuple[float, float]]]
 
 def ours(entry: Entry) -> str | None:
     """The fastest of our backends that keeps everything for the backward pass."""
+    return _fastest(entry, lambda name: ":" not in name)
+
+
+def _fastest(entry: Entry, wanted: Callable[[str], bool]) -> str | None:
     facts = entry["contestants"]
-    names = [name for name, fact in facts.items() if fact["ours"] and ":" not in name]
+    names = [name for name, fact in facts.items() if fact["ours"] and wanted(name)]
     return min(names, key=lambda name: facts[name]["median_s"], default=None)
+
+
+def _graphed(entry: Entry) -> str | None:
+    """The fastest of our calls that were captured in a CUDA graph."""
+    return _fastest(entry, lambda name: name.endswith(":graphed") and name.count(":") == 1)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -30,15 +40,16 @@ def table(results: dict[str, Any]) -> str:
     rivals = [*RIVALS, *sorted({n for e in entries.values() for n, f in e["contestants"].items() if not f["ours"]} - {*RIVALS})]
     rivals = [name for name in rivals if any(name in e["contestants"] for e in entries.values())]
     rows = []
-    for name, entry in entries.items():
-        chosen = ours(entry)
-        if chosen is None:
-            continue
+    chip = results.get("chip")
+    shown = [(name, e, chosen) for name, e in entries.items() for chosen in (ours(e), _graphed(e)) if chosen is not None]
+    for name, entry, chosen in shown:
         fact, ratios, n_steps = entry["contestants"][chosen], entry["ratios"][chosen], entry["case"]["n_steps"]
         spread = f"{_ms(fact['p20_s'] / n_steps)} to {_ms(fact['p80_s'] / n_steps)}"
         rate = f"{fact['gflops_per_s']:.0f}" if "gflops_per_s" in fact else ""
+        most = matrix_rate(chip, entry["case"])
+        share = f"{100 * fact['gflops_per_s'] / most:.0f} %" if most and "gflops_per_s" in fact else ""
         faster = [f"{ratios[rival]:.2f}x" if rival in ratios else "" for rival in rivals]
-        rows.append([name, chosen, _ms(fact["median_s"] / n_steps), spread, rate, *faster])
+        rows.append([name, chosen, _ms(fact["median_s"] / n_steps), spread, rate, share, *faster])
     device = hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instruction_set']}"
     text = (
         f"{device}; torch {versions['torch']}, JAX {versions['jax'] or 'absent'}, Python {versions['python']}, "
@@ -46,7 +57,13 @@ def table(results: dict[str, Any]) -> str:
         "How many times as long each rival takes as ours: the median over rounds of the ratio within a round. Times are\n"
         "medians, with 20th and 80th percentiles. A training step is forward, loss with energy term, and backward.\n\n"
     )
-    text += _markdown(["case", "ours", "ms per step", "20 to 80 %", "GFLOP/s", *rivals], rows)
+    if chip:
+        rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in chip["matrix_gflops_per_s"].items())
+        text += (
+            f"Measured in the same run: products of two {chip['matrix_size']} x {chip['matrix_size']} matrices at {rates}; "
+            f"memory copied at {chip['memory_gb_per_s']:,.0f} GB/s, read and written.\n\n"
+        )
+    text += _markdown(["case", "ours", "ms per step", "20 to 80 %", "GFLOP/s", "of matrix rate", *rivals], rows)
     methods = [
         [name, contestant, _ms(fact["median_s"] / entry["case"]["n_steps"]), *_against(entry, contestant)]
         for name, entry in entries.items()
@@ -131,7 +148,8 @@ def plots(results: dict[str, Any]) -> dict[str, tuple[str, str, Curves]]:
     def paper(entry: Entry, kind: str) -> bool:
         case = entry["case"]
         single = len(case["memory"]) == 1 == len(case.get("integrators", ("leapfrog",)))
-        plain = case["states"] == "all" and case["dtype"] == "float32" and single
+        full = case["dtype"] == "float32" and case.get("precision", "highest") == "highest"
+        plain = case["states"] == "all" and full and single
         return plain and case["kind"] == kind and case["n_steps"] == 15
 
     def step_ms(entry: Entry, fact: Entry) -> float:

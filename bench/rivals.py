@@ -50,7 +50,8 @@ class Problem:
 
     @property
     def training(self) -> bool:
-        return self.case.kind == "training"
+        """Whether there are gradients."""
+        return self.case.kind != "rollout"
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -82,14 +83,15 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
             layer.weight.mul_(OUTPUT_SCALE)
     torch.manual_seed(0)
     baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
-    n_targets = case.n_steps + 1 if case.kind == "training" else 0
+    training = case.kind != "rollout"
+    n_targets = case.n_steps + 1 if training else 0
     return Problem(
         case,
         hnn.to(device, dtype),
         baseline.to(device, dtype),
         make_states(case.batch, case.latent_dim, dtype=dtype).to(device),
         make_states(case.batch, n_targets, case.latent_dim, dtype=dtype, seed=2).to(device),
-        torch.tensor(DT, dtype=dtype, device=device, requires_grad=case.kind == "training"),
+        torch.tensor(DT, dtype=dtype, device=device, requires_grad=training),
     )
 
 
@@ -139,6 +141,13 @@ def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Conte
         value = loss_of()
         return [value.detach(), *torch.autograd.grad(value, parameters)]
 
+    if problem.case.kind == "backward":
+        value = loss_of()
+
+        def back() -> list[Tensor]:
+            return [value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True)]
+
+        return Contestant(name, back, roll=roll, **kwargs)
     return Contestant(name, train if problem.training else infer, roll=roll, **kwargs)
 
 
@@ -265,8 +274,9 @@ def _compiled(problem: Problem, mode: str = "default") -> Contestant:
 
 
 def _graphed(build: Callable[[Problem], Contestant], problem: Problem) -> Contestant:
-    """A contestant's whole call captured as one CUDA graph."""
+    """A contestant's whole call captured as one CUDA graph; of ours the name says so as it does of other variants."""
     eager = build(problem)
+    name = f"{eager.name}:graphed" if eager.ours else f"{eager.name}-graphed"
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -281,12 +291,13 @@ def _graphed(build: Callable[[Problem], Contestant], problem: Problem) -> Contes
         graph.replay()
         return outputs
 
-    return replace(eager, name=f"{eager.name}-graphed", run=replay, roll=None)
+    return replace(eager, name=name, run=replay, roll=None)
 
 
 def _jax(problem: Problem) -> Contestant:
     """jax.jit of a lax.scan over jax.grad steps; states are kept time first, as scan stacks them."""
     jax = _import_jax()
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if problem.case.precision == "high" else "highest")
     jnp, d, every_state = jax.numpy, problem.z0.shape[-1] // 2, problem.case.states == "all"
 
     def array(x: Tensor) -> Any:
@@ -344,12 +355,11 @@ def _jax(problem: Problem) -> Contestant:
 
 
 def _import_jax() -> Any:
-    """JAX with torch's number of threads and full float32 products."""
+    """JAX with torch's number of threads."""
     os.environ.setdefault("NPROC", str(torch.get_num_threads()))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     return jax
 
 
@@ -383,18 +393,21 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
         for memory, integrator in itertools.product(case.memory, case.integrators):
             options = {"backend": backend, "memory": memory, "integrator": integrator}
             builders[_our_name(**options)] = partial(_ours, **options)
+            plain = memory == "store" and integrator == "leapfrog" and case.kind != "backward" and backend != "torch"
+            if device.type == "cuda" and plain:
+                builders[f"{_our_name(**options)}:graphed"] = partial(_graphed, partial(_ours, **options))
     for name in case.rivals:
         reason = _why_not(name, device, compile)
         if reason:
             left_out[name] = reason
         else:
-            builders.update(_variants(name, device))
+            builders.update(_variants(name, case, device))
     return builders, left_out
 
 
-def _variants(name: str, device: torch.device) -> Iterator[tuple[str, Builder]]:
+def _variants(name: str, case: Case, device: torch.device) -> Iterator[tuple[str, Builder]]:
     yield name, _BUILDERS[name]
-    if device.type == "cuda":
+    if device.type == "cuda" and case.kind != "backward":  # a graph captures the whole call, which has its forward outside
         if name == "compiled":
             yield "compiled-reduce-overhead", partial(_compiled, mode="reduce-overhead")
         elif name in ("manual", "baseline"):

@@ -20,11 +20,13 @@ from hjepa_fast.pipeline.evaluate import processor_name
 
 from . import cases, report
 from .cases import Case
+from .chip import measure_chip
 from .measure import WrongResultError, measure
 from .rivals import entrants
 
 BUSY = 0.5
 """Load average from which a run warns."""
+TOO_LARGE = "does not fit into the device's memory"
 
 
 class ResultsError(Exception):
@@ -102,6 +104,10 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
     return found
 
 
+def _too_large(known: dict[str, Any]) -> set[str]:
+    return {name for name, reason in known["left_out"].items() if reason == TOO_LARGE}
+
+
 def run(
     selected: Sequence[Case],
     path: Path,
@@ -120,17 +126,21 @@ def run(
         See `load` and `measure`.
     """
     results = load(path, environment(device), again)
+    if again or "chip" not in results:
+        results["chip"] = measure_chip(device)
     for index, case in enumerate(selected, start=1):
         builders, left_out = entrants(case, device, compile)
         label = f"[{index}/{len(selected)}] {case.name}"
         known = results["cases"].get(case.name)
-        if known and not again and builders.keys() <= known["contestants"].keys():
+        if known and not again and builders.keys() <= known["contestants"].keys() | _too_large(known):
             print(f"{label}: kept, measured {known['date']}")
             continue
         print(f"{label}: {', '.join(builders)}", flush=True)
         for name, reason in left_out.items():
             print(f"    without {name}: {reason}")
-        results["cases"][case.name] = {**measure(case, builders, device, rounds, seconds), "left_out": left_out}
+        entry = measure(case, builders, device, rounds, seconds)
+        left_out |= dict.fromkeys(builders.keys() - entry["contestants"].keys(), TOO_LARGE)
+        results["cases"][case.name] = {**entry, "left_out": left_out}
         files.write_json(path, results)
     return results
 
@@ -141,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subset.add_argument("--quick", action="store_true", help="the table of ratios, a few minutes (default without --only)")
     subset.add_argument("--full", action="store_true", help="every case, with --compile")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="also torch.compile, which takes minutes a case to compile"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also torch.compile, which takes minutes a case to compile (default: with --full, and on CUDA)",
     )
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains it or matches it as a shell pattern")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/quick-cpu.json and the like")
@@ -155,13 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device")
     full = options.full or (options.only and not options.quick)
-    selected = cases.select(cases.FULL if full else cases.QUICK, options.only)
+    quick, every = cases.of_device(device.type)
+    selected = cases.select(every if full else quick, options.only)
     if not selected:
-        parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in cases.FULL)}")
+        parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in every)}")
     name = f"{'full' if full else 'quick'}-{device.type}.json"
     path = options.out or Path(__file__).parent / "results" / name
-    compile = options.full if options.compile is None else options.compile
+    compile = options.full or device.type == "cuda" if options.compile is None else options.compile
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
         print(f"warning: load average {os.getloadavg()[0]:.1f}: with other work on its cores, threaded code loses most")
     try:

@@ -8,12 +8,14 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import cases, report, run
+from bench import chip as chips
 from bench.cases import Case
-from bench.measure import TOLERANCE, WrongResultError, checked, expected, kept_bytes, time_interleaved
+from bench.measure import TOLERANCE, WrongResultError, checked, expected, kept_bytes, time_interleaved, tolerance_of
 from bench.measure import measure as measure_case
-from bench.rivals import Contestant, eager_rollout, entrants, loss, make_problem
+from bench.rivals import Contestant, eager_rollout, entrants, loss, make_problem, manual_rollout
 from hjepa_fast import api
 
 CPU = torch.device("cpu")
@@ -33,6 +35,9 @@ TINY = (
     dataclasses.replace(ROLLOUT, name="tiny-separable-rollout", separable=True, rivals=("eager",)),
     dataclasses.replace(TRAINING, name="tiny-separable-training", separable=True, rivals=("eager",)),
     dataclasses.replace(ROLLOUT, name="tiny-bfloat16", dtype="bfloat16", rivals=("eager", "eager-float32", "manual")),
+    dataclasses.replace(
+        TRAINING, name="tiny-backward", kind="backward", memory=("store",), rivals=("eager", "manual", "baseline")
+    ),
 )
 CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))
 
@@ -52,6 +57,8 @@ def quick_measure(monkeypatch):
         return fast(case, builders)
 
     monkeypatch.setattr("bench.measure.BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(chips, "SIZE", {"cpu": 16})
+    monkeypatch.setattr(chips, "COPIED", {"cpu": 256})
     monkeypatch.setattr(run, "measure", spy)
     return measured
 
@@ -67,7 +74,7 @@ def test_every_contestant_agrees_with_the_float64_reference(case):
     builders, _ = entrants(case, CPU)
     _, contestants, facts = checked(case, builders, CPU)
     assert [contestant.name for contestant in contestants] == list(builders)
-    assert all(facts[name]["error"] <= TOLERANCE[case.dtype, case.kind] for name in builders)
+    assert all(facts[name]["error"] <= tolerance_of(case) for name in builders)
     assert any(contestant.ours for contestant in contestants)
     assert {*case.rivals} - {"jax"} <= builders.keys()
 
@@ -89,6 +96,113 @@ def test_the_energy_term_has_a_share_in_every_gradient():
     without = torch.autograd.grad(loss(states, None, problem.target), network)
     share = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(with_term, without, strict=True)]
     assert min(share) > 10 * TOLERANCE["float32", "training"]
+
+
+def test_a_backward_case_makes_its_forward_pass_once(monkeypatch):
+    """What is timed is the backward pass alone, as often as it is asked for."""
+    case = TINY[-1]
+    runs = []
+    monkeypatch.setattr("bench.rivals.manual_rollout", lambda p, f=manual_rollout: runs.append(p) or f(p))
+    contestant = entrants(case, CPU)[0]["manual"](make_problem(case))
+    once, again = contestant.run(), contestant.run()
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+    assert len(runs) == 1
+
+
+def test_products_are_as_the_case_says_and_only_there(quick_measure, monkeypatch):
+    seen = []
+
+    def spy(problem):
+        seen.append(torch.get_float32_matmul_precision())
+        return entrants(CHEAP, CPU)[0]["eager"](problem)
+
+    fast(dataclasses.replace(CHEAP, precision="high"), {"eager": spy})
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_contestant_that_does_not_fit_is_left_out_by_name(quick_measure, monkeypatch, tmp_path):
+    def large(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def both(*_):
+        return {**entrants(dataclasses.replace(CHEAP, rivals=()), CPU)[0], "large": large}, {}
+
+    monkeypatch.setattr(run, "entrants", both)
+    for _ in range(2):
+        entry = run.run([CHEAP], tmp_path / "r.json", CPU)["cases"]["cheap"]
+        assert entry["left_out"] == {"large": run.TOO_LARGE}
+        assert list(entry["contestants"]) == ["torch"]
+    assert quick_measure == ["cheap"], "measured again for what cannot be"
+
+
+def test_the_chips_rates_stand_in_the_same_file_and_the_report(quick_measure, monkeypatch, tmp_path):
+    path = tmp_path / "r.json"
+    results = run.run([CHEAP], path, CPU)
+    found = json.loads(path.read_text())["chip"]
+    assert found["matrix_gflops_per_s"].keys() == {"float32", "bfloat16"}
+    assert min(*found["matrix_gflops_per_s"].values(), found["memory_gb_per_s"]) > 0
+    assert run.run([CHEAP], path, CPU)["chip"] == found, "measured again"
+
+    results["chip"] = {**found, "matrix_gflops_per_s": {"float32": 200.0, "tf32": 400.0}}
+    facts = results["cases"]["cheap"]["contestants"]["torch"]
+    facts["gflops_per_s"] = 50.0
+    assert "| 50 | 25 % |" in report.table(results)
+    results["cases"]["cheap"]["case"]["precision"] = "high"
+    assert "| 50 | 12 % |" in report.table(results)
+    results["cases"]["cheap"]["case"]["dtype"] = "bfloat16"
+    assert "| 50 |  |" in report.table(results)
+
+
+def test_our_graphed_call_has_a_row_of_its_own(quick_measure, tmp_path):
+    results = run.run([CHEAP], tmp_path / "r.json", CPU)
+    entry = results["cases"]["cheap"]
+    for part in ("contestants", "ratios"):
+        entry[part]["torch:graphed"] = entry[part]["torch"]
+    table = report.table(results)
+    assert "| cheap | torch |" in table
+    assert "| cheap | torch:graphed |" in table
+
+
+@pytest.mark.parametrize("kind", ["rollout", "training", "backward"])
+def test_who_takes_part_on_a_gpu(kind, monkeypatch):
+    """Graphs of what is a whole call; without torch.compile and JAX where a backward pass is timed alone."""
+    monkeypatch.setattr(api, "backends", lambda: {"reference": "available", "torch": "available", "triton": "available"})
+    monkeypatch.setattr(api, "choose_backend", lambda name, z0: name)
+    rivals = tuple(name for name in cases.EXTENDED if name != "jax")
+    case = dataclasses.replace(ROLLOUT, kind=kind, rivals=rivals if kind != "backward" else ("eager", "manual", "baseline"))
+    with FakeTensorMode():
+        names = [list(entrants(case, torch.device(device), compile=True)[0]) for device in ("cpu", "cuda")]
+    assert not any("graphed" in name for name in names[0])
+    graphed = {name for name in names[1] if "graphed" in name}
+    assert graphed == (set() if kind == "backward" else {"triton:graphed", "manual-graphed", "baseline-graphed"})
+    assert ("compiled-reduce-overhead" in names[1]) is (kind != "backward")
+
+
+def test_cases_of_a_gpu():
+    quick, every = cases.of_device("cuda")
+    assert cases.of_device("cpu") == (cases.QUICK, cases.FULL)
+    assert {case.batch for case in quick if case.kind == "rollout"} >= {1, 8, 32, 64, 256, 1024, 4096, 16384}
+    assert {case.arithmetic for case in quick} == {"float32", "tf32", "bfloat16"}
+    names = [case.name for case in every]
+    assert len(set(names)) == len(names)
+    assert {case.name for case in quick} | {case.name for case in cases.FULL} == set(names)
+    assert all(tolerance_of(case) > 0 for case in every)
+    # a name means the same problem wherever it stands
+    for case in quick:
+        assert all(
+            dataclasses.replace(other, rivals=()) == dataclasses.replace(case, rivals=())
+            for other in cases.FULL
+            if other.name == case.name
+        )
+
+
+def test_a_gpu_that_is_not_there_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", [ROLLOUT, TRAINING], ids=lambda case: case.name)
