@@ -53,8 +53,8 @@ class Blocks(NamedTuple):
 # until the products do. The tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
 SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
-    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 128, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
-    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
+    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(64, 128, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
+    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 64, 64, 8, 3), Blocks(64, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
     "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3)),
 }
 _BOUND = 2**31
@@ -178,11 +178,11 @@ class Constants(NamedTuple):
     """The cotangent of an implicit point."""
     FACTORS: int = 0
 
-    def compiled(self) -> Constants:
-        """As Triton's compiler takes them, which knows a field only by its type; its interpreter takes them as they are."""
-        if _interpreted:
-            return self
-        return Constants(*map(_kernels().tl.constexpr, self))
+
+@functools.lru_cache(maxsize=256)
+def for_triton(C: Constants) -> Constants:
+    """As Triton's compiler takes them, which knows a field only by its type; its interpreter takes them as they are."""
+    return C if _interpreted else Constants(*map(_kernels().tl.constexpr, C))
 
 
 class Layout(NamedTuple):
@@ -231,13 +231,13 @@ def layout_of(widths: tuple[int, ...], blocks: Blocks, precision: str, activatio
         A_AT=values[: n + 1],
         G_AT=values[n + 1 : -1],
         TAPE=values[-1],
-        WORKS=(12 if implicit else 4) * N[0],
+        WORKS=(11 if implicit else 3) * N[0],
         ACTIVATION=(_KINDS[activation.name], float(activation.beta), float(activation.threshold)),
         PRECISION=precision if precision.startswith("tf32") else "ieee",
         IMPLICIT=implicit,
     )
     forward = common._replace(
-        POINT_AT=4 * N[0] if implicit else 0,
+        POINT_AT=3 * N[0] if implicit else 0,
         X_AT=in_layers[1 : n + 2],
         S_AT=in_layers[n + 2 : -1],
         LAYERS=in_layers[-1],
@@ -446,7 +446,7 @@ def _launch_forward(
     with torch.cuda.device_of(a):
         _kernels().forward_kernel[(n_programs,)](
             a, *out, matrices, vectors, dt, dt.stride(0) if dt.shape[0] > 1 else 0, moves.steps, moves.which, moves.solver,
-            work, layers, history, batch, n_steps, n_sub, max_evaluations, C.compiled(), **launch,
+            work, layers, history, batch, n_steps, n_sub, max_evaluations, for_triton(C), **launch,
         )  # fmt: skip
 
 
@@ -509,7 +509,7 @@ def backward(
                         la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], residual[rows], saved,
                         matrices, vectors, dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves.steps,
                         moves.which, moves.solver, work, factors, n, n_steps, saved.shape[1], steps.start,
-                        0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, C.compiled(),
+                        0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, for_triton(C),
                         **layout.launch,
                     )  # fmt: skip
                 yield C, factors
@@ -536,7 +536,7 @@ def _restored(layout: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, move
     They depend on nothing else, so all of them are samples of one launch that moves nowhere.
     """
     C = layout.forward._replace(
-        WORKS=4 * layout.forward.N[0], POINT_AT=0, IMPLICIT=False, EVERY_STATE=False, WITH_ENERGY=False, MOVE=False
+        WORKS=3 * layout.forward.N[0], POINT_AT=0, IMPLICIT=False, EVERY_STATE=False, WITH_ENERGY=False, MOVE=False
     )
     points = a.reshape(-1, 1, 1, C.WIDTHS[0])
     tape = a.new_empty(points.shape[0], 1, 1, C.TAPE)

@@ -198,8 +198,18 @@ def _look(a, layer, tape, keep, n, C: tl.constexpr):
 
 
 @triton.jit
-def _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, C: tl.constexpr):
-    """dt delta at the point that `_look` was given; returns F there without the output bias.
+def _advance(work, n, step, kick, drift, C: tl.constexpr):
+    """A tile of sq <- sq + drift dt delta and sp <- sp - kick dt delta."""
+    if drift != 0:
+        tl.store(work + C.N[0] + n, tl.load(work + C.N[0] + n) + drift * step)
+    if kick != 0:
+        tl.store(work + 2 * C.N[0] + n, tl.load(work + 2 * C.N[0] + n) - kick * step)
+
+
+@triton.jit
+def _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, kick, drift, C: tl.constexpr):
+    """dt delta at the point that `_look` was given, which moves sq and sp unless the point may be implicit; returns F there
+    without the output bias.
 
     Up: a_{j+1} = z_j W^T + b and z_{j+1}; at the last layer the energy and e. Down: g_j = e_{j+1} W and e_j = g_j s', which
     below the last is delta.
@@ -243,8 +253,10 @@ def _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, C:
             if j > 0:
                 tl.store(layer + C.X_AT[j] + n, e)
             elif C.MOVE:
-                tl.store(layer + n, dt[:, None] * e)
-                tl.store(work + 3 * C.N[0] + n, dt[:, None] * e)
+                step = dt[:, None] * e
+                tl.store(layer + n, step)
+                if not C.IMPLICIT:
+                    _advance(work, n, step, kick, drift, C)
         tl.debug_barrier()
     return energy
 
@@ -266,7 +278,7 @@ def forward_kernel(
     moves_ptr,  # [n_sub, 4]: kick, drift, implicit kick, implicit drift
     which_ptr,  # [n_sub, 2]: which of the matrices drift K - kick K^T, and of the point's own
     solver_ptr,  # tolerance, eps, tiny; [6, 5]: coefficients of the last moves in the next one, by how many there are
-    work_ptr,  # [programs, ROWS, WORKS]: a, sq, sp, dt delta; with implicit sub-steps the point and `_note`'s
+    work_ptr,  # [programs, ROWS, WORKS]: a, sq, sp; with implicit sub-steps the point and `_note`'s
     layers_ptr,  # [programs, ROWS, LAYERS]: dt delta; of each layer z, then e; s' of every layer but the last
     history_ptr,  # [programs, n_sub, 5, ROWS, N[0]]: how far points were from the state, in the last steps
     n_rows,
@@ -287,7 +299,7 @@ def forward_kernel(
     work = work_ptr + program * (ROWS * C.WORKS) + (lane[:, None] * C.WORKS + column[None, :])
     layers = layers_ptr + program * (ROWS * C.LAYERS)
     layer = layers + (lane[:, None] * C.LAYERS + column[None, :])
-    solve = work + 5 * N0
+    solve = work + 4 * N0
     for block in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         rows = lane.to(tl.int64) + block * ROWS
         live = rows < n_rows
@@ -328,7 +340,7 @@ def forward_kernel(
                     count = 0
                     searching = n_sub > 0
                     while searching:
-                        energy = _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, C)
+                        energy = _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, kick, drift, C)
                         searching = n_sub < 0
                         if implicit:
                             error = tl.zeros((ROWS,), WORK)
@@ -356,7 +368,7 @@ def forward_kernel(
                             count += 1
                     worst = tl.maximum(worst, tl.where(residual == residual, residual, float("inf")))
                 else:
-                    energy = _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, C)
+                    energy = _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, kick, drift, C)
                 if C.WITH_ENERGY:
                     energy += tl.load(vectors_ptr)
                     tl.store(energy_ptr + rows * n_steps + t, energy, mask=live & (i == 0))
@@ -376,13 +388,10 @@ def forward_kernel(
                         a = tl.load(work + n) + move
                         tl.store(work + n, a)
                         real = (n + column < H)[None, :]
-                        if not C.IMPLICIT:
+                        if C.IMPLICIT:
+                            _advance(work, n, tl.load(layer + n), kick, drift, C)
+                        else:
                             _look(a, layer, tape, more[:, None] & real, n, C)
-                        step = tl.load(work + 3 * N0 + n)
-                        if drift != 0:
-                            tl.store(work + N0 + n, tl.load(work + N0 + n) + drift * step)
-                        if kick != 0:
-                            tl.store(work + 2 * N0 + n, tl.load(work + 2 * N0 + n) - kick * step)
                         if shown:
                             at = seen[:, None] * H + (n + column)[None, :]
                             inside = live[:, None] & real
