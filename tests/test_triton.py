@@ -530,6 +530,15 @@ def test_compiles_for_gpus_that_are_not_here(direction, capability, precision, s
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_narrow_tile_leaves_enough_registers(direction, tmp_path):
+    _, stack = resources(compiled(direction, "bf16", SHAPES["bf16"][2], 90), tmp_path)
+    assert SHAPES["bf16"][2].columns == 32
+    assert stack <= {"forward": 0, "backward": 128}[direction]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("scheme", ["leapfrog", "implicit-midpoint"])
 def test_a_launch_compiles_what_no_later_one_has_to(scheme, monkeypatch):
     """The kernels as they are called, up to the launch: other batches, steps and lengths of a step are other arguments."""
