@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
 
 # By precision, smallest first: what is timed. Without timing the first is taken of which the chip holds as many programs as the
 # batch needs, else the last. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little
-# until the products do. Of 128 rows, narrow tiles leave enough registers, wide ones read what lies between layers half as often.
+# until the products do. Of 128 rows, narrow tiles leave enough registers, wide ones read what is between layers half as often.
 # The tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
 SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
