@@ -4,9 +4,9 @@ Triton is imported when a rollout first needs it. What the kernels do not do (mi
 to do) is the PyTorch loop's.
 
 A call can be captured in a CUDA graph once the same call has run before: that compiles the kernels and copies the scheme's
-coefficients to the device. Nothing else waits for the device, but for the first call of a size, which times a few shapes of
-the kernel's program. HJEPA_FAST_TUNE=0 in the environment takes the shape from a table instead: then another process on the
-same chip finds the same bits.
+coefficients to the device. Nothing else here waits for the device (`hidden_space` does where it checks that implicit steps
+have converged), but for the first call of a size, which times a few shapes of the kernel's program. HJEPA_FAST_TUNE=0 in the
+environment takes the shape from a table instead: then another process on the same chip finds the same bits.
 """
 
 from __future__ import annotations

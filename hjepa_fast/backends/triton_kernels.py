@@ -4,6 +4,9 @@ A program owns ROWS samples and takes them through every step and sub-step, so t
 leaves for the next goes through a scratch of the program's own in global memory: tile by tile, with a barrier of the
 program's threads between a phase that writes and the phase that reads.
 
+The equations of implicit sub-steps are solved row by row, as `backends.torch.fixed_point` does; a program goes on until the
+last of its rows has converged, and those that have stay where they are.
+
 Arrays of the kernels' own are padded with zeros: the widths to whole tiles, the samples to whole programs. The zeros of the
 padded matrices keep the padding from reaching anything, so that only what the caller sees needs masks.
 
