@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import hamiltonian, hidden_space, ops, validation  # noqa: F401  (ops registers the operators)
-from .backends import cpp, reference, triton
+from .backends import cpp, cuda, reference, triton
 from .hamiltonian import SeparableHamiltonian
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
-BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 MEMORY = ("store", "recompute", "checkpoint", "reversible")
 
 
@@ -89,10 +89,12 @@ def rollout(
         takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
         A `SeparableHNN` takes "reversible" for "checkpoint"; one with a quadratic term in V keeps its states and nothing else.
     backend : str
-        "auto" (the fastest that is there, see `backends`), "cpp", "triton", "torch", or "reference" (nested autograd, the
-        only one that is differentiable more than once; it knows no `memory`). "triton" runs a rollout as one kernel
-        each way, and leaves "rk4", "tao" and float64 to PyTorch operations. For a `SeparableHNN` "cpp" has a loop of its
-        own and every other is PyTorch's; one with a quadratic term in V is always left to PyTorch operations.
+        "auto" (the fastest that is there, see `backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested autograd,
+        the only one that is differentiable more than once; it knows no `memory`). "triton" runs a rollout as one kernel each
+        way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda" runs "leapfrog" and "euler" as one kernel each
+        way, for at most 64 samples in float32 or bfloat16, and leaves everything else to "triton", or to "torch" where that
+        is missing. For a `SeparableHNN` "cpp" has a loop of its own and every other is PyTorch's; one with a quadratic term
+        in V is always left to PyTorch operations.
 
     Returns
     -------
@@ -171,7 +173,8 @@ def _check_combination(integrator: str, separable: bool, memory: str, backend: s
 
 
 def choose_backend(backend: str, z0: Tensor) -> str:
-    """The backend that "auto" stands for: C++ on a CPU where it was built, Triton on a CUDA device, else plain PyTorch.
+    """The backend that "auto" stands for: C++ on a CPU where it was built; on a CUDA device the CUDA kernel for few samples
+    where it was built, else Triton; else plain PyTorch.
 
     Raises
     ------
@@ -181,7 +184,14 @@ def choose_backend(backend: str, z0: Tensor) -> str:
     if backend == "auto":
         if z0.device.type == "cpu":
             return "cpp" if cpp.available() else "torch"
-        return "triton" if z0.device.type == "cuda" and triton.available() else "torch"
+        if z0.device.type == "cuda":
+            if cuda.available() and z0.shape[0] <= cuda.MOST_SAMPLES:
+                return "cuda"
+            if triton.available():
+                return "triton"
+        return "torch"
+    if backend == "cuda":
+        cuda.require(z0)
     if backend == "triton":
         triton.require(z0)
     if backend == "cpp":
@@ -204,7 +214,8 @@ def backends(z0: Tensor | None = None) -> dict[str, str]:
     if z0 is not None:
         return {name: _state(name, z0.reshape(-1, z0.shape[-1])) for name in BACKENDS}
     optional = {
-        name: "available" if module.available() else module.why_not() for name, module in (("cpp", cpp), ("triton", triton))
+        name: "available" if module.available() else module.why_not()
+        for name, module in (("cpp", cpp), ("triton", triton), ("cuda", cuda))
     }
     return {"reference": "available", "torch": "available", **optional}
 

@@ -1,0 +1,63 @@
+// kernels.h on the CPU, for tests; see emulate.h. Linked with ops.cpp, it is the whole backend without a GPU.
+
+#include "kernels.h"
+
+#include <string>
+
+#include "rollout.h"
+
+namespace hjepa_fast::cuda {
+namespace {
+
+// what the test sets
+struct {
+  int n_threads = 64, n_teams = 0;
+  unsigned order = 0;
+  std::size_t most_shared = 227 << 10;
+  std::size_t shared = 0, in_shared = 0;  // of the last launch: bytes a block, and matrices in them
+} settings;
+
+template <class W, int R>
+void run(const Problem& p, bool cluster) {
+  const int blocks = p.n_teams * p.team, n = settings.n_threads;
+  if (cluster)
+    emulated::run(blocks, n, p.team, p.shared_size, settings.order, [&] { Rollout<W, R, Cluster>(p).run(); });
+  else
+    emulated::run(blocks, n, 1, p.shared_size, settings.order, [&] { Rollout<W, R, Grid>(p).run(); });
+}
+
+template <class W>
+void run(const Problem& p, bool cluster) {
+  switch (p.rows) {
+    case 1: return run<W, 1>(p, cluster);
+    case 2: return run<W, 2>(p, cluster);
+    case 4: return run<W, 4>(p, cluster);
+    default: return run<W, 8>(p, cluster);
+  }
+}
+
+}  // namespace
+
+bool choose(Problem& p, bool bf16, const Wish& wish) {
+  const int n_groups = (p.B + wish.rows - 1) / wish.rows, n_teams = settings.n_teams ? settings.n_teams : n_groups;
+  const bool cluster = wish.variant == 1;
+  if (!lay_out(p, wish.rows, wish.team, n_teams, settings.n_threads, cluster, bf16 ? 2 : 4, settings.most_shared))
+    throw std::runtime_error("hjepa_fast: too little shared memory");
+  settings.shared = p.shared_size * sizeof(float);
+  settings.in_shared = std::count_if(p.matrix_at, p.matrix_at + p.L, [](int at) { return at >= 0; });
+  return cluster;
+}
+
+void launch(const Problem& p, bool bf16, bool cluster, void*) { (bf16 ? run<bf16_t> : run<float>)(p, cluster); }
+
+}  // namespace hjepa_fast::cuda
+
+extern "C" void set_emulated(int n_threads, int n_teams, unsigned order, long most_shared) {
+  auto& s = hjepa_fast::cuda::settings;
+  s.n_threads = n_threads, s.n_teams = n_teams, s.order = order, s.most_shared = most_shared;
+}
+extern "C" long emulated_shared() { return hjepa_fast::cuda::settings.shared; }
+extern "C" long matrices_in_shared() { return hjepa_fast::cuda::settings.in_shared; }
+
+// PyTorch for the CPU lacks this
+extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }

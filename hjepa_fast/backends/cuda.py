@@ -1,0 +1,172 @@
+"""The hidden-space loop for few samples on NVIDIA GPUs: a rollout is one launch of a CUDA C++ kernel (see `csrc/cuda`).
+
+A team of blocks holds K and F's weights in its shared memory and goes through all steps together: a cluster where the chip
+has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. What the kernel does not
+do (the way back, many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where
+Triton is missing.
+
+The extension is optional; `available()` and `why_not()` tell whether it is there. Nothing waits for the device, and a call can
+be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..schemes import SubStep
+from . import torch as torch_backend
+from . import triton as triton_backend
+from .torch import Gradients, Rolled, Solver, Tail, tape_width
+
+product = torch_backend.product
+
+# as in csrc/cuda/problem.h
+_KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
+_MAX_LAYERS, _MAX_SUB_STEPS = 8, 32
+
+MOST_SAMPLES = 64
+"""With more, the matrix units that Triton uses win over shared memory."""
+_WIDEST = 4096
+
+# For tests: 1 clusters, 2 a grid; blocks of a team; samples that a team takes at a time; 0: by what the device has.
+variant = 0
+team = 0
+rows = 0
+
+
+def _load() -> str:
+    """Load the extension: "" or what went wrong."""
+    file = Path(__file__).parent.parent / "_CUDA.abi3.so"
+    if not file.exists():
+        return f"{file.name} was not built"
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+_problem = _load()  # once, at import: torch.compile cannot look at files while it traces
+
+
+def available() -> bool:
+    """Whether the extension is there, loads, and there is a GPU."""
+    return not _problem and torch.cuda.is_available()
+
+
+def why_not() -> str:
+    """Why `available()` is false and how to get the extension, or ""."""
+    if _problem:
+        return (
+            f"the CUDA backend is missing: {_problem}. Install hjepa_fast from source with the CUDA toolkit (nvcc), ninja and "
+            "PyTorch for CUDA: HJEPA_FAST_BUILD_CUDA=1 pip install --no-build-isolation <source folder>"
+        )
+    return "" if torch.cuda.is_available() else "the CUDA backend needs a CUDA device, and PyTorch finds none"
+
+
+def require(a: Tensor) -> None:
+    if not available():
+        raise RuntimeError(f"hjepa_fast: {why_not()}")
+    if not a.is_cuda:
+        raise RuntimeError(f"hjepa_fast: the CUDA backend runs on a CUDA device; the tensors are on {a.device}")
+
+
+def _operator() -> Callable[..., None]:
+    operator: Callable[..., None] = torch.ops.hjepa_fast_cuda.forward
+    return operator
+
+
+def _other() -> ModuleType:
+    """The backend for what the kernel does not do."""
+    return triton_backend if triton_backend.available() else torch_backend
+
+
+def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
+    small = 0 < a.shape[0] <= MOST_SAMPLES and 0 < len(tail.weights) <= _MAX_LAYERS
+    fits = small and all(0 < width <= _WIDEST for width in tail.widths) and 0 < len(scheme) <= _MAX_SUB_STEPS
+    explicit = not any(stage.mix or stage.implicit for stage in scheme)
+    return not (fits and explicit and n_steps and a.dtype == torch.float32)
+
+
+def _matrix(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of whole 16-byte pieces in both dtypes, at such an address: the kernel reads four numbers at a time."""
+    W, missing = W.to(dtype), -W.shape[1] % 8
+    if missing:
+        return F.pad(W, (0, missing))
+    return W.contiguous() if W.data_ptr() % 16 == 0 else W.clone(memory_format=torch.contiguous_format)
+
+
+def forward(
+    a: Tensor,
+    K: Tensor,
+    tail: Tail,
+    dt: Tensor,
+    scheme: Sequence[SubStep],
+    n_steps: int,
+    every_state: bool,
+    with_energy: bool,
+    memory: str,
+    solver: Solver,
+) -> Rolled:
+    """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
+
+    Products are IEEE float32; where the weights are bfloat16 or `torch.get_float32_matmul_precision()` is "medium", those and
+    K are rounded to bfloat16. What is multiplied with them, sums and states are float32 always.
+
+    Raises
+    ------
+    RuntimeError
+        The launch failed; the message says what was asked of the device.
+    """
+    require(a)
+    if _delegated(a, tail, scheme, n_steps):
+        return _other().forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
+    batch, h = a.shape
+    low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    dtype = torch.bfloat16 if low else torch.float32
+    sq = a.new_empty(batch, n_steps if every_state else 1, h)
+    sp, end = torch.empty_like(sq), a.new_empty(batch, h)
+    energy = a.new_empty(batch, n_steps if with_energy else 0)
+    tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
+    with torch.cuda.device_of(a):
+        _operator()(
+            end, sq, sp, energy, tape, a.contiguous(),
+            [_matrix(W, dtype) for W in (*tail.weights[:-1], K)],
+            torch.cat((*tail.biases, tail.weights[-1][0])).float(),
+            dt.contiguous(),
+            [c for stage in scheme for c in (stage.kick, stage.drift)],
+            tail.widths, _KINDS[tail.activation.name], *tail.activation[1:], variant, team, rows,
+        )  # fmt: skip
+    none = a.new_empty(batch, 0)
+    return Rolled(end, sq, sp, energy, tape, none, none.int())
+
+
+def backward(
+    la: Tensor,
+    lsq: Tensor,
+    lsp: Tensor,
+    gsq: Tensor,
+    gsp: Tensor,
+    gE: Tensor | None,
+    tape: Tensor,
+    K: Tensor,
+    tail: Tail,
+    dt: Tensor,
+    scheme: Sequence[SubStep],
+    memory: str,
+    sums: Gradients | None,
+    solver: Solver,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `backends.torch.backward`; Triton's or the PyTorch loop's, from this backend's tape or their own."""
+    require(la)
+    result: tuple[Any, ...] = _other().backward(
+        la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver
+    )
+    return result  # type: ignore[return-value]

@@ -1,0 +1,283 @@
+"""The CUDA kernel against the PyTorch loop in float64: on a GPU where there is one, and without one on the CPU.
+
+There the same source is compiled with g++ against a few lines that do what the kernel takes from the machine
+(csrc/cuda/emulate.h), together with the operator. What nvcc makes of it for the GPUs is looked at without a GPU too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hjepa_fast as hf
+from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.api import choose_backend
+from hjepa_fast.backends import cpp
+from hjepa_fast.backends import cuda as cuda_backend
+from hjepa_fast.backends import torch as torch_backend
+from hjepa_fast.backends import triton as triton_backend
+from hjepa_fast.testing import make_hnn, make_states
+from test_cpp import Case, error
+from test_ops import assert_all_close, gradients
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+CLUSTER, GRID = 1, 2
+VARIANTS = pytest.mark.parametrize("variant", [CLUSTER, GRID], ids=["cluster", "grid"])
+PAPER = (512, 512, 256)
+
+on_gpu = pytest.mark.skipif(not cuda_backend.available(), reason=cuda_backend.why_not())
+
+
+@pytest.fixture(autouse=True)
+def _defaults():
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+class Emulator:
+    """The backend's operator on the CPU, and the machine that it runs on."""
+
+    def __init__(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.library, self.monkeypatch = ctypes.CDLL(str(file)), monkeypatch
+        self.library.set_emulated.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_long]
+        monkeypatch.setattr(cuda_backend, "_operator", lambda: torch.ops.hjepa_fast_cuda_emulated.forward)
+        monkeypatch.setattr(cuda_backend, "require", lambda a: None)
+
+    def set(self, variant, team, rows, n_teams=0, threads=64, order=0, shared=227 << 10) -> None:
+        self.library.set_emulated(threads, n_teams, order, shared)
+        for name, value in (("variant", variant), ("team", team), ("rows", rows)):
+            self.monkeypatch.setattr(cuda_backend, name, value)
+
+
+@pytest.fixture(scope="module")
+def _library(tmp_path_factory) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler:
+        pytest.skip("needs a C++ compiler, g++ or $CXX")
+    file = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-g0", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DHJEPA_LIBRARY=hjepa_fast_cuda_emulated"]
+    sources = [str(SOURCES / name) for name in ("emulate.cpp", "ops.cpp")]
+    libraries = [f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+    command = [compiler, *flags, *macros, f"-I{folder / 'include'}", *sources, "-o", str(file), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    torch.ops.load_library(file)
+    return file
+
+
+@pytest.fixture
+def emulator(_library, monkeypatch) -> Emulator:
+    return Emulator(_library, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Tensors made by torch.empty and the like are full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def compare(case: Case, memory: str = "store", tolerance: float = 3e-6, **options: bool) -> None:
+    """Everything that the forward pass returns, to rounding."""
+    single = case.to(torch.float32)
+    expected = single.to(torch.float64).forward(torch_backend, memory, **options)
+    found = single.forward(cuda_backend, memory, **options)
+    assert error(found, expected) < tolerance
+
+
+WIDTHS = [(1,), (40,), (7, 5), (33, 20), (20, 33, 18), (9, 18, 31, 17)]
+
+
+@VARIANTS
+@pytest.mark.parametrize("team", [1, 2, 5])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_equals_torch(widths, team, variant, emulator):
+    """Widths that blocks share evenly, unevenly and not at all; samples that fill a team's rows and not, in turns."""
+    i = WIDTHS.index(widths) + 2 * team + variant
+    rows = (1, 2, 4, 8)[i % 4]
+    batch = (1, 3, rows, 2 * rows + 1)[i // 2 % 4]
+    scheme = ("leapfrog", "euler", "many")[i % 3]
+    emulator.set(variant, team, rows, n_teams=i % 3, order=i % 5)
+    case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
+    memory = ("store", "recompute", "none")[i // 3 % 3]
+    compare(case, memory, every_state=i % 5 > 1, with_energy=i % 7 > 2)
+
+
+@VARIANTS
+@pytest.mark.parametrize("scheme", ["leapfrog", "euler", "many"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_schemes(batch, scheme, variant, emulator):
+    emulator.set(variant, team=3, rows=8, n_teams=2 if batch > 1 else 1)
+    case = Case(batch, (18, 11, 13), scheme=scheme, n_steps=1)
+    compare(case, "store", every_state=True, with_energy=True)
+
+
+@VARIANTS
+def test_the_order_of_threads_does_not_matter(variant, emulator):
+    """A barrier that is missing would let some order find numbers that are not there yet, or no longer."""
+    case = Case(5, (33, 20, 18), scheme="many", n_steps=2).to(torch.float32)
+    results = []
+    for order in range(6):
+        emulator.set(variant, team=4, rows=2, n_teams=2, order=order)
+        results.append(case.forward(cuda_backend))
+    assert all(torch.equal(x, y) for other in results for x, y in zip(other, results[0], strict=True))
+    assert all(x.isfinite().all() for x in results[0])
+
+
+@VARIANTS
+@pytest.mark.parametrize("shared", ["none", "some"])
+def test_matrices_that_do_not_fit_are_read_where_they_are(shared, variant, emulator):
+    case = Case(3, (33, 40, 18), n_steps=1)
+    emulator.set(variant, team=2, rows=4)
+    compare(case)
+    assert emulator.library.matrices_in_shared() == 3
+    everything, K = emulator.library.emulated_shared(), 18 * 40 * 4
+    emulator.set(variant, team=2, rows=4, shared=everything - (K if shared == "some" else K + (20 * 40 + 10 * 40) * 4))
+    compare(case)
+    assert emulator.library.matrices_in_shared() == (2 if shared == "some" else 0)
+
+
+@VARIANTS
+def test_eight_layers(variant, emulator):
+    emulator.set(variant, team=3, rows=2)
+    compare(Case(3, (9, 8, 7, 6, 5, 4, 3, 2), n_steps=1), "store", every_state=True, with_energy=True)
+
+
+@pytest.mark.parametrize(("variant", "threads", "rows"), [(CLUSTER, 256, 1), (CLUSTER, 256, 8), (GRID, 256, 2)])
+def test_blocks_as_large_as_on_the_gpu(variant, threads, rows, emulator):
+    emulator.set(variant, team=2, rows=rows, threads=threads)
+    compare(Case(rows, (130, 70), n_steps=1), "store", every_state=True, with_energy=True)
+
+
+@VARIANTS
+@pytest.mark.parametrize("how", ["weights", "medium"])
+def test_bfloat16_weights(how, variant, emulator):
+    """Weights and K are rounded once; nothing else is."""
+    case = Case(3, (33, 20, 18), n_steps=2).to(torch.float32)
+    case.K = case.K.bfloat16().float()
+    rounded = [w.bfloat16() for w in case.tail.weights]
+    case.tail = case.tail._replace(weights=[*rounded[:-1], case.tail.weights[-1].bfloat16()])
+    case.tail = case.tail._replace(weights=[w.float() for w in case.tail.weights])
+    expected = case.to(torch.float64).forward(torch_backend)
+    if how == "medium":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        biases = [b.bfloat16() for b in case.tail.biases]
+        exact = case.to(torch.float64)
+        exact.tail = exact.tail._replace(biases=[b.double() for b in biases])
+        expected = exact.forward(torch_backend)
+        case.tail = case.tail._replace(weights=rounded, biases=biases)
+    emulator.set(variant, team=3, rows=4)
+    assert error(case.forward(cuda_backend), expected) < 3e-6
+
+
+@pytest.mark.parametrize("activation", [*map(Activation, NAMES), Activation("softplus", 2.5, 3.0)], ids=str)
+def test_activations(activation, emulator):
+    """The network F(a) = s(a) with K = 0 at numbers small, large and in between: s is its energy, s' moves sq."""
+    emulator.set(CLUSTER, team=1, rows=8, threads=32)
+    numbers = [0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.34, 0.35, 1.0, 2.9, 7.0, 19.9, 20.1, 30.0, 90.0]
+    a = torch.tensor([*numbers, *(-x for x in numbers)])
+    case = Case(len(a), (1,), activation, "euler", n_steps=1).to(torch.float32)
+    case.a, case.K, case.dt = a[:, None], torch.zeros(1, 1), torch.ones(1, 1)
+    case.tail = case.tail._replace(weights=[torch.ones(1, 1)], biases=[torch.zeros(1)])
+    out = case.forward(cuda_backend)
+    eps = torch.finfo(torch.float32).eps
+    for found, exact in zip((out[3][:, 0], out[1][:, 0, 0]), activation.derivatives(a.double()), strict=False):
+        torch.testing.assert_close(found.double(), exact, rtol=32 * eps, atol=32 * eps)
+    if activation.name in ("softplus", "tanh", "silu", "sin") and activation.beta == 1:
+        torch.testing.assert_close(out[3][:, 0].double(), activation(a.double()), rtol=16 * eps, atol=1e-36)
+
+
+@VARIANTS
+def test_not_a_number_stays_in_its_row(variant, emulator):
+    emulator.set(variant, team=3, rows=4)
+    case = Case(6, (20, 17, 11), n_steps=2).to(torch.float32)
+    clean = case.forward(cuda_backend)
+    case.a[1, 3] = float("nan")
+    out = case.forward(cuda_backend)
+    others = [0, 2, 3, 4, 5]
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(out, clean, strict=True))
+    assert out[0][1].isnan().all()
+
+
+def test_operands_of_any_layout(emulator):
+    """Transposed, at odd addresses and with gaps."""
+    emulator.set(CLUSTER, team=2, rows=2)
+    case = Case(2, (16, 24), n_steps=1).to(torch.float32)
+    expected = case.forward(cuda_backend)
+    case.K = case.K.T.contiguous().T
+    case.a = torch.cat((case.a, case.a), dim=1)[:, :16]
+    odd = torch.empty(24 * 16 + 1)[1:].view(24, 16)
+    odd.copy_(case.tail.weights[0])
+    case.tail = case.tail._replace(weights=[odd, case.tail.weights[1]])
+    assert all(torch.equal(x, y) for x, y in zip(case.forward(cuda_backend), expected, strict=True))
+
+
+def test_what_it_does_not_do_is_another_backends(emulator, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_operator", lambda: pytest.fail("the kernel was asked for"))
+    single = torch.float32
+    cases = [Case(2, (5, 4), scheme="implicit-midpoint").to(single), Case(65, (5, 4)).to(single), Case(2, (4,) * 9).to(single)]
+    cases += [Case(2, (5, 4)), Case(2, (5, 4), n_steps=1).to(single)]
+    cases[-1].a, cases[-1].dt = cases[-1].a[:0], cases[-1].dt[:0]
+    for case in cases:
+        found, expected = case.forward(cuda_backend), case.forward(torch_backend)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_launch_that_cannot_be_is_an_error(emulator):
+    emulator.set(CLUSTER, team=2, rows=4, shared=1000)
+    with pytest.raises(RuntimeError, match="too little shared memory"):
+        Case(2, (33, 40)).to(torch.float32).forward(cuda_backend)
+
+
+@VARIANTS
+@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
+def test_through_the_operators(memory, variant, emulator):
+    """Forward by the kernel, back from its tape by another backend."""
+    emulator.set(variant, team=2, rows=4)
+    hnn, z0 = make_hnn(6, (5, 4)).float(), make_states(3, 6).float().requires_grad_()
+    dt = torch.full((5,), 0.3, requires_grad=True)
+    expected = gradients(hnn.double(), z0.double().detach().requires_grad_(), dt.double().detach().requires_grad_(), 5)
+    found = gradients(hnn.float(), z0, dt, 5, backend="cuda", memory=memory)
+    assert_all_close([x.double() for x in found], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backend_is_listed_and_what_it_lacks_is_named():
+    state = hf.backends()["cuda"]
+    if state == "available":
+        pytest.skip("the extension and a CUDA device are there, nothing is missing")
+    assert "CUDA" in state
+    hnn = hf.LatentHNN(4, (3,))
+    with pytest.raises(RuntimeError, match="CUDA backend"):
+        hf.rollout(hnn, torch.zeros(2, 4), 0.1, 1, backend="cuda")
+
+
+@pytest.mark.parametrize("extension", [False, True])
+@pytest.mark.parametrize("triton", [False, True])
+def test_auto_takes_it_for_few_samples(triton, extension, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "available", lambda: extension)
+    monkeypatch.setattr(triton_backend, "available", lambda: triton)
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def __init__(self, *shape: int) -> None:
+            self.shape = shape
+
+    rest = "triton" if triton else "torch"
+    assert choose_backend("auto", OnGpu(64, 8)) == ("cuda" if extension else rest)
+    assert choose_backend("auto", OnGpu(65, 8)) == rest
+    assert choose_backend("auto", torch.zeros(1, 8)) == ("cpp" if cpp.available() else "torch")
