@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import hjepa_fast as hf
 from hjepa_fast import api
+from hjepa_fast.backends import cuda
 from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
 from .cases import Case
@@ -387,6 +388,8 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
                 api.choose_backend(backend, torch.empty(0, device=device))
         except RuntimeError as error:
             state = str(error)
+        if backend == "cuda" and case.batch > cuda.MOST_SAMPLES:
+            state = f"leaves batches of more than {cuda.MOST_SAMPLES} to another backend"
         if state != "available":
             left_out[backend] = state
             continue

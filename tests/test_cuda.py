@@ -281,3 +281,182 @@ def test_auto_takes_it_for_few_samples(triton, extension, monkeypatch):
     assert choose_backend("auto", OnGpu(64, 8)) == ("cuda" if extension else rest)
     assert choose_backend("auto", OnGpu(65, 8)) == rest
     assert choose_backend("auto", torch.zeros(1, 8)) == ("cpp" if cpp.available() else "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_papers_network_fits_a_cluster_of_16(dtype, emulator):
+    """With eight samples a cluster, in the shared memory of Hopper and Blackwell; bfloat16 in one of 8 blocks."""
+    case = Case(2, PAPER, n_steps=1).to(torch.float32)
+    case.tail = case.tail._replace(weights=[w.to(dtype) for w in case.tail.weights])
+    emulator.set(CLUSTER, team=16 if dtype == torch.float32 else 8, rows=8, threads=256)
+    case.forward(cuda_backend, "none")
+    assert emulator.library.matrices_in_shared() == 3
+
+
+TARGETS = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100"}
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc")
+    if not found:
+        pytest.skip("needs nvcc")
+    return found
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_compiles_for_gpus_that_are_not_here(gpu, tmp_path):
+    """No register is spilled, the block's 256 threads get all that they use, and the variants talk as they should."""
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    target = f"-gencode=arch=compute_{gpu},code={TARGETS[gpu]}"
+    options = [target, "-Xptxas", "-v", "--keep", "--keep-dir", str(tmp_path)]
+    file = tmp_path / "object.o"
+    command = ["nvcc", "-std=c++20", "-O3", *options, "-c", str(SOURCES / "kernels.cu"), "-o", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        done.stdout + done.stderr,
+        re.S,
+    )
+    assert len(kernels) == 16, done.stderr[-3000:]
+    for name, stack, *spilled, registers in kernels:
+        assert spilled == ["0", "0"], name
+        # the bits of 2 / pi that the sine of a large number needs
+        assert int(stack) <= 32, name
+        assert int(registers) <= 224, name
+    check_ptx(next(tmp_path.glob("kernels*.ptx")).read_text(), has_clusters=gpu != "80")
+    assert gpu == "80" or "UCGABAR_ARV" in disassembled(file), "no barrier of a cluster"
+
+
+def check_ptx(ptx: str, has_clusters: bool) -> None:
+    entries = re.split(r"(?=\.visible \.entry)", ptx)[1:]
+    assert len(entries) == 16
+    for entry in entries:
+        name = re.search(r"\.entry (\w+)", entry)[1]
+        cluster = "ELb1E" in name
+        assert ("st.release.gpu" in entry) != cluster, name
+        for instruction in ("barrier.cluster.arrive", "barrier.cluster.wait", "mapa.shared::cluster", "st.shared::cluster"):
+            assert (instruction in entry) == (cluster and has_clusters), f"{instruction} in {name}"
+        assert not re.search(r"\b(atom|red)\.", entry), "sums depend on who comes first"
+
+
+def disassembled(file: Path) -> str:
+    triton = pytest.importorskip("triton", reason="brings cuobjdump along")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--name"]
+    environment = {**os.environ, "HJEPA_FAST_BUILD": "0", **environment}
+    return subprocess.run(command, cwd=SOURCES.parent.parent, env=environment, capture_output=True, text=True)
+
+
+def test_the_build_says_what_it_leaves_out():
+    done = setup(HJEPA_FAST_BUILD_CUDA="0")
+    assert done.returncode == 0
+    assert "without the CUDA backend: HJEPA_FAST_BUILD_CUDA=0" in done.stderr
+    if not torch.version.cuda:
+        done = setup(HJEPA_FAST_BUILD_CUDA="")
+        assert done.returncode == 0
+        assert "without the CUDA backend: PyTorch is for the CPU here" in done.stderr
+        done = setup(HJEPA_FAST_BUILD_CUDA="1")
+        assert done.returncode != 0
+        assert "no CUDA backend: PyTorch is for the CPU here" in done.stderr
+
+
+def to_gpu(case: Case) -> Case:
+    return case.to(torch.float32).to("cuda")
+
+
+def on_variants(monkeypatch, variant: int, team: int, rows: int) -> None:
+    for name, value in (("variant", variant), ("team", team), ("rows", rows)):
+        monkeypatch.setattr(cuda_backend, name, value)
+
+
+def skip_without(variant: int) -> None:
+    if variant == CLUSTER and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the device has no clusters")
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 5, 64])
+@pytest.mark.parametrize("widths", [*WIDTHS, PAPER, (1024, 1024, 1024)], ids=str)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_equals_torch_on_a_gpu(precision, widths, batch):
+    """As the device chooses; forward and, from its tape, back."""
+    torch.set_float32_matmul_precision(precision)
+    case = Case(batch, widths, n_steps=2)
+    exact, mine = case.to(torch.float32).to(torch.float64).to("cuda"), to_gpu(case)
+    tolerance = 3e-6 if precision == "highest" else 3e-2
+    expected, found = exact.forward(torch_backend), mine.forward(cuda_backend)
+    assert error([x.cpu() for x in found], [x.cpu() for x in expected]) < tolerance
+    expected, found = exact.backward(torch_backend, expected[-1]), mine.backward(cuda_backend, found[-1])
+    assert error([x.cpu() for x in found], [x.cpu() for x in expected]) < 10 * tolerance
+
+
+@on_gpu
+@VARIANTS
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("team", [1, 2, 8, 16])
+def test_every_variant_on_a_gpu(team, rows, variant, monkeypatch):
+    skip_without(variant)
+    on_variants(monkeypatch, variant, team, rows)
+    case = Case(2 * rows + 1, (130, 70, 40), scheme="many", n_steps=2)
+    expected, found = case.to(torch.float32).to(torch.float64).forward(torch_backend), to_gpu(case).forward(cuda_backend)
+    assert error([x.cpu() for x in found], expected) < 3e-6
+    again = to_gpu(case).forward(cuda_backend)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+@on_gpu
+@VARIANTS
+def test_captured_in_a_cuda_graph(variant, monkeypatch):
+    """Replays follow what is in the inputs by then."""
+    skip_without(variant)
+    on_variants(monkeypatch, variant, 8, 2)
+    case = to_gpu(Case(3, (130, 70, 40)))
+    case.forward(cuda_backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case.forward(cuda_backend)
+    for _ in range(2):
+        case.a.copy_(torch.randn_like(case.a))
+        case.K.mul_(0.9)
+        case.dt.mul_(1.1)
+        expected = case.forward(cuda_backend)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@on_gpu
+def test_a_launch_that_the_device_refuses_is_an_error(monkeypatch):
+    on_variants(monkeypatch, GRID, 10**4, 1)
+    with pytest.raises(RuntimeError, match="teams? of 10000 blocks|cannot run this rollout"):
+        to_gpu(Case(1, (33, 20))).forward(cuda_backend)
+
+
+SANITIZED = """
+import torch
+from hjepa_fast.backends import cuda
+from test_cpp import Case
+for cuda.variant in (1, 2) if torch.cuda.get_device_capability()[0] >= 9 else (2,):
+    cuda.team, cuda.rows = 4, 2
+    Case(5, (33, 20, 18), scheme="many", n_steps=1).to(torch.float32).to("cuda").forward(cuda)
+torch.cuda.synchronize()
+"""
+
+
+@on_gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_is_clean_under_the_sanitizer(tool):
+    root = SOURCES.parent.parent
+    path = os.pathsep.join((str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")))
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -23,7 +23,7 @@ HJEPA_DEVICE float* shared_memory() {
 // Every thread of every block of the cluster comes here; what was written before, also to other blocks, can be read after.
 HJEPA_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -32,7 +32,7 @@ HJEPA_DEVICE float4 load4(const bf16_t* x) {
 }
 
 // s(a) and s'(a) (Python: activations.py); not inlined because it is called in five places.
-HJEPA_FUNCTION float2 activate(const Activation& s, float a) {
+HJEPA_FUNCTION float2 activate(Activation s, float a) {
   switch (s.kind) {
     case SOFTPLUS: {
       const float x = s.beta * a, u = expf(-fabsf(x)), r = 1.0f / (1.0f + u);

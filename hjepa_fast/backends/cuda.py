@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +165,4 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `backends.torch.backward`; Triton's or the PyTorch loop's, from this backend's tape or their own."""
     require(la)
-    result: tuple[Any, ...] = _other().backward(
-        la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver
-    )
-    return result  # type: ignore[return-value]
+    return _other().backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
