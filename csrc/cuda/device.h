@@ -52,6 +52,8 @@ HJEPA_DEVICE float4 load_shared_out(const float4* at) { return __ldcg(at); }
 template <class V>
 HJEPA_DEVICE void store_shared_out(V* at, V v) { __stcg(at, v); }
 
+HJEPA_DEVICE void prefetch(const float* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+
 HJEPA_DEVICE void publish(int* flag, int value) {
   __threadfence();
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");

@@ -4,7 +4,8 @@
 
 #include <string>
 
-#include "rollout.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace hjepa_fast::cuda {
 namespace {
@@ -17,23 +18,20 @@ struct {
   std::size_t shared = 0, in_shared = 0;  // of the last launch: bytes a block, and matrices in them
 } settings;
 
+template <class W, int R, class Team>
+void run_block(const Problem& p) {
+  p.back ? Backward<W, R, Team>(p).run() : Forward<W, R, Team>(p).run();
+}
+
 template <class W, int R>
 void run(const Problem& p, bool cluster) {
-  const int blocks = p.n_teams * p.team, n = settings.n_threads;
-  if (cluster)
-    emulated::run(blocks, n, p.team, p.shared_size, settings.order, [&] { Rollout<W, R, Cluster>(p).run(); });
-  else
-    emulated::run(blocks, n, 1, p.shared_size, settings.order, [&] { Rollout<W, R, Grid>(p).run(); });
+  emulated::run(p.n_teams * p.team, settings.n_threads, cluster ? p.team : 1, p.shared_size, settings.order,
+                [&] { (cluster ? run_block<W, R, Cluster> : run_block<W, R, Grid>)(p); });
 }
 
 template <class W>
 void run(const Problem& p, bool cluster) {
-  switch (p.rows) {
-    case 1: return run<W, 1>(p, cluster);
-    case 2: return run<W, 2>(p, cluster);
-    case 4: return run<W, 4>(p, cluster);
-    default: return run<W, 8>(p, cluster);
-  }
+  (p.rows == 1 ? run<W, 1> : p.rows == 4 ? run<W, 4> : run<W, 8>)(p, cluster);
 }
 
 }  // namespace

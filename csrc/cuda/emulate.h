@@ -178,6 +178,8 @@ void store_shared_out(V* at, V v) {
   std::memcpy(at, &v, sizeof v);
 }
 
+inline void prefetch(const float*) {}
+
 inline void publish(int* flag, int value) { *flag = value; }
 inline void await(const int* flag, int value) { emulated::wait_until(flag, value); }
 

@@ -8,41 +8,40 @@
 #include <string>
 #include <tuple>
 
+#include "backward.h"
+#include "forward.h"
 #include "kernels.h"
-#include "rollout.h"
 
 namespace hjepa_fast::cuda {
 
-template <class W, int R, bool CLUSTER>
-__global__ void __launch_bounds__(MAX_THREADS, 1) rollout(const __grid_constant__ Problem p) {
-  if constexpr (!CLUSTER) {
-    Rollout<W, R, Grid>(p).run();
-  } else {
-#if __CUDA_ARCH__ >= 900
-    Rollout<W, R, Cluster>(p).run();
-#else
+template <class Loop>
+__global__ void __launch_bounds__(MAX_THREADS, 1) run(const __grid_constant__ Problem p) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (Loop::CLUSTER) {
     __trap();  // never launched: such a device has no clusters
+    return;
+  } else
 #endif
-  }
+    Loop(p).run();
 }
 
 namespace {
 
 using Kernel = void (*)(Problem);
 
-template <class W, bool CLUSTER>
+template <template <class, int, class> class Loop, class W, class Team>
 Kernel kernel_of(int rows) {
-  switch (rows) {
-    case 1: return rollout<W, 1, CLUSTER>;
-    case 2: return rollout<W, 2, CLUSTER>;
-    case 4: return rollout<W, 4, CLUSTER>;
-    default: return rollout<W, 8, CLUSTER>;
-  }
+  return rows == 1 ? run<Loop<W, 1, Team>> : rows == 4 ? run<Loop<W, 4, Team>> : run<Loop<W, 8, Team>>;
 }
 
-Kernel kernel_of(bool bf16, int rows, bool cluster) {
-  if (bf16) return cluster ? kernel_of<bf16_t, true>(rows) : kernel_of<bf16_t, false>(rows);
-  return cluster ? kernel_of<float, true>(rows) : kernel_of<float, false>(rows);
+template <template <class, int, class> class Loop>
+Kernel kernel_of(int rows, bool bf16, bool cluster) {
+  if (bf16) return cluster ? kernel_of<Loop, bf16_t, Cluster>(rows) : kernel_of<Loop, bf16_t, Grid>(rows);
+  return cluster ? kernel_of<Loop, float, Cluster>(rows) : kernel_of<Loop, float, Grid>(rows);
+}
+
+Kernel kernel_of(const Problem& p, bool bf16, bool cluster) {
+  return p.back ? kernel_of<Backward>(p.rows, bf16, cluster) : kernel_of<Forward>(p.rows, bf16, cluster);
 }
 
 std::string asked(const Problem& p, bool bf16, bool cluster) {
@@ -109,11 +108,11 @@ cudaError_t prepare(Kernel kernel, const Problem& p, bool cluster) {
 // How many of p's clusters the device runs at the same time; 0 where it knows no such cluster.
 int most_clusters(const Problem& p, bool bf16, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, bool, int, int, int>, int> known;
+  static std::map<std::tuple<int, bool, bool, int, int, int>, int> known;
   const std::lock_guard lock(mutex);
-  const auto key = std::make_tuple(device, bf16, p.rows, p.team, p.shared_size);
+  const auto key = std::make_tuple(device, p.back, bf16, p.rows, p.team, p.shared_size);
   if (const auto at = known.find(key); at != known.end()) return at->second;
-  const Kernel kernel = kernel_of(bf16, p.rows, true);
+  const Kernel kernel = kernel_of(p, bf16, true);
   int n = 0;
   const Launch launch(p, true, nullptr);
   if (prepare(kernel, p, true) != cudaSuccess ||
@@ -123,6 +122,10 @@ int most_clusters(const Problem& p, bool bf16, int device) {
   }
   return known[key] = n;
 }
+
+// 1, 4 or 8 samples are taken together: with 2 a team would be done hardly earlier than with 4.
+int more(int rows) { return rows == 1 ? 4 : 2 * rows; }
+int fewer(int rows) { return rows == 8 ? 4 : rows / 4; }
 
 int teams_of(int B, int rows) { return (B + rows - 1) / rows; }
 
@@ -138,7 +141,7 @@ bool choose_clusters(Problem& p, bool bf16, const Wish& wish, const Device& d) {
   for (int team = wish.team ? wish.team : largest; team; team = wish.team ? 0 : team / 2) {
     int rows = 0;
     // the fewest samples with which all clusters run at once, or as many as there is room for
-    for (int r = wish.rows ? wish.rows : 1; r <= (wish.rows ? wish.rows : MOST_ROWS); r *= 2) {
+    for (int r = wish.rows ? wish.rows : 1; r <= (wish.rows ? wish.rows : MOST_ROWS); r = more(r)) {
       if (!lay_out(p, r, team, teams_of(p.B, r), MAX_THREADS, true, bf16 ? 2 : 4, d.most_shared)) break;
       const int n = most_clusters(p, bf16, d.id);
       if (n) rows = r;
@@ -156,8 +159,8 @@ bool choose_grid(Problem& p, bool bf16, const Wish& wish, const Device& d) {
   if (!d.cooperative) return false;
   const int most_teams = std::max(1, d.multiprocessors / FEWEST_BLOCKS);
   int rows = wish.rows ? wish.rows : 1;
-  while (!wish.rows && rows < MOST_ROWS && teams_of(p.B, rows) > most_teams) rows *= 2;
-  for (; rows; rows = wish.rows ? 0 : rows / 2) {
+  while (!wish.rows && rows < MOST_ROWS && teams_of(p.B, rows) > most_teams) rows = more(rows);
+  for (; rows; rows = wish.rows ? 0 : fewer(rows)) {
     const int n_teams = std::min(teams_of(p.B, rows), wish.team ? std::max(1, d.multiprocessors / wish.team) : most_teams);
     const int team = wish.team ? wish.team : std::min({d.multiprocessors / n_teams, MAX_THREADS, most_blocks(p, 4)});
     if (lay_out(p, rows, team, n_teams, MAX_THREADS, false, bf16 ? 2 : 4, d.most_shared)) return true;
@@ -179,7 +182,7 @@ bool choose(Problem& p, bool bf16, const Wish& wish) {
 }
 
 void launch(const Problem& p, bool bf16, bool cluster, void* stream) {
-  const Kernel kernel = kernel_of(bf16, p.rows, cluster);
+  const Kernel kernel = kernel_of(p, bf16, cluster);
   const Launch launch(p, cluster, static_cast<cudaStream_t>(stream));
   check(prepare(kernel, p, cluster), asked(p, bf16, cluster));
   check(cudaLaunchKernelEx(&launch.config, kernel, p), asked(p, bf16, cluster));

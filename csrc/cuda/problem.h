@@ -47,6 +47,18 @@ struct Problem {
   const float* a;     // [B, h]
   float *end, *sq, *sp, *energy, *tape;  // [B, h], [B, n_steps or 1, h] twice, [B, n_steps] or null, [B, n_steps, n_sub, *]
 
+  // back: cotangents [B, h] in and out, of dt [B, n_steps] out, of sq and sp after every step [B, n_steps, h] and of the
+  // energies [B, n_steps], or null; steps begin_step..end_step-1, the last one first, from a tape that starts at tape_begin
+  bool back;
+  float *la, *lsq, *lsp, *gdt;
+  const float *gsq, *gsp, *gE;
+  i64 begin_step, end_step, tape_begin, tape_steps;
+  // [n_sub, steps, B, factors_width], or null: side by side la, dt delta, the output weights' gradient; of every layer but the
+  // last z and zd; of every one but the first e and r
+  float* factors;
+  int factors_width, step_factor, top_factor, z_factor[MAX_LAYERS], zd_factor[MAX_LAYERS], e_factor[MAX_LAYERS],
+      r_factor[MAX_LAYERS];
+
   // how it is shared out
   int rows, team, n_teams;
   int share[MAX_LAYERS];  // features of a block, even
@@ -54,12 +66,13 @@ struct Problem {
   int a_on_tape[MAX_LAYERS], g_on_tape[MAX_LAYERS], bias[MAX_LAYERS], out;  // places in the tape and in `vectors`
   // a buffer of the exchange, in floats: what blocks send each other between two barriers. Twice in each block's shared
   // memory; or, of a team on a grid, one for every block and one for all, and these twice, in `exchange`
-  int buffer_size, energy_at;
+  int buffer_size, sums_at;
   float* exchange;
   int* flags;  // [n_teams, team]: how often a block has come to the barrier
   // places in shared memory, in floats
   int matrix_at[MAX_LAYERS];  // -1: read from global memory
   int bias_at[MAX_LAYERS], slope_at[MAX_LAYERS], out_at, a_at, sq_at, sp_at, e_at, wz_at, buffer_at, shared_size;
+  int curve_at[MAX_LAYERS], u_at, udelta_at;  // back; there a, sq, sp are la, lsq, lsp
 
   HJEPA_BOTH int columns(int j) const { return width[j < L - 1 ? j : 0]; }
   // the layer whose features are the rows of matrix j
@@ -94,8 +107,24 @@ inline bool lay_out(Problem& p, int rows, int team, int n_teams, int n_threads, 
   }
   p.bias[0] = vectors;  // of H
   p.out = vectors + 1;
-  p.energy_at = std::max(rows * widest, received);
-  p.buffer_size = p.energy_at + (team * rows + 3) / 4 * 4;
+  int factors = 0;
+  const auto factor = [&](int l) {
+    const int at = factors;
+    factors += p.width[l];
+    return at;
+  };
+  factor(0);
+  p.step_factor = factor(0);
+  p.top_factor = factor(p.L - 1);
+  for (int l = 0; l + 1 < p.L; ++l) {
+    p.z_factor[l] = factor(l);
+    p.zd_factor[l] = factor(l);
+    p.e_factor[l + 1] = factor(l + 1);
+    p.r_factor[l + 1] = factor(l + 1);
+  }
+  p.factors_width = factors;
+  p.sums_at = std::max(rows * widest, received);
+  p.buffer_size = p.sums_at + (team * rows + 3) / 4 * 4;
 
   int used = 0;
   const auto take = [&](int n) {
@@ -112,6 +141,11 @@ inline bool lay_out(Problem& p, int rows, int team, int n_teams, int n_threads, 
   p.sp_at = take(p.share[0] * rows);
   p.e_at = take(most * rows);
   p.wz_at = take(last * rows);
+  if (p.back) {
+    for (int l = 0; l < p.L; ++l) p.curve_at[l] = take(p.share[l] * rows);
+    p.u_at = take(p.share[0] * rows);
+    p.udelta_at = take(p.share[0] * rows);
+  }
   p.buffer_at = take(cluster ? 2 * p.buffer_size : rows * widest);
   if (used * sizeof(float) > most_shared) return false;
   for (int j = 0; j < p.L; ++j) {

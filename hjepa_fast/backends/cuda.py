@@ -1,9 +1,8 @@
-"""The hidden-space loop for few samples on NVIDIA GPUs: a rollout is one launch of a CUDA C++ kernel (see `csrc/cuda`).
+"""The hidden-space loop for few samples on NVIDIA GPUs: a rollout is one launch each way of a CUDA C++ kernel (`csrc/cuda`).
 
 A team of blocks holds K and F's weights in its shared memory and goes through all steps together: a cluster where the chip
-has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. What the kernel does not
-do (the way back, many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where
-Triton is missing.
+has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. What the kernels do not
+do (many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where Triton is missing.
 
 The extension is optional; `available()` and `why_not()` tell whether it is there. Nothing waits for the device, and a call can
 be captured in a CUDA graph.
@@ -11,9 +10,10 @@ be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..schemes import SubStep
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .torch import Gradients, Rolled, Solver, Tail, tape_width
+from .torch import Gradients, Rolled, Solver, Tail, evaluate, tape_width
 
 product = torch_backend.product
 
@@ -34,10 +34,14 @@ MOST_SAMPLES = 64
 """With more, the matrix units that Triton uses win over shared memory."""
 _WIDEST = 4096
 
-# For tests: 1 clusters, 2 a grid; blocks of a team; samples that a team takes at a time; 0: by what the device has.
+_BOUND = 2**31
+"""Bytes of the factors of the weights' gradients, and of restored layer values, that are held at a time."""
+
+# For tests: 1 clusters, 2 a grid; blocks of a team; samples that a team takes at a time; 0: by what the device has. The bound.
 variant = 0
 team = 0
 rows = 0
+bound = _BOUND
 
 
 def _load() -> str:
@@ -77,9 +81,8 @@ def require(a: Tensor) -> None:
         raise RuntimeError(f"hjepa_fast: the CUDA backend runs on a CUDA device; the tensors are on {a.device}")
 
 
-def _operator() -> Callable[..., None]:
-    operator: Callable[..., None] = torch.ops.hjepa_fast_cuda.forward
-    return operator
+def _operators() -> Any:
+    return torch.ops.hjepa_fast_cuda
 
 
 def _other() -> ModuleType:
@@ -100,6 +103,24 @@ def _matrix(W: Tensor, dtype: torch.dtype) -> Tensor:
     if missing:
         return F.pad(W, (0, missing))
     return W.contiguous() if W.data_ptr() % 16 == 0 else W.clone(memory_format=torch.contiguous_format)
+
+
+def _common(K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep]) -> tuple[Any, ...]:
+    """What both operators take last."""
+    low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    dtype = torch.bfloat16 if low else torch.float32
+    return (
+        [_matrix(W, dtype) for W in (*tail.weights[:-1], K)],
+        torch.cat((*tail.biases, tail.weights[-1][0])).float(),
+        dt.contiguous(),
+        [c for stage in scheme for c in (stage.kick, stage.drift)],
+        tail.widths,
+        _KINDS[tail.activation.name],
+        *tail.activation[1:],
+        variant,
+        team,
+        rows,
+    )
 
 
 def forward(
@@ -128,21 +149,12 @@ def forward(
     if _delegated(a, tail, scheme, n_steps):
         return _other().forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
     batch, h = a.shape
-    low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    dtype = torch.bfloat16 if low else torch.float32
     sq = a.new_empty(batch, n_steps if every_state else 1, h)
     sp, end = torch.empty_like(sq), a.new_empty(batch, h)
     energy = a.new_empty(batch, n_steps if with_energy else 0)
     tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
     with torch.cuda.device_of(a):
-        _operator()(
-            end, sq, sp, energy, tape, a.contiguous(),
-            [_matrix(W, dtype) for W in (*tail.weights[:-1], K)],
-            torch.cat((*tail.biases, tail.weights[-1][0])).float(),
-            dt.contiguous(),
-            [c for stage in scheme for c in (stage.kick, stage.drift)],
-            tail.widths, _KINDS[tail.activation.name], *tail.activation[1:], variant, team, rows,
-        )  # fmt: skip
+        _operators().forward(end, sq, sp, energy, tape, a.contiguous(), *_common(K, tail, dt, scheme))
     none = a.new_empty(batch, 0)
     return Rolled(end, sq, sp, energy, tape, none, none.int())
 
@@ -163,6 +175,63 @@ def backward(
     sums: Gradients | None,
     solver: Solver,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `backends.torch.backward`; Triton's or the PyTorch loop's, from this backend's tape or their own."""
+    """As `backends.torch.backward`; `sums` is in la's dtype. Precision and errors as in `forward`; the weights' gradients are
+    float32 products.
+    """
     require(la)
-    return _other().backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
+    n_steps, n_sub, widths = tape.shape[1], len(scheme), tail.widths
+    if _delegated(la, tail, scheme, n_steps):
+        return _other().backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
+    batch, none = la.shape[0], la.new_empty(0)
+    if gsq.shape[1] < n_steps:
+        lsq, lsp, gsq, gsp = lsq + gsq[:, -1], lsp + gsp[:, -1], none, none
+    la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
+    gdt = la.new_empty(batch, n_steps)
+    gsq, gsp, gE_, tape = (x.contiguous() for x in (gsq, gsp, none if gE is None else gE, tape))
+    restored = memory == "recompute" and len(widths) > 1
+    exact, common = tail.to(la.dtype), _common(K, tail, dt, scheme)
+    width, places = _factors(widths)
+    step_bytes = la.itemsize * batch * n_sub * ((width if sums is not None else 0) + (tape_width(widths, "store") * restored))
+    most_steps = max(1, min(bound // max(step_bytes, 1), n_steps))
+    for end in range(n_steps, 0, -most_steps):
+        begin = max(end - most_steps, 0)
+        saved, saved_begin = tape, 0
+        if restored:
+            point, _, _ = evaluate(exact, tape[:, begin:end].flatten(0, 2))
+            saved, saved_begin = point.tape().unflatten(0, (batch, end - begin, n_sub)), begin
+        factors = la.new_empty(n_sub * (end - begin) * batch if sums is not None else 0, width)
+        with torch.cuda.device_of(la):
+            _operators().backward(
+                la, lsq, lsp, gdt, factors, gsq, gsp, gE_, saved, saved_begin, begin, end, *common
+            )  # fmt: skip
+        if sums is not None:
+            _add_gradients(sums, factors, places, scheme)
+    if sums is not None and gE is not None:
+        sums.biases[-1].add_(gE.sum())
+    return la, lsq, lsp, gdt, la.new_zeros(batch)
+
+
+def _factors(widths: Sequence[int]) -> tuple[int, dict[str, slice]]:
+    """What the kernel leaves side by side for the weights' gradients (csrc/cuda/problem.h): its width, and each one's place."""
+    names = [("la", 0), ("step", 0), ("top", len(widths) - 1)]
+    for j in range(len(widths) - 1):
+        names += [(f"z{j}", j), (f"zd{j}", j), (f"e{j}", j + 1), (f"r{j}", j + 1)]
+    places, width = {}, 0
+    for name, layer in names:
+        places[name] = slice(width, width + widths[layer])
+        width += widths[layer]
+    return width, places
+
+
+def _add_gradients(sums: Gradients, factors: Tensor, places: dict[str, slice], scheme: Sequence[SubStep]) -> None:
+    """dK += drift (dt delta)^T la - kick la^T (dt delta) of every sub-step; dW += e^T zd + r^T z, db += sum r of every layer."""
+    x = {name: factors[:, place] for name, place in places.items()}
+    for stage, la, step in zip(scheme, x["la"].chunk(len(scheme)), x["step"].chunk(len(scheme)), strict=True):
+        if stage.kick:
+            sums.K.addmm_(la.T, step, alpha=-stage.kick)
+        if stage.drift:
+            sums.K.addmm_(step.T, la, alpha=stage.drift)
+    for j, (weight, bias) in enumerate(zip(sums.weights[:-1], sums.biases[:-1], strict=True)):
+        weight.addmm_(x[f"e{j}"].T, x[f"zd{j}"]).addmm_(x[f"r{j}"].T, x[f"z{j}"])
+        bias.add_(x[f"r{j}"].sum(0))
+    sums.weights[-1].add_(x["top"].sum(0))
