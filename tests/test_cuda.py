@@ -156,6 +156,18 @@ def test_matrices_that_do_not_fit_are_read_where_they_are(shared, variant, emula
     assert emulator.library.matrices_in_shared() == (2 if shared == "some" else 0)
 
 
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_back_a_few_steps_at_a_time(steps, memory, emulator, monkeypatch):
+    case = Case(3, (20, 18, 11), n_steps=3)
+    numbers = 2 * (20 + 18) + 11 if memory == "recompute" else 0
+    monkeypatch.setattr(
+        cuda_backend, "bound", steps * 4 * 3 * len(case.scheme) * (cuda_backend._factors((20, 18, 11))[0] + numbers)
+    )
+    emulator.set(CLUSTER, team=2, rows=4)
+    compare(case, memory, every_state=True, with_energy=True)
+
+
 @VARIANTS
 def test_eight_layers(variant, emulator):
     emulator.set(variant, team=3, rows=4)
@@ -295,8 +307,41 @@ def test_the_papers_network_fits_a_cluster_of_16(dtype, emulator):
     case = Case(2, PAPER, n_steps=1).to(torch.float32)
     case.tail = case.tail._replace(weights=[w.to(dtype) for w in case.tail.weights])
     emulator.set(CLUSTER, team=16 if dtype == torch.float32 else 8, rows=8, threads=256)
-    case.forward(cuda_backend, "none")
+    out = case.forward(cuda_backend)
     assert emulator.library.matrices_in_shared() == 3
+    case.backward(cuda_backend, out[-1])
+    assert emulator.library.matrices_in_shared() == 3
+
+
+HOPPER, AMPERE, GEFORCE = (132, 227 << 10, 16), (108, 163 << 10, 0), (170, 99 << 10, 8)
+
+
+@pytest.mark.parametrize(
+    ("device", "widths", "batch", "bf16", "expected"),
+    [
+        (HOPPER, PAPER, 1, False, (1, 16, 1, 1, 3)),
+        (HOPPER, PAPER, 8, False, (1, 16, 1, 8, 3)),
+        (HOPPER, PAPER, 32, False, (1, 16, 4, 8, 3)),
+        (HOPPER, PAPER, 64, True, (1, 16, 8, 8, 3)),
+        (HOPPER, (1024, 1024, 1024), 1, False, (0, 132, 1, 1, 3)),  # 12 MB: no cluster holds them
+        (HOPPER, (64, 64), 4, False, (1, 4, 1, 4, 2)),
+        (HOPPER, (5,), 1, False, (1, 1, 1, 1, 1)),
+        (AMPERE, PAPER, 1, False, (0, 108, 1, 1, 3)),
+        (AMPERE, PAPER, 64, True, (0, 27, 8, 4, 3)),  # four teams take two turns each
+        (GEFORCE, PAPER, 1, True, (0, 128, 1, 1, 3)),  # 8 blocks hold 0.8 MB
+        (GEFORCE, (64, 64), 1, False, (1, 4, 1, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "back"])
+def test_how_a_rollout_is_shared_out(back, device, widths, batch, bf16, expected, emulator):
+    """Clusters or not, blocks of a team, samples that it takes together, teams, matrices in shared memory."""
+    out = (ctypes.c_int * 5)()
+    multiprocessors, shared, largest = device
+    width = (ctypes.c_int * len(widths))(*widths)
+    emulator.library.chosen_on(
+        multiprocessors, ctypes.c_long(shared), largest, len(widths), width, batch, int(bf16), int(back), out
+    )
+    assert tuple(out) == expected
 
 
 TARGETS = {"80": "sm_80", "90a": "sm_90a", "100": "sm_100"}
@@ -326,7 +371,7 @@ def test_compiles_for_gpus_that_are_not_here(gpu, tmp_path):
         done.stdout + done.stderr,
         re.S,
     )
-    assert len(kernels) == 16, done.stderr[-3000:]
+    assert len(kernels) == 24, done.stderr[-3000:]
     for name, stack, *spilled, registers in kernels:
         assert spilled == ["0", "0"], name
         # the bits of 2 / pi that the sine of a large number needs
@@ -338,10 +383,10 @@ def test_compiles_for_gpus_that_are_not_here(gpu, tmp_path):
 
 def check_ptx(ptx: str, has_clusters: bool) -> None:
     entries = re.split(r"(?=\.visible \.entry)", ptx)[1:]
-    assert len(entries) == 16
+    assert len(entries) == 24
     for entry in entries:
         name = re.search(r"\.entry (\w+)", entry)[1]
-        cluster = "ELb1E" in name
+        cluster = "7Cluster" in name
         assert ("st.release.gpu" in entry) != cluster, name
         for instruction in ("barrier.cluster.arrive", "barrier.cluster.wait", "mapa.shared::cluster", "st.shared::cluster"):
             assert (instruction in entry) == (cluster and has_clusters), f"{instruction} in {name}"

@@ -180,7 +180,6 @@ struct Backward : Blocks<W, R, Team> {
       each(0, [&](int i, int r) {
         if (live(r)) own(i, r, [](float* to, i64 at, float& mine) { to[at] = mine; });
       });
-      sync();
     }
   }
 };

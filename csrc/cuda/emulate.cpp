@@ -5,6 +5,7 @@
 #include <string>
 
 #include "backward.h"
+#include "choose.h"
 #include "forward.h"
 
 namespace hjepa_fast::cuda {
@@ -56,6 +57,24 @@ extern "C" void set_emulated(int n_threads, int n_teams, unsigned order, long mo
 }
 extern "C" long emulated_shared() { return hjepa_fast::cuda::settings.shared; }
 extern "C" long matrices_in_shared() { return hjepa_fast::cuda::settings.in_shared; }
+
+// What would be chosen on a device with `multiprocessors`, `most_shared` bytes and clusters of up to `largest` blocks, to
+// `out`: whether clusters, blocks of a team, samples of one, teams, matrices in shared memory.
+extern "C" void chosen_on(int multiprocessors, long most_shared, int largest, int L, const int* width, int B, int bf16,
+                          int back, int* out) {
+  using namespace hjepa_fast::cuda;
+  Problem p{};
+  p.L = L;
+  p.B = B;
+  p.back = back;
+  std::copy_n(width, L, p.width);
+  const auto clusters = [&](const Problem& p) { return p.team <= largest ? multiprocessors / p.team : 0; };
+  const Device device{multiprocessors, std::size_t(most_shared), true, clusters};
+  const Wish wish{};
+  Chooser chooser(p, bf16, wish, device);
+  out[0] = chooser.choose();
+  out[1] = p.team, out[2] = p.rows, out[3] = p.n_teams, out[4] = int(chooser.in_shared());
+}
 
 // PyTorch for the CPU lacks this
 extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "backward.h"
+#include "choose.h"
 #include "forward.h"
 #include "kernels.h"
 
@@ -54,24 +55,6 @@ void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is reported here and must not be found by whoever asks next
   throw std::runtime_error("hjepa_fast: " + what + ": " + cudaGetErrorString(error));
-}
-
-struct Device {
-  int id, multiprocessors, most_shared;
-  bool clusters, cooperative;
-};
-
-Device device() {
-  Device d;
-  check(cudaGetDevice(&d.id), "no CUDA device");
-  int major, cooperative;
-  check(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, d.id), "number of multiprocessors");
-  check(cudaDeviceGetAttribute(&d.most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.id), "size of shared memory");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d.id), "compute capability");
-  check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, d.id), "cooperative launch");
-  d.clusters = major >= 9;
-  d.cooperative = cooperative;
-  return d;
 }
 
 struct Launch {
@@ -123,62 +106,21 @@ int most_clusters(const Problem& p, bool bf16, int device) {
   return known[key] = n;
 }
 
-// 1, 4 or 8 samples are taken together: with 2 a team would be done hardly earlier than with 4.
-int more(int rows) { return rows == 1 ? 4 : 2 * rows; }
-int fewer(int rows) { return rows == 8 ? 4 : rows / 4; }
-
-int teams_of(int B, int rows) { return (B + rows - 1) / rows; }
-
-// A block needs some features of the widest layer, or the barrier takes longer than what it saves.
-int most_blocks(const Problem& p, int features) {
-  return (*std::max_element(p.width, p.width + p.L) + features - 1) / features;
-}
-
-bool choose_clusters(Problem& p, bool bf16, const Wish& wish, const Device& d) {
-  if (!d.clusters) return false;
-  int largest = 16;
-  while (largest > 1 && largest / 2 >= most_blocks(p, 16)) largest /= 2;
-  for (int team = wish.team ? wish.team : largest; team; team = wish.team ? 0 : team / 2) {
-    int rows = 0;
-    // the fewest samples with which all clusters run at once, or as many as there is room for
-    for (int r = wish.rows ? wish.rows : 1; r <= (wish.rows ? wish.rows : MOST_ROWS); r = more(r)) {
-      if (!lay_out(p, r, team, teams_of(p.B, r), MAX_THREADS, true, bf16 ? 2 : 4, d.most_shared)) break;
-      const int n = most_clusters(p, bf16, d.id);
-      if (n) rows = r;
-      if (n >= p.n_teams) break;
-    }
-    if (rows) return lay_out(p, rows, team, teams_of(p.B, rows), MAX_THREADS, true, bf16 ? 2 : 4, d.most_shared);
-  }
-  return false;
-}
-
-bool everything_fits(const Problem& p) { return *std::min_element(p.matrix_at, p.matrix_at + p.L) >= 0; }
-
-bool choose_grid(Problem& p, bool bf16, const Wish& wish, const Device& d) {
-  constexpr int FEWEST_BLOCKS = 16;
-  if (!d.cooperative) return false;
-  const int most_teams = std::max(1, d.multiprocessors / FEWEST_BLOCKS);
-  int rows = wish.rows ? wish.rows : 1;
-  while (!wish.rows && rows < MOST_ROWS && teams_of(p.B, rows) > most_teams) rows = more(rows);
-  for (; rows; rows = wish.rows ? 0 : fewer(rows)) {
-    const int n_teams = std::min(teams_of(p.B, rows), wish.team ? std::max(1, d.multiprocessors / wish.team) : most_teams);
-    const int team = wish.team ? wish.team : std::min({d.multiprocessors / n_teams, MAX_THREADS, most_blocks(p, 4)});
-    if (lay_out(p, rows, team, n_teams, MAX_THREADS, false, bf16 ? 2 : 4, d.most_shared)) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
 bool choose(Problem& p, bool bf16, const Wish& wish) {
-  const Device d = device();
-  if (wish.variant != 2 && choose_clusters(p, bf16, wish, d) && (wish.variant == 1 || everything_fits(p))) return true;
-  if (wish.variant != 1 && choose_grid(p, bf16, wish, d)) return false;
-  throw std::runtime_error("hjepa_fast: the device cannot run this rollout in one launch: widths up to " +
-                           std::to_string(*std::max_element(p.width, p.width + p.L)) + ", " +
-                           std::to_string(d.most_shared) + " bytes of shared memory a block, " +
-                           (d.clusters ? "clusters, " : "no clusters, ") +
-                           (d.cooperative ? "cooperative launches" : "no cooperative launches"));
+  int id, multiprocessors, most_shared, cooperative, major;
+  check(cudaGetDevice(&id), "no CUDA device");
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, id), "properties of device " + std::to_string(id));
+  };
+  get(multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(cooperative, cudaDevAttrCooperativeLaunch);
+  get(major, cudaDevAttrComputeCapabilityMajor);
+  const auto clusters = [&](const Problem& p) { return major >= 9 ? most_clusters(p, bf16, id) : 0; };
+  const Device device{multiprocessors, std::size_t(most_shared), cooperative != 0, clusters};
+  return Chooser(p, bf16, wish, device).choose();
 }
 
 void launch(const Problem& p, bool bf16, bool cluster, void* stream) {

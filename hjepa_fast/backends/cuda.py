@@ -175,8 +175,8 @@ def backward(
     sums: Gradients | None,
     solver: Solver,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `backends.torch.backward`; `sums` is in la's dtype. Precision and errors as in `forward`; the weights' gradients are
-    float32 products.
+    """As `backends.torch.backward`; `sums` is in la's dtype. Precision and errors as in `forward`; the products that
+    the weights' gradients are come from PyTorch.
     """
     require(la)
     n_steps, n_sub, widths = tape.shape[1], len(scheme), tail.widths
@@ -224,7 +224,7 @@ def _factors(widths: Sequence[int]) -> tuple[int, dict[str, slice]]:
 
 
 def _add_gradients(sums: Gradients, factors: Tensor, places: dict[str, slice], scheme: Sequence[SubStep]) -> None:
-    """dK += drift (dt delta)^T la - kick la^T (dt delta) of every sub-step; dW += e^T zd + r^T z, db += sum r of every layer."""
+    """dK += drift (dt delta)^T la - kick la^T (dt delta) of every sub-step; dW += e^T zd + r^T z, db += sum r of a layer."""
     x = {name: factors[:, place] for name, place in places.items()}
     for stage, la, step in zip(scheme, x["la"].chunk(len(scheme)), x["step"].chunk(len(scheme)), strict=True):
         if stage.kick:
