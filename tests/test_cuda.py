@@ -303,12 +303,13 @@ def test_auto_takes_it_for_few_samples(triton, extension, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_papers_network_fits_a_cluster_of_16(dtype, emulator):
-    """With eight samples a cluster, in the shared memory of Hopper and Blackwell; bfloat16 in one of 8 blocks."""
+    """With eight samples a cluster, in the shared memory of Hopper and Blackwell; bfloat16 forward in one of 8 blocks."""
     case = Case(2, PAPER, n_steps=1).to(torch.float32)
     case.tail = case.tail._replace(weights=[w.to(dtype) for w in case.tail.weights])
     emulator.set(CLUSTER, team=16 if dtype == torch.float32 else 8, rows=8, threads=256)
     out = case.forward(cuda_backend)
     assert emulator.library.matrices_in_shared() == 3
+    emulator.set(CLUSTER, team=16, rows=8, threads=256)
     case.backward(cuda_backend, out[-1])
     assert emulator.library.matrices_in_shared() == 3
 

@@ -13,6 +13,7 @@ struct Backward : Blocks<W, R, Team> {
   using Base::dots;
   using Base::each;
   using Base::first;
+  using Base::fetch_step;
   using Base::first_sample;
   using Base::gather;
   using Base::live;
@@ -21,44 +22,49 @@ struct Backward : Blocks<W, R, Team> {
   using Base::receive;
   using Base::send_sums;
   using Base::shared;
+  using Base::step_place;
   using Base::team;
   using Base::write_sums;
 
   HJEPA_DEVICE explicit Backward(const Problem& p) : Base(p) {}
 
-  // of sub-step `sub` of step t, where feature `at` of a sample's tape or factors is
-  HJEPA_DEVICE const float* tape(int r, i64 t, int sub, int at) const {
-    return p.tape + ((i64(first_sample + r) * p.tape_steps + t - p.tape_begin) * p.n_sub + sub) * p.tape_width + at;
+  int now = 0;  // which of the two copies of the tape is read
+
+  // the tape of a sub-step to shared memory, while there is time; see `fetch_step`
+  HJEPA_DEVICE void fetch_tape(i64 t, int sub, int which) const {
+    for (int l = 0; l < p.L; ++l)
+      each(l, [&](int i, int r) {
+        float* const to = shared + p.tape_at[which] + p.saved_at[l] + i * R + r;
+        if (!live(r)) {
+          to[0] = to[p.share[l] * R] = 0.0f;
+          return;
+        }
+        const i64 at = (i64(first_sample + r) * p.tape_steps + t - p.tape_begin) * p.n_sub + sub;
+        const float* const from = p.tape + at * p.tape_width + first(l) + i;
+        copy_async(to, from + p.a_on_tape[l]);
+        if (l < p.L - 1) copy_async(to + p.share[l] * R, from + p.g_on_tape[l]);
+      });
   }
-  HJEPA_DEVICE float saved(int r, i64 t, int sub, int at) const { return live(r) ? *tape(r, t, sub, at) : 0.0f; }
+  // a and g of layer l, number `at` of this block's own
+  HJEPA_DEVICE float saved_a(int l, int at) const { return shared[p.tape_at[now] + p.saved_at[l] + at]; }
+  HJEPA_DEVICE float saved_g(int l, int at) const {
+    return l < p.L - 1 ? saved_a(l, p.share[l] * R + at) : shared[p.out_at + at / R];
+  }
+
   HJEPA_DEVICE void factor(int r, i64 t, int sub, int at, float v) const {
     if (!p.factors || !live(r)) return;
     p.factors[((sub * (p.end_step - p.begin_step) + t - p.begin_step) * p.B + first_sample + r) * p.factors_width + at] = v;
   }
 
-  // what the sub-step before this one will read, while there is time
-  HJEPA_DEVICE void fetch_ahead(i64 t, int sub) const {
-    if (--sub < 0) sub = p.n_sub - 1, --t;
-    if (t < p.begin_step) return;
-    constexpr int LINE = 32;
-    for (int l = 0; l < p.L; ++l)
-      for (int k = thread(); k < 2 * R; k += n_threads()) {
-        const int r = k / 2, from = k % 2 ? p.g_on_tape[l] : p.a_on_tape[l];
-        if (!live(r) || (k % 2 && l == p.L - 1)) continue;
-        for (int i = 0; i < this->owned(l); i += LINE) prefetch(tape(r, t, sub, from + first(l) + i));
-      }
-  }
-
   HJEPA_DEVICE float energy_cotangent(int r, i64 t, int sub) const {
-    return p.gE && sub == 0 && live(r) ? p.gE[i64(first_sample + r) * p.n_steps + t] : 0.0f;
+    return sub == 0 ? shared[step_place(t) + R + r] : 0.0f;
   }
 
   // u, the cotangent of delta but for dt, is known: the tangent goes up from here
   HJEPA_DEVICE void enter(int i, int r, float u, i64 t, int sub, int part, int parts) const {
     const int at = i * R + r, f = first(0) + i, L = p.L;
-    const float dt = live(r) ? p.dt[i64(first_sample + r) * p.dt_stride + t] : 0.0f, v = dt * u;
-    const Derivatives s = derivatives<true>(p.activation, saved(r, t, sub, p.a_on_tape[0] + f));
-    const float g = L > 1 ? saved(r, t, sub, p.g_on_tape[0] + f) : shared[p.out_at + i];
+    const float dt = shared[step_place(t) + r], v = dt * u, g = saved_g(0, at);
+    const Derivatives s = derivatives<true>(p.activation, saved_a(0, at));
     if (L > 1) this->team.put_all(r * padded(p.width[0]) + f, s.s1 * v, part, parts);
     if (part) return;
     float &la = shared[p.a_at + at], &udelta = shared[p.udelta_at + at];
@@ -82,7 +88,6 @@ struct Backward : Blocks<W, R, Team> {
     const float kick = p.kick[sub], drift = p.drift[sub];
     float *const e = shared + p.e_at, *const la = shared + p.a_at, *const us = shared + p.u_at;
     const auto nothing = [](int, int) { return 0.0f; };
-    fetch_ahead(t, sub);
     if (p.gsq && sub == p.n_sub - 1)
       each(0, [&](int i, int r) {
         if (!live(r)) return;
@@ -90,7 +95,11 @@ struct Backward : Blocks<W, R, Team> {
         shared[p.sq_at + i * R + r] += p.gsq[from];
         shared[p.sp_at + i * R + r] += p.gsp[from];
       });
+    copies_done();
     sync();
+    const int before = sub ? sub - 1 : p.n_sub - 1;
+    if (sub == p.n_sub - 1 && t > p.begin_step) fetch_step(t - 1);
+    if (sub || t > p.begin_step) fetch_tape(sub ? t : t - 1, before, 1 - now);
     if (drift != 0.0f) {
       each(0, [&](int i, int r) { team.put_all(r * padded(p.width[0]) + first(0) + i, la[i * R + r], 0, 1); });
       const auto lsq = [&](int i, int r) { return shared[p.sq_at + i * R + r]; };
@@ -123,8 +132,8 @@ struct Backward : Blocks<W, R, Team> {
       if (sub == 0 && l == 1) write_sums(0.0f, p.gdt, t);
       dots(l - 1, x, nothing, [&](int i, int r, float ad, int part, int parts) {
         const int at = i * R + r, f = first(l) + i;
-        const Derivatives s = derivatives<true>(p.activation, saved(r, t, sub, p.a_on_tape[l] + f));
-        const float g = l < L - 1 ? saved(r, t, sub, p.g_on_tape[l] + f) : shared[p.out_at + i];
+        const Derivatives s = derivatives<true>(p.activation, saved_a(l, at));
+        const float g = saved_g(l, at);
         if (l < L - 1) team.put_all(r * padded(p.width[l]) + f, s.s1 * ad, part, parts);
         if (part) return;
         factor(r, t, sub, p.e_factor[l] + f, g * s.s1);
@@ -157,6 +166,7 @@ struct Backward : Blocks<W, R, Team> {
         }
       });
     }
+    now = 1 - now;
   }
 
   HJEPA_DEVICE void run() {
@@ -164,6 +174,8 @@ struct Backward : Blocks<W, R, Team> {
     team.start();
     for (int group = team.index; group * R < p.B; group += team.count) {
       first_sample = group * R;
+      fetch_step(p.end_step - 1);
+      fetch_tape(p.end_step - 1, p.n_sub - 1, now);
       // la, lsq, lsp and where they are
       const auto own = [&](int i, int r, auto f) {
         const i64 at = i64(first_sample + r) * p.width[0] + first(0) + i;

@@ -232,6 +232,19 @@ struct Blocks {
     for (int at = thread(); at < owned(l) * R; at += n_threads()) f(at / R, at % R);
   }
 
+  // Of step t, to shared memory while there is time: dt, and going back the cotangents of its energies. Every barrier empties
+  // the multiprocessor's cache, so that what is read after one would come from far.
+  HJEPA_DEVICE void fetch_step(i64 t) const {
+    const int r = thread();
+    if (r >= R) return;
+    float* const to = shared + step_place(t) + r;
+    to[0] = to[R] = 0.0f;
+    if (!live(r)) return;
+    copy_async(to, p.dt + i64(first_sample + r) * p.dt_stride + t);
+    if (p.gE) copy_async(to + R, p.gE + i64(first_sample + r) * p.n_steps + t);
+  }
+  HJEPA_DEVICE int step_place(i64 t) const { return p.step_at + int(t & 1) * 2 * R; }
+
   // the sums over this block's features of layer l of `from` [share, R], to the first block
   HJEPA_DEVICE void send_sums(int l, const float* from) const {
     for (int r = thread() / 32; r < R; r += n_threads() / 32) {

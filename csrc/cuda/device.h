@@ -52,7 +52,19 @@ HJEPA_DEVICE float4 load_shared_out(const float4* at) { return __ldcg(at); }
 template <class V>
 HJEPA_DEVICE void store_shared_out(V* at, V v) { __stcg(at, v); }
 
-HJEPA_DEVICE void prefetch(const float* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+// `to` in shared memory; there when this thread's `copies_done` returns, and for others after the next barrier.
+HJEPA_DEVICE void copy_async(float* to, const float* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
+HJEPA_DEVICE void copies_done() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 HJEPA_DEVICE void publish(int* flag, int value) {
   __threadfence();

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define HJEPA_DEVICE inline
@@ -53,6 +54,7 @@ struct Fiber {
   const int* awaited;  // it goes on when this is at least `value`
   int value;
   bool done;
+  std::vector<std::pair<float*, const float*>> copies;
 };
 
 struct Machine {
@@ -178,7 +180,12 @@ void store_shared_out(V* at, V v) {
   std::memcpy(at, &v, sizeof v);
 }
 
-inline void prefetch(const float*) {}
+// what is copied is there at the latest possible moment
+inline void copy_async(float* to, const float* from) { emulated::machine.now->copies.emplace_back(to, from); }
+inline void copies_done() {
+  for (const auto& [to, from] : emulated::machine.now->copies) *to = *from;
+  emulated::machine.now->copies.clear();
+}
 
 inline void publish(int* flag, int value) { *flag = value; }
 inline void await(const int* flag, int value) { emulated::wait_until(flag, value); }

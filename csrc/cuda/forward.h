@@ -12,6 +12,7 @@ struct Forward : Blocks<W, R, Team> {
   using Base::dots;
   using Base::each;
   using Base::first;
+  using Base::fetch_step;
   using Base::first_sample;
   using Base::gather;
   using Base::live;
@@ -20,6 +21,7 @@ struct Forward : Blocks<W, R, Team> {
   using Base::receive;
   using Base::send_sums;
   using Base::shared;
+  using Base::step_place;
   using Base::team;
   using Base::write_sums;
 
@@ -56,6 +58,10 @@ struct Forward : Blocks<W, R, Team> {
     const float kick = p.kick[sub], drift = p.drift[sub];
     const bool with_energy = p.energy && sub == 0;
     float* const e = shared + p.e_at;
+    if (sub == 0) {
+      copies_done();
+      if (t + 1 < p.n_steps) fetch_step(t + 1);
+    }
     const auto nothing = [](int, int) { return 0.0f; };
     const auto a_before = [&](int i, int r) { return shared[p.a_at + i * R + r]; };
     for (int l = 1; l < L; ++l) {
@@ -98,7 +104,7 @@ struct Forward : Blocks<W, R, Team> {
     const auto move = [&](int i, int r, float g, int part, int parts) {
       const int at = i * R + r;
       const i64 row = first_sample + r;
-      const float step = live(r) ? p.dt[row * p.dt_stride + t] * (g * shared[p.slope_at[0] + at]) : 0.0f;
+      const float step = shared[step_place(t) + r] * (g * shared[p.slope_at[0] + at]);
       if (kick != 0.0f) team.put_all(r * padded(p.width[0]) + first(0) + i, -kick * step, part, parts);
       if (part) return;
       float &sq = shared[p.sq_at + at], &sp = shared[p.sp_at + at];
@@ -140,6 +146,7 @@ struct Forward : Blocks<W, R, Team> {
     team.start();
     for (int group = team.index; group * R < p.B; group += team.count) {
       first_sample = group * R;
+      fetch_step(0);
       each(0, [&](int i, int r) {
         const float a = live(r) ? p.a[i64(first_sample + r) * p.width[0] + first(0) + i] : 0.0f;
         shared[p.sq_at + i * R + r] = shared[p.sp_at + i * R + r] = 0.0f;

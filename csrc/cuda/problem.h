@@ -71,8 +71,8 @@ struct Problem {
   int* flags;  // [n_teams, team]: how often a block has come to the barrier
   // places in shared memory, in floats
   int matrix_at[MAX_LAYERS];  // -1: read from global memory
-  int bias_at[MAX_LAYERS], slope_at[MAX_LAYERS], out_at, a_at, sq_at, sp_at, e_at, wz_at, buffer_at, shared_size;
-  int curve_at[MAX_LAYERS], u_at, udelta_at;  // back; there a, sq, sp are la, lsq, lsp
+  int bias_at[MAX_LAYERS], slope_at[MAX_LAYERS], out_at, a_at, sq_at, sp_at, e_at, wz_at, step_at, buffer_at, shared_size;
+  int curve_at[MAX_LAYERS], u_at, udelta_at, tape_at[2], saved_at[MAX_LAYERS];  // back; there a, sq, sp are la, lsq, lsp
 
   HJEPA_BOTH int columns(int j) const { return width[j < L - 1 ? j : 0]; }
   // the layer whose features are the rows of matrix j
@@ -141,10 +141,17 @@ inline bool lay_out(Problem& p, int rows, int team, int n_teams, int n_threads, 
   p.sp_at = take(p.share[0] * rows);
   p.e_at = take(most * rows);
   p.wz_at = take(last * rows);
+  p.step_at = take(4 * rows);
   if (p.back) {
     for (int l = 0; l < p.L; ++l) p.curve_at[l] = take(p.share[l] * rows);
     p.u_at = take(p.share[0] * rows);
     p.udelta_at = take(p.share[0] * rows);
+    int saved = 0;
+    for (int l = 0; l < p.L; ++l) {
+      p.saved_at[l] = saved;
+      saved += 2 * p.share[l] * rows;
+    }
+    for (int& at : p.tape_at) at = take(saved);
   }
   p.buffer_at = take(cluster ? 2 * p.buffer_size : rows * widest);
   if (used * sizeof(float) > most_shared) return false;
