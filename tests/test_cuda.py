@@ -169,6 +169,14 @@ def test_back_a_few_steps_at_a_time(steps, memory, emulator, monkeypatch):
 
 
 @VARIANTS
+@pytest.mark.parametrize("team", [3, 5, 7])
+def test_one_sample_and_an_odd_number_of_blocks(team, variant, emulator):
+    """Whose buffers would not end at an address that the next could start at."""
+    emulator.set(variant, team=team, rows=1)
+    compare(Case(2, (7, 5), scheme="euler", n_steps=2), "store", every_state=True, with_energy=True)
+
+
+@VARIANTS
 def test_eight_layers(variant, emulator):
     emulator.set(variant, team=3, rows=4)
     compare(Case(3, (9, 8, 7, 6, 5, 4, 3, 2), n_steps=1), "store", every_state=True, with_energy=True)

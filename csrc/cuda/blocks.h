@@ -20,12 +20,12 @@ struct bf16_t {
   unsigned short bits;
 };
 
-HJEPA_DEVICE float4 load4(const float* x) { return *reinterpret_cast<const float4*>(x); }
-HJEPA_DEVICE float2 load2(const float* x) { return *reinterpret_cast<const float2*>(x); }
+HJEPA_DEVICE float4 load4(const float* x) { return load_as<float4>(x); }
+HJEPA_DEVICE float2 load2(const float* x) { return load_as<float2>(x); }
 HJEPA_DEVICE float2 two(unsigned bits) { return {as_float(bits << 16), as_float(bits & 0xffff0000u)}; }
-HJEPA_DEVICE float2 load2(const bf16_t* x) { return two(*reinterpret_cast<const unsigned*>(x)); }
+HJEPA_DEVICE float2 load2(const bf16_t* x) { return two(load_as<unsigned>(x)); }
 HJEPA_DEVICE float4 load4(const bf16_t* x) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(x);
+  const uint2 bits = load_as<uint2>(x);
   const float2 low = two(bits.x), high = two(bits.y);
   return {low.x, low.y, high.x, high.y};
 }
@@ -117,7 +117,7 @@ struct Blocks {
       const float4* from = reinterpret_cast<const float4*>(rows_in_global(j));
       float4* to = reinterpret_cast<float4*>(shared + p.matrix_at[j]);
 #pragma unroll 8
-      for (int i = thread(); i < n; i += n_threads()) to[i] = from[i];
+      for (int i = thread(); i < n; i += n_threads()) to[i] = load_as<float4>(from + i);
     }
     for (int l = 1; l < p.L; ++l)
       for (int i = thread(); i < owned(l); i += n_threads()) shared[p.bias_at[l] + i] = p.vectors[p.bias[l] + first(l) + i];
@@ -238,10 +238,14 @@ struct Blocks {
     const int r = thread();
     if (r >= R) return;
     float* const to = shared + step_place(t) + r;
-    to[0] = to[R] = 0.0f;
-    if (!live(r)) return;
-    copy_async(to, p.dt + i64(first_sample + r) * p.dt_stride + t);
-    if (p.gE) copy_async(to + R, p.gE + i64(first_sample + r) * p.n_steps + t);
+    if (live(r))
+      copy_async(to, p.dt + i64(first_sample + r) * p.dt_stride + t);
+    else
+      to[0] = 0.0f;
+    if (live(r) && p.gE)
+      copy_async(to + R, p.gE + i64(first_sample + r) * p.n_steps + t);
+    else
+      to[R] = 0.0f;
   }
   HJEPA_DEVICE int step_place(i64 t) const { return p.step_at + int(t & 1) * 2 * R; }
 

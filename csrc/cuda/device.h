@@ -15,6 +15,12 @@ HJEPA_DEVICE void sync() { __syncthreads(); }
 HJEPA_DEVICE float shuffle_xor(float v, int lane_bit) { return __shfl_xor_sync(~0u, v, lane_bit); }
 HJEPA_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
 
+// At an address that is a multiple of V's size, which one instruction reads.
+template <class V>
+HJEPA_DEVICE V load_as(const void* at) {
+  return *static_cast<const V*>(at);
+}
+
 HJEPA_DEVICE float* shared_memory() {
   extern __shared__ float4 memory[];
   return reinterpret_cast<float*>(memory);

@@ -5,7 +5,9 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -63,6 +65,7 @@ struct Machine {
   std::vector<Barrier> clusters;
   std::vector<Fiber> fibers;
   Fiber* now;
+  bool misaligned;
   ucontext_t scheduler;
   std::function<void()> kernel;
 };
@@ -100,6 +103,7 @@ inline void run(int n_blocks, int n_threads, int cluster, std::size_t shared_flo
   constexpr std::size_t STACK = 1 << 16;
   machine.n_threads = n_threads;
   machine.cluster = cluster;
+  machine.misaligned = false;
   machine.kernel = std::move(kernel);
   machine.clusters.assign(n_blocks / cluster, {cluster * n_threads});
   const float nan = std::nanf("");
@@ -137,6 +141,7 @@ inline void run(int n_blocks, int n_threads, int cluster, std::size_t shared_flo
     }
     if (!moved) throw std::runtime_error("every thread waits for another");
   }
+  if (machine.misaligned) throw std::runtime_error("an address is not a multiple of what is read or written there");
 }
 
 }  // namespace emulated
@@ -160,6 +165,20 @@ inline float as_float(unsigned bits) {
   return v;
 }
 
+// a GPU refuses any other address
+template <class V>
+void check_aligned(const V* at) {
+  if (reinterpret_cast<std::uintptr_t>(at) % sizeof(V)) emulated::machine.misaligned = true;
+}
+
+template <class V>
+V load_as(const void* at) {
+  check_aligned(static_cast<const V*>(at));
+  V v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+
 inline float* shared_memory() { return reinterpret_cast<float*>(emulated::this_block().memory.data()); }
 
 inline void cluster_sync() { emulated::wait(emulated::machine.clusters[block() / emulated::machine.cluster]); }
@@ -168,15 +187,17 @@ template <class V>
 void store_remote(float* at, int rank, V v) {
   const int other = block() / emulated::machine.cluster * emulated::machine.cluster + rank;
   float* const memory = reinterpret_cast<float*>(emulated::machine.blocks[other].memory.data());
+  check_aligned(reinterpret_cast<V*>(at));
   std::memcpy(memory + (at - shared_memory()), &v, sizeof v);
 }
 
 template <class V>
 V load_shared_out(const V* at) {
-  return *at;
+  return load_as<V>(at);
 }
 template <class V>
 void store_shared_out(V* at, V v) {
+  check_aligned(at);
   std::memcpy(at, &v, sizeof v);
 }
 

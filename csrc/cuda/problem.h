@@ -123,7 +123,7 @@ inline bool lay_out(Problem& p, int rows, int team, int n_teams, int n_threads, 
     p.r_factor[l + 1] = factor(l + 1);
   }
   p.factors_width = factors;
-  p.sums_at = std::max(rows * widest, received);
+  p.sums_at = (std::max(rows * widest, received) + 3) / 4 * 4;
   p.buffer_size = p.sums_at + (team * rows + 3) / 4 * 4;
 
   int used = 0;

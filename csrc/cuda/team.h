@@ -6,8 +6,8 @@
 
 namespace hjepa_fast::cuda {
 
-// `put` and `put_all` are for the buffer that is read after the
-// next `meet`; of `parts` lanes that have the same number for all, each sends to some.
+// `put` and `put_all` are for the buffer that is read after the next `meet`; of `parts` lanes that have the same number for
+// all, each sends to some.
 
 // A cluster: the buffers are in shared memory, and blocks write to that of others.
 struct Cluster {

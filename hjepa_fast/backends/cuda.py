@@ -5,7 +5,7 @@ has them (since Hopper) and the weights fit, else blocks all over the chip that 
 do (many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where Triton is missing.
 
 The extension is optional; `available()` and `why_not()` tell whether it is there. Nothing waits for the device, and a call can
-be captured in a CUDA graph.
+be captured in a CUDA graph once the same call has run before, which loads the kernels.
 """
 
 from __future__ import annotations
