@@ -56,21 +56,21 @@ struct Crew {
       for (i64 c = from; c < to; c += NR<T>) f(r, c);
   }
 
-  // The step at which this thread starts; the first one prepares what they share before it calls `before`.
-  i64 start() {
+  // The step at which this thread starts, and what the first one has counted up to then; that one prepares what they share.
+  i64 start(int& counted) {
+    counted = 0;
     if (thread == 0) return 0;
     i64 step;
-    int unused;
-    join(*barrier, step, unused);
+    join(*barrier, step, counted);
     n = all;
     return step;
   }
 
   // The first thread before a step; whether the others come in now, after which it must `let_in`.
   bool may_let_in(i64 step) const { return thread == 0 && n < all && !alone && all_here(*barrier, step == 0); }
-  void let_in(i64 step) {
+  void let_in(i64 step, int counted) {
     n = all;
-    call_in(*barrier, step, 0);
+    call_in(*barrier, step, counted);
   }
 
   // After a step; whether this thread is done.

@@ -13,9 +13,9 @@
 
 #include "solve.h"
 
-#include "rows.h"
-
 #include "network.h"
+
+#include "rows.h"
 
 #include "separable.h"
 

@@ -316,6 +316,40 @@ void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& 
   });
 }
 
+// A parameter's gradient as a matrix, and where each task has its own.
+template <class T>
+struct Part {
+  i64 m, n;
+  T* total;
+  std::vector<T*> of_task;
+};
+
+template <class T, class S, class F>
+Part<T> part_of(const Tensor& total, std::vector<S>& task_sums, F of, Memory& memory, const Kernels<T>& kernels) {
+  Part<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1), data<T>(total), {}};
+  for (S& own : task_sums) part.of_task.push_back(of(own) = memory.take<T>(part.m * kernels.ld(part.n)));
+  return part;
+}
+
+template <class T>
+void clear(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kernels) {
+  share_out(team, i64(parts.size()), [&](i64 i, int) {
+    for (T* own : parts[i].of_task) std::fill_n(own, parts[i].m * kernels.ld(parts[i].n), T(0));
+  });
+}
+
+// The tasks' sums are added to the totals in their order.
+template <class T>
+void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kernels) {
+  constexpr i64 SHARES = 16;
+  share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {
+    const Part<T>& part = parts[i / SHARES];
+    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
+      for (const T* own : part.of_task)
+        for (i64 c = 0; c < part.n; ++c) part.total[r * part.n + c] += own[r * kernels.ld(part.n) + c];
+  });
+}
+
 template <class T>
 void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape, Tensor& residual, Tensor& evaluations,
                 const Arguments& in) {
@@ -359,13 +393,7 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   std::vector<T*> scratch(n_scratch);
   std::vector<Sums<T>> task_sums(sums.empty() ? 0 : n_tasks);
   std::vector<typename Weights<T>::Pack> packs;
-  // gradient of K, W_2, ..., b_2, ... as matrices, and where each task's is
-  struct Part {
-    i64 m, n;
-    T* total;
-    std::vector<T*> of_task;
-  };
-  std::vector<Part> parts;
+  std::vector<Part<T>> parts;  // gradient of K, W_2, ..., b_2, ...
   lay_out(team, [&](Memory& memory) {
     weights.take_padded(p, memory);
     packs = weights.take_packed(p, true, true, memory);
@@ -373,32 +401,20 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
     if (sums.empty()) return;
     parts.clear();
     const auto add_part = [&](const Tensor& total, auto of) {
-      Part part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1), data<T>(total), {}};
-      for (Sums<T>& own : task_sums) part.of_task.push_back(of(own) = memory.template take<T>(part.m * kernels.ld(part.n)));
-      parts.push_back(part);
+      parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
     };
     add_part(sums[0], [](Sums<T>& own) -> T*& { return own.K; });
     for (int l = 0; l < p.L; ++l) add_part(sums[1 + l], [l](Sums<T>& own) -> T*& { return own.W[l]; });
     for (int l = 0; l < p.L; ++l) add_part(sums[1 + p.L + l], [l](Sums<T>& own) -> T*& { return own.b[l]; });
   });
   weights.run(packs, team);
-  for (i64 task = 0; task < n_tasks && !sums.empty(); ++task)
-    share_out(team, i64(parts.size()), [&](i64 i, int) {
-      const Part& part = parts[i];
-      std::fill_n(part.of_task[task], part.m * kernels.ld(part.n), T(0));
-    });
+  clear(parts, team, kernels);
   run_tasks(team, p, n_tasks, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
     const Sums<T>* own = sums.empty() ? nullptr : &task_sums[i];
     kernels.backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, size > 1 ? thread : 0, size, barrier,
                      scratch[crew ? 0 : thread], own);
   });
-  constexpr i64 SHARES = 16;
-  share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {
-    const Part& part = parts[i / SHARES];
-    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
-      for (const T* own : part.of_task)
-        for (i64 c = 0; c < part.n; ++c) part.total[r * part.n + c] += own[r * kernels.ld(part.n) + c];
-  });
+  add_up(parts, team, kernels);
 }
 
 void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor residual, Tensor evaluations, Tensor K,

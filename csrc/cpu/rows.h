@@ -4,135 +4,6 @@
 
 namespace hjepa_fast::HJEPA_ISA {
 
-template <class T>
-HJEPA_INLINE void copy_rows(T* to, i64 ld_to, const T* from, i64 ld_from, i64 rows, i64 n) {
-  for (i64 r = 0; r < rows; ++r) __builtin_memcpy(to + r * ld_to, from + r * ld_from, n * sizeof(T));
-}
-
-template <class T>
-HJEPA_INLINE void clear(T* x, i64 n) {
-  __builtin_memset(x, 0, n * sizeof(T));
-}
-
-// The same for a thread's columns of rows of n numbers, which end where the caller's rows do.
-template <class T>
-HJEPA_INLINE void copy_own(const Crew& crew, T* to, i64 ld_to, const T* from, i64 ld_from, i64 rows, i64 n) {
-  const i64 panels = n_panels<T>(n), first = crew.first(panels) * NR<T>, last = crew.last(panels) * NR<T>;
-  if (first < n) copy_rows(to + first, ld_to, from + first, ld_from, rows, (last < n ? last : n) - first);
-}
-
-// A panel's numbers of a row, as far as the row goes: to[column], ..., where a row has n numbers.
-template <class T>
-HJEPA_INLINE void put(T* to, const T* x, i64 column, i64 n) {
-  if (n - column >= NR<T>) {
-    store(to + column, load(x));
-    store(to + column + LANES<T>, load(x + LANES<T>));
-  } else {
-    for (i64 i = 0; column + i < n; ++i) to[column + i] = x[i];
-  }
-}
-
-// Sums over the columns of each row, panel by panel, so that it does not matter who adds up which panel.
-template <class T>
-struct RowSums {
-  T* at = nullptr;
-  i64 stride = 0;
-
-  RowSums() = default;
-  RowSums(i64 rows, i64 widest, Pieces<T>& pieces) : at(pieces.take(rows * n_panels<T>(widest))), stride(n_panels<T>(widest)) {}
-  HJEPA_INLINE void set(i64 r, i64 column, Vec<T> terms) { at[r * stride + column / NR<T>] = sum<T>(terms); }
-  HJEPA_INLINE T total(i64 r, i64 columns) const {
-    double s = 0;
-    for (i64 panel = 0; panel < n_panels<T>(columns); ++panel) s += at[r * stride + panel];
-    return T(s);
-  }
-};
-
-// Where an evaluation leaves a_l and g_l, if anybody wants them: rows of any stride.
-template <class T>
-struct Layers {
-  T *a[MAX_LAYERS] = {}, *g[MAX_LAYERS] = {};
-  i64 stride[MAX_LAYERS] = {};
-
-  // The first rows' place on the tape.
-  static Layers on(T* tape, const Problem<T>& p) {
-    Layers to;
-    i64 at = 0;
-    for (int l = 0; l < (p.tape_layers ? p.L : p.tape_width > 0); at += p.width[l++]) to.a[l] = tape + at;
-    for (int l = 0; p.tape_layers && l + 1 < p.L; at += p.width[l++]) to.g[l] = tape + at;
-    for (int l = 0; l < p.L; ++l) to.stride[l] = p.n_steps * p.n_sub * p.tape_width;
-    return to;
-  }
-};
-
-// A tile's evaluation of delta: layer values with leading dimension ld(width), so that padding needs no care.
-template <class P>
-struct Evaluation {
-  using T = typename P::Scalar;
-  const Problem<T>& p;
-  const Crew& crew;
-  T* a;                              // [rows, ld(h)]
-  T *e[MAX_LAYERS], *d[MAX_LAYERS];  // z_l, overwritten by e_l; s'(a_l)
-  RowSums<T> sums;
-  T* converted;  // this thread's
-  i64 lds[MAX_LAYERS], widest = 0;
-
-  Evaluation(const Problem<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces) : p(p), crew(crew) {
-    for (int l = 0; l < p.L; ++l) {
-      lds[l] = ld<T>(p.width[l]);
-      widest = lds[l] > widest ? lds[l] : widest;
-      e[l] = pieces.take(rows * lds[l]);
-      d[l] = pieces.take(rows * lds[l]);
-    }
-    a = pieces.take(rows * lds[0]);
-    sums = RowSums<T>(rows, widest, pieces);
-    converted = pieces.take(P::DEPTH > 1 ? crew.all * rows * widest : 0) + crew.thread * rows * widest;
-  }
-
-  // e[0] = delta in the crew's own columns, where `a` is complete in them; H [rows, strided] too if it is not null.
-  void run(i64 R, T* H, i64 strideH, const Layers<T>& keep) {
-    const int last = p.L - 1;
-    // with one layer nobody has met since the others read what this overwrites
-    if (last == 0) crew.meet();
-    crew.template over_panels<T>(R, p.width[0], [&](i64 r, i64 column) { enter(0, a + r * lds[0] + column, r, column, H, keep); });
-    for (int l = 0; l < last; ++l) {
-      crew.meet();
-      product<P>(crew, e[l], lds[l], R, p.width[l], p.WT_packed[l], p.width[l + 1], converted, [&](T* x, i64 r, i64 column) {
-        for (i64 i = 0; i < NR<T>; i += LANES<T>) store(x + i, load(x + i) + load(p.b[l] + column + i));
-        enter(l + 1, x, r, column, H, keep);
-      });
-    }
-    for (int l = last - 1; l >= 0; --l) {
-      crew.meet();
-      product<P>(crew, e[l + 1], lds[l + 1], R, p.width[l + 1], p.W_packed[l], p.width[l], converted,
-                 [&](T* x, i64 r, i64 column) {
-                   if (keep.g[l]) put(keep.g[l] + r * keep.stride[l], x, column, p.width[l]);
-                   T *to = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
-                   for (i64 i = 0; i < NR<T>; i += LANES<T>) store(to + i, load(x + i) * load(slope + i));
-                 });
-    }
-    if (!H) return;
-    if (last == 0) crew.meet();
-    for (i64 r = crew.first(R); r < crew.last(R); ++r) H[r * strideH] = sums.total(r, p.width[last]) + p.b[last][0];
-  }
-
- private:
-  // A panel x of a_l gives z_l and s', or at the last layer e_L = w s'.
-  HJEPA_INLINE void enter(int l, const T* x, i64 r, i64 column, const T* H, const Layers<T>& keep) {
-    if (keep.a[l]) put(keep.a[l] + r * keep.stride[l], x, column, p.width[l]);
-    T *z = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
-    activate<T>(p.activation, x, z, slope, NR<T>);
-    if (l + 1 < p.L) return;
-    const T* w = p.W[l] + column;
-    Vec<T> energy = {};
-    for (i64 i = 0; i < NR<T>; i += LANES<T>) {
-      energy += load(z + i) * load(w + i);
-      store(z + i, load(w + i) * load(slope + i));
-    }
-    if (H) sums.set(r, column, energy);
-  }
-};
-
 // Coefficients of a sub-step, see hjepa_fast/schemes.py.
 template <class T>
 struct SubStep {
@@ -144,11 +15,21 @@ struct SubStep {
         implicit_drift(T(p.scheme[4 * i + 3])), implicit(implicit_kick != 0 || implicit_drift != 0) {}
 };
 
+// Of the first row's sub-step i of step t, and from one row to the next.
+template <class T>
+HJEPA_INLINE T* tape_at(const Problem<T>& p, i64 row, i64 t, int i) {
+  return p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width;
+}
+template <class T>
+HJEPA_INLINE i64 tape_stride(const Problem<T>& p) {
+  return p.n_steps * p.n_sub * p.tape_width;
+}
+
 template <class P>
 struct ForwardTile {
   using T = typename P::Scalar;
   Crew& crew;
-  Evaluation<P> at;
+  Network<P> at;
   T *step, *sq, *sp;
   // of implicit sub-steps: a where one starts; where the gradient at y takes it; how far that was in the last few steps,
   // for each sub-step the last one first
@@ -167,7 +48,7 @@ struct ForwardTile {
   // to += c step K, or with K^T for a kick
   void add_product(bool kick, T c, T* to, i64 R) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0];
+    const i64 h = p.width[0], w = at.w;
     if (kick) c = -c;
     product<P>(crew, step, w, R, h, kick ? p.KT_packed : p.K_packed, h, at.converted, [=](T* x, i64 r, i64 column) {
       T* y = to + r * w + column;
@@ -178,7 +59,7 @@ struct ForwardTile {
   // step = dt delta, in the crew's own columns
   void set_step(i64 row, i64 R, i64 t) {
     const Problem<T>& p = at.p;
-    const i64 w = at.lds[0];
+    const i64 w = at.w;
     crew.template over_own<T>(R, p.width[0], [&](i64 r, i64 c) {
       store(step + r * w + c, p.dt[(row + r) * p.dt_stride + t] * load(at.e[0] + r * w + c));
     });
@@ -187,7 +68,7 @@ struct ForwardTile {
   // The point of an implicit sub-step into a, delta there and `step`; a where the sub-step starts into `base`.
   void find_point(const SubStep<T>& s, int i, i64 row, i64 R, i64 t, const Layers<T>& keep) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0], all = rows * w;
+    const i64 h = p.width[0], w = at.w, all = rows * w;
     T *a = at.a, *last = history + i * EXTRAPOLATION * all;
     const int known = t - p.begin < EXTRAPOLATION ? int(t - p.begin) : EXTRAPOLATION;
     // a ring: what was found k steps ago
@@ -220,7 +101,7 @@ struct ForwardTile {
 
   // a <- base moved by the sub-step; what its point was moved by already is not multiplied again.
   void move_from_base(const SubStep<T>& s, i64 R) {
-    const i64 w = at.lds[0];
+    const i64 w = at.w;
     T kick = s.kick, drift = s.drift, share = 0;
     if (s.implicit_kick && s.implicit_drift) {
       if (s.kick * s.implicit_drift == s.drift * s.implicit_kick) share = s.kick / s.implicit_kick, kick = drift = 0;
@@ -239,7 +120,7 @@ struct ForwardTile {
 
   void run(i64 row, i64 R) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0], state = p.n_kept * h, first = p.n_kept > 1 ? (p.begin - 1) * h : 0;
+    const i64 h = p.width[0], w = at.w, state = p.n_kept * h, first = p.n_kept > 1 ? (p.begin - 1) * h : 0;
     T* a = at.a;
     if (crew.thread == 0) {
       for (T* x : {a, sq, sp}) clear(x, R * w);
@@ -249,14 +130,15 @@ struct ForwardTile {
         copy_rows(sp, w, p.sp + row * state + first, state, R, h);
       }
     }
-    for (i64 t = p.begin + crew.start(); t < p.end; ++t) {
-      if (crew.may_let_in(t - p.begin)) crew.let_in(t - p.begin);
+    int counted;
+    for (i64 t = p.begin + crew.start(counted); t < p.end; ++t) {
+      if (crew.may_let_in(t - p.begin)) crew.let_in(t - p.begin, 0);
       if (p.implicit)
         for (i64 r = crew.first(R); r < crew.last(R); ++r)
           p.residual[(row + r) * p.n_steps + t] = 0, p.evaluations[(row + r) * p.n_steps + t] = 0;
       for (int i = 0; i < p.n_sub; ++i) {
         const SubStep<T> s(p, i);
-        const auto keep = Layers<T>::on(p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width, p);
+        const auto keep = Layers<T>::on(tape_at(p, row, t, i), tape_stride(p), p);
         if (s.implicit) {
           find_point(s, i, row, R, t, keep);
         } else {
@@ -288,77 +170,44 @@ struct ForwardTile {
   }
 };
 
-// The adjoint. Factors of the weights' gradients are gathered over several sub-steps and multiplied together, since
-// adding to a matrix costs as much as a few dozen rows' products.
+// The adjoint, whose equations are in hjepa_fast/backends/torch.py.
 template <class P>
 struct BackwardTile {
   using T = typename P::Scalar;
-  static constexpr i64 GATHER = 96;
   Crew& crew;
-  Evaluation<P> at;
-  Layers<T> kept;  // a_l and g_l of the sub-step, copied from the tape or computed again
+  NetworkAdjoint<P> at;
   const Sums<T>* sums;
-  i64 capacity, used = 0;                   // sub-steps gathered
-  T *left[MAX_LAYERS], *right[MAX_LAYERS];  // (e_{l+1}, r_{l+1}) and (zd_l, z_l), 2 rows for each sub-step and sample
-  T *leftK, *rightK;
+  T *leftK, *rightK;  // factors of K's gradient
   i64 rowsK = 0;
-  T *la, *lsq, *lsp, *u, *v, *step, *d[MAX_LAYERS], *curve[MAX_LAYERS];
+  T *la, *lsq, *lsp, *u, *step;
   T *w_0, *target, *nu_N;  // of implicit sub-steps: w; w + c nu N^T; nu N^T
   FixedPoint<T> cotangent;
 
   BackwardTile(const Problem<T>& p, Crew& crew, i64 rows, Pieces<T>& pieces, const Sums<T>* sums)
-      : crew(crew), at(p, crew, rows, pieces), sums(sums), capacity(sums && rows < GATHER ? GATHER / rows : 1),
+      : crew(crew), at(p, crew, rows, pieces, sums), sums(sums),
         cotangent(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces) {
-    const i64 w = at.lds[0];
-    for (T** x : {&la, &lsq, &lsp, &u, &v, &step}) *x = pieces.take(rows * w);
-    for (int l = 0; l < p.L; ++l) {
-      const i64 n = rows * at.lds[l];
-      d[l] = pieces.take(n);
-      curve[l] = pieces.take(n);
-      kept.a[l] = pieces.take(n);
-      kept.g[l] = l + 1 < p.L ? pieces.take(n) : nullptr;
-      kept.stride[l] = at.lds[l];
-      left[l] = pieces.take(l + 1 < p.L ? capacity * 2 * rows * at.lds[l + 1] : 0);
-      right[l] = pieces.take(capacity * 2 * n);
-    }
-    const i64 most = sums ? capacity * (p.implicit ? 4 : 2) * rows * w : 0;
+    const i64 w = at.w;
+    for (T** x : {&la, &lsq, &lsp, &u, &step}) *x = pieces.take(rows * w);
+    const i64 most = sums ? at.capacity * (p.implicit ? 4 : 2) * rows * w : 0;
     leftK = pieces.take(most);
     rightK = pieces.take(most);
     for (T** x : {&w_0, &target, &nu_N}) *x = pieces.take(p.implicit ? rows * w : 0);
   }
 
-  // a_l, g_l and delta at a sub-step, in the crew's own columns.
-  void restore(const T* tape, i64 R) {
-    const Problem<T>& p = at.p;
-    const auto saved = Layers<T>::on(const_cast<T*>(tape), p);
-    for (int l = 0; l < p.L; ++l) {
-      if (saved.a[l]) copy_own(crew, kept.a[l], kept.stride[l], saved.a[l], saved.stride[l], R, p.width[l]);
-      if (saved.g[l]) copy_own(crew, kept.g[l], kept.stride[l], saved.g[l], saved.stride[l], R, p.width[l]);
-    }
-    if (p.tape_layers) return;
-    copy_own(crew, at.a, at.lds[0], kept.a[0], at.lds[0], R, p.width[0]);
-    Layers<T> rest = kept;
-    rest.a[0] = nullptr;
-    at.run(R, nullptr, 0, rest);
-  }
-
   void flush(i64 R) {
-    const Problem<T>& p = at.p;
-    if (!used) return;
+    if (!at.gathered) return;
     crew.meet();
-    add_outer(crew, leftK, at.lds[0], p.width[0], rightK, at.lds[0], p.width[0], rowsK, sums->K, at.lds[0]);
-    for (int l = 0; l + 1 < p.L; ++l)
-      add_outer(crew, left[l], at.lds[l + 1], p.width[l + 1], right[l], at.lds[l], p.width[l], used * 2 * R, sums->W[l],
-                at.lds[l]);
+    add_outer(crew, leftK, at.w, at.h, rightK, at.w, at.h, rowsK, sums->K, at.w);
+    rowsK = 0;
+    at.flush(R);
     crew.meet();
-    used = rowsK = 0;
   }
 
   // left^T (scale right), of R rows each, goes to the gradient of K
   void gather_K(const T* x, const T* y, T scale, i64 R) {
-    const i64 w = at.lds[0];
+    const i64 w = at.w;
     T *to_left = leftK + rowsK * w, *to_right = rightK + rowsK * w;
-    crew.template over_own<T>(R, at.p.width[0], [&](i64 r, i64 c) {
+    crew.template over_own<T>(R, at.h, [&](i64 r, i64 c) {
       const i64 j = r * w + c;
       store(to_left + j, load(x + j));
       store(to_right + j, scale * load(y + j));
@@ -366,96 +215,21 @@ struct BackwardTile {
     rowsK += R;
   }
 
-  // The place of z_l and zd_l, [R, ld] each, in what is gathered.
-  T* zd(int l, i64 R) const { return right[l] + used * 2 * R * at.lds[l]; }
-  T* z(int l, i64 R) const { return zd(l, R) + R * at.lds[l]; }
-
-  // The first layer of the adjoint: z_1, s', their tangents along v
-  void enter(i64 R) {
-    const i64 w = at.lds[0];
-    crew.template over_panels<T>(R, at.p.width[0], [&](i64 r, i64 column) {
-      const i64 c = r * w + column;
-      activate<T>(at.p.activation, kept.a[0] + c, v + c, z(0, R) + c, d[0] + c, zd(0, R) + c, curve[0] + c, NR<T>);
-    });
-  }
-
-  // nu = gradient of v . delta(a) + gE F(a), where `kept` holds a_l and g_l; after `enter`. Left in curve[0].
-  void adjoint(const T* gE, i64 strideE, i64 R, const Sums<T>* sums) {
-    const Problem<T>& p = at.p;
-    const int last = p.L - 1;
-    for (int l = 0; l < last; ++l) {
-      crew.meet();
-      product<P>(crew, zd(l, R), at.lds[l], R, p.width[l], p.WT_packed[l], p.width[l + 1], at.converted,
-                 [&](T* x, i64 r, i64 column) {
-                   const i64 c = r * at.lds[l + 1] + column;
-                   activate<T>(p.activation, kept.a[l + 1] + c, x, z(l + 1, R) + c, d[l + 1] + c, zd(l + 1, R) + c,
-                               curve[l + 1] + c, NR<T>);
-                 });
-    }
-    // r_L replaces the curvature there; with one hidden layer it is the result. Sums over rows are formed before they are added
-    // to those of other sub-steps: one number after the other would lose a digit.
-    const T* w = p.W[last];
-    const T *z_last = z(last, R), *zd_last = zd(last, R);
-    crew.template over_columns<T>(p.width[last], [&](i64 i) {
-      Vec<T> dw = {};
-      for (i64 r = 0; r < R; ++r) {
-        const i64 c = r * at.lds[last] + i;
-        Vec<T> x = load(w + i) * load(curve[last] + c);
-        dw += load(zd_last + c);
-        if (gE) {
-          x += gE[r * strideE] * load(w + i) * load(d[last] + c);
-          dw += gE[r * strideE] * load(z_last + c);
-        }
-        store(curve[last] + c, x);
-      }
-      if (sums) store(sums->W[last] + i, load(sums->W[last] + i) + dw);
-    });
-    if (sums && gE && crew.thread == 0) {
-      T db = 0;
-      for (i64 r = 0; r < R; ++r) db += gE[r * strideE];
-      sums->b[last][0] += db;
-    }
-    for (int l = last - 1; l >= 0; --l) {
-      const i64 from = at.lds[l + 1];
-      T* r_next = curve[l + 1];
-      if (sums) {
-        T *e = left[l] + used * 2 * R * from, *r_row = e + R * from;
-        crew.template over_columns<T>(p.width[l + 1], [&](i64 i) {
-          Vec<T> db = {};
-          for (i64 r = 0; r < R; ++r) {
-            const i64 c = r * from + i;
-            store(e + c, load(l + 1 < last ? kept.g[l + 1] + c : w + i) * load(d[l + 1] + c));
-            store(r_row + c, load(r_next + c));
-            db += load(r_next + c);
-          }
-          store(sums->b[l] + i, load(sums->b[l] + i) + db);
-        });
-      }
-      crew.meet();
-      product<P>(crew, r_next, from, R, p.width[l + 1], p.W_packed[l], p.width[l], at.converted, [&](T* x, i64 r, i64 column) {
-        for (i64 i = 0; i < NR<T>; i += LANES<T>) {
-          const i64 c = r * at.lds[l] + column + i;
-          store(curve[l] + c, load(x + i) * load(d[l] + c) + load(kept.g[l] + c) * load(curve[l] + c));
-        }
-      });
-    }
-  }
-
-  // v <- the solution of v = w + c nu(v) N^T, where v is w at first
+  // at.v <- the solution of v = w + c nu(v) N^T, where it is w at first
   void solve_cotangent(const SubStep<T>& s, i64 row, i64 R, i64 t) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0];
-    crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(w_0 + r * w + c, load(v + r * w + c)); });
+    const i64 h = p.width[0], w = at.w;
+    crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(w_0 + r * w + c, load(at.v + r * w + c)); });
     const auto add = [&](const T* packed, T c) {
-      product<P>(crew, curve[0], w, R, h, packed, h, at.converted, [=, this](T* x, i64 r, i64 column) {
+      product<P>(crew, at.curve[0], w, R, h, packed, h, at.converted, [=, this](T* x, i64 r, i64 column) {
         T* to = nu_N + r * w + column;
         for (i64 j = 0; j < NR<T>; j += LANES<T>) store(to + j, load(to + j) + c * load(x + j));
       });
     };
     constexpr T tiny = sizeof(T) == 4 ? T(1.1754944e-38) : T(2.2250738585072014e-308);
-    cotangent.solve(crew, v, target, R, tiny, p.tolerance, p.max_evaluations, [&] {
-      enter(R);
-      adjoint(nullptr, 0, R, nullptr);
+    cotangent.solve(crew, at.v, target, R, tiny, p.tolerance, p.max_evaluations, [&] {
+      at.enter(R);
+      at.adjoint(nullptr, 0, R, false);
       crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(nu_N + r * w + c, Vec<T>{}); });
       crew.meet();
       if (s.implicit_kick) add(p.K_packed, -s.implicit_kick);
@@ -474,25 +248,22 @@ struct BackwardTile {
 
   void run(i64 row, i64 R) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0], state = p.n_kept * h;
+    const i64 h = p.width[0], w = at.w, state = p.n_kept * h;
     if (crew.thread == 0) {
       for (T* x : {la, lsq, lsp}) clear(x, R * w);
-      // what is read beyond a row's end must be finite
-      for (int l = 0; l < p.L; ++l) {
-        clear(kept.a[l], R * at.lds[l]);
-        if (kept.g[l]) clear(kept.g[l], R * at.lds[l]);
-      }
-      clear(at.a, R * w);
+      at.clear_padding(R);
       copy_rows(la, w, p.la + row * h, h, R, h);
       copy_rows(lsq, w, p.lsq + row * h, h, R, h);
       copy_rows(lsp, w, p.lsp + row * h, h, R, h);
     }
     const i64 n = p.end - p.begin;
-    for (i64 done = crew.start(); done < n; ++done) {
-      if (crew.may_let_in(done)) {
-        flush(R);
-        crew.let_in(done);
-      }
+    int gathered;
+    i64 done = crew.start(gathered);
+    // the sums' parts must not depend on when a thread comes in: it goes on with what has been gathered
+    at.gathered = gathered;
+    for (i64 k = 0; k < gathered; ++k) rowsK += R * factors_of_K(SubStep<T>(p, int(k % p.n_sub)));
+    for (; done < n; ++done) {
+      if (crew.may_let_in(done)) crew.let_in(done, int(at.gathered));
       const i64 t = p.end - 1 - done;
       if (p.n_kept == p.n_steps || t == p.n_steps - 1) {
         const i64 from = row * state + (p.n_kept > 1 ? t * h : 0);
@@ -513,20 +284,24 @@ struct BackwardTile {
   }
 
  private:
+  static i64 factors_of_K(const SubStep<T>& s) {
+    return (s.kick != 0) + (s.drift != 0) + (s.implicit_kick != 0) + (s.implicit_drift != 0);
+  }
+
   // to [R, ld] += from [R, strided], the crew's own columns
   void add_own(T* to, const T* from, i64 stride, i64 R) {
     i64 first, last;
-    crew.template columns<T>(at.p.width[0], first, last);
-    if (last > at.p.width[0]) last = at.p.width[0];
+    crew.template columns<T>(at.h, first, last);
+    if (last > at.h) last = at.h;
     for (i64 r = 0; r < R; ++r)
-      for (i64 c = first; c < last; ++c) to[r * at.lds[0] + c] += from[r * stride + c];
+      for (i64 c = first; c < last; ++c) to[r * at.w + c] += from[r * stride + c];
   }
 
   void sub_step(int i, i64 row, i64 R, i64 t) {
     const Problem<T>& p = at.p;
-    const i64 h = p.width[0], w = at.lds[0];
+    const i64 h = p.width[0], w = at.w;
     const SubStep<T> s(p, i);
-    restore(p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width, R);
+    at.restore(tape_at(p, row, t, i), tape_stride(p), R);
     crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(u + r * w + c, Vec<T>{}); });
     crew.meet();
     const auto add_to_u = [&](const T* packed, T c, const T* l) {
@@ -541,33 +316,27 @@ struct BackwardTile {
     crew.template over_panels<T>(R, h, [&](i64 r, i64 column) {
       const i64 c = r * w + column;
       const T dt = p.dt[(row + r) * p.dt_stride + t];
-      T* delta = at.e[0] + c;
-      if (p.tape_layers) {
-        // z and s' are worked out once more in `enter`: with the products of a layer around it that is little
-        activate<T>(p.activation, kept.a[0] + c, step + c, d[0] + c, NR<T>);
-        for (i64 j = 0; j < NR<T>; j += LANES<T>)
-          store(delta + j, load(p.L > 1 ? kept.g[0] + c + j : p.W[0] + column + j) * load(d[0] + c + j));
-      }
+      const T* delta = at.e[0] + c;
       Vec<T> u_delta = {};
       for (i64 j = 0; j < NR<T>; j += LANES<T>) {
         u_delta += load(u + c + j) * load(delta + j);
-        store(v + c + j, dt * load(u + c + j));
+        store(at.v + c + j, dt * load(u + c + j));
         store(step + c + j, dt * load(delta + j));
       }
-      at.sums.set(r, column, u_delta);
+      at.row_sums.set(r, column, u_delta);
     });
     if (sums && s.kick) gather_K(la, step, -s.kick, R);
     if (sums && s.drift) gather_K(step, la, s.drift, R);
     crew.meet();
-    for (i64 r = crew.first(R); r < crew.last(R); ++r) p.gdt[(row + r) * p.n_steps + t] += at.sums.total(r, h);
+    for (i64 r = crew.first(R); r < crew.last(R); ++r) p.gdt[(row + r) * p.n_steps + t] += at.row_sums.total(r, h);
     if (s.implicit) solve_cotangent(s, row, R, t);
-    enter(R);
-    adjoint(i == 0 && p.gE ? p.gE + row * p.n_steps + t : nullptr, p.n_steps, R, sums);
-    const T* nu = curve[0];
+    at.enter(R);
+    at.adjoint(i == 0 && p.gE ? p.gE + row * p.n_steps + t : nullptr, p.n_steps, R, sums != nullptr);
+    const T* nu = at.curve[0];
     if (sums && s.implicit_kick) gather_K(nu, step, -s.implicit_kick, R);
     if (sums && s.implicit_drift) gather_K(step, nu, s.implicit_drift, R);
     crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(la + r * w + c, load(la + r * w + c) + load(nu + r * w + c)); });
-    if (sums && ++used == capacity) flush(R);
+    if (sums && ++at.gathered == at.capacity) flush(R);
   }
 };
 

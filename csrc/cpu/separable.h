@@ -1,5 +1,5 @@
 // The loop of H = T(p) + V(q), a tile of rows by itself as in rows.h. The equations are in backends/separable_torch.py;
-// at_q evaluates V and at_p evaluates T, unless T = (s p) . p / 2: then at_p.a[0] is (s p) WV^T and is its own product.
+// at_q evaluates V and at_p evaluates T, unless T = (s p) . p / 2: then at_p.a is (s p) WV^T and is its own product.
 #pragma once
 
 namespace hjepa_fast::HJEPA_ISA {
@@ -27,12 +27,12 @@ struct Slot {
   HJEPA_INLINE void pass() { known = again = false; }
 };
 
-// y [rows, columns] = x N, for x like a[0] of the network and N packed
+// y [rows, columns] = x N, for x like `a` of the network and N packed
 template <class P, class T>
 HJEPA_INLINE void couple(const Network<P>& at, const T* x, i64 rows, const T* N, i64 columns, T* y) {
   const i64 w = ld<T>(columns);
-  multiply_rows<P>(x, at.w, rows, at.h, N, columns, at.converted, [&](T* panel, i64 r, i64 column) {
-    copy_block(y + r * w + column, 0, panel, 0, 1, NR<T>);
+  product<P>(at.crew, x, at.w, rows, at.h, N, columns, at.converted, [&](T* panel, i64 r, i64 column) {
+    copy_rows(y + r * w + column, 0, panel, 0, 1, NR<T>);
   });
 }
 
@@ -40,40 +40,42 @@ template <class P>
 struct SeparableForward {
   using T = typename P::Scalar;
   const Separable<T>& p;
+  Crew alone{nullptr, 0, 1};
   Network<P> at_q, at_p;
   i64 hV, hT, wV, wT;
   T *pushed, *moved;  // deltaV N and deltaT N^T
   T *sp, *sq, *value;
 
   SeparableForward(const Separable<T>& p, i64 rows, Pieces<T>& pieces)
-      : p(p), at_q(p.V, rows, pieces), at_p(p.T, rows, pieces), hV(at_q.h), hT(at_p.h), wV(at_q.w), wT(at_p.w) {
+      : p(p), at_q(p.V, alone, rows, pieces), at_p(p.T, alone, rows, pieces), hV(at_q.h), hT(at_p.h), wV(at_q.w), wT(at_p.w) {
     for (T** x : {&sp, &moved}) *x = pieces.take(rows * wV);
     for (T** x : {&sq, &pushed}) *x = pieces.take(rows * wT);
     value = pieces.take(rows);
-    if (pieces.base) set_zero(sp, rows * wV), set_zero(sq, rows * wT);
+    if (pieces.base) clear(sp, rows * wV), clear(sq, rows * wT), clear(at_q.a, rows * wV), clear(at_p.a, rows * wT);
   }
 
   void look(Network<P>& at, i64 row, i64 R, T* value, const T* N, i64 columns, T* carried, Slot& slot, i64 offset) {
-    at.run(R, value);
     const i64 width = at.p.tape_width;
-    if (width) at.save(p.tape + row * p.tape_width + offset + slot.take() * width, p.tape_width, R);
+    T* tape = width ? p.tape + row * p.tape_width + offset + slot.take() * width : nullptr;
+    at.run(R, value, 1, Layers<T>::on(tape, p.tape_width, at.p));
     slot.known = true;
     couple<P>(at, at.e[0], R, N, columns, carried);
   }
 
   void run(i64 row, i64 R) {
     Slot in_V{p.before_V, p.known_V}, in_T{p.before_T, p.known_T};
-    copy_block(at_q.a[0], wV, p.aV + row * hV, hV, R, hV);
-    copy_block(at_p.a[0], wT, p.aT + row * hT, hT, R, hT);
-    copy_block(sp, wV, p.sp + row * hV, hV, R, hV);
-    copy_block(sq, wT, p.sq + row * hT, hT, R, hT);
+    copy_rows(at_q.a, wV, p.aV + row * hV, hV, R, hV);
+    copy_rows(at_p.a, wT, p.aT + row * hT, hT, R, hT);
+    copy_rows(sp, wV, p.sp + row * hV, hV, R, hV);
+    copy_rows(sq, wT, p.sq + row * hT, hT, R, hT);
     const auto need_V = [&] {
       if (!in_V.known) look(at_q, row, R, p.with_energy ? value : nullptr, p.N_packed, hT, pushed, in_V, 0);
     };
     const auto need_T = [&] {
       if (in_T.known) return;
       if (!p.quadratic) return look(at_p, row, R, nullptr, p.NT_packed, hV, moved, in_T, p.offset_T);
-      if (p.T.tape_width) at_p.save(p.tape + row * p.tape_width + p.offset_T + in_T.take() * hT, p.tape_width, R);
+      if (p.T.tape_width)
+        copy_rows(p.tape + row * p.tape_width + p.offset_T + in_T.take() * hT, p.tape_width, at_p.a, wT, R, hT);
       in_T.known = true;
     };
     const auto note_energy = [&](i64 t) {
@@ -88,25 +90,25 @@ struct SeparableForward {
         if (kick) need_V();
         if (drift) {
           need_T();
-          add_scaled(at_q.a[0], wV, p.quadratic ? at_p.a[0] : moved, wV, R, hV, times(drift));
+          add_scaled(at_q.a, wV, p.quadratic ? at_p.a : moved, wV, R, hV, times(drift));
           add_scaled(sq, wT, p.quadratic ? sp : at_p.e[0], wT, R, hT, times(drift));
           in_V.pass();
         }
         if (kick) {
-          add_scaled(at_p.a[0], wT, pushed, wT, R, hT, times(-kick));
+          add_scaled(at_p.a, wT, pushed, wT, R, hT, times(-kick));
           add_scaled(sp, wV, at_q.e[0], wV, R, hV, times(-kick));
           in_T.pass();
         }
       }
-      if (p.sps) copy_block(p.sps + (row * p.n_steps + t) * hV, p.n_steps * hV, sp, wV, R, hV);
-      if (p.sqs) copy_block(p.sqs + (row * p.n_steps + t) * hT, p.n_steps * hT, sq, wT, R, hT);
-      if (p.aTs) copy_block(p.aTs + (row * p.n_steps + t) * hT, p.n_steps * hT, at_p.a[0], wT, R, hT);
+      if (p.sps) copy_rows(p.sps + (row * p.n_steps + t) * hV, p.n_steps * hV, sp, wV, R, hV);
+      if (p.sqs) copy_rows(p.sqs + (row * p.n_steps + t) * hT, p.n_steps * hT, sq, wT, R, hT);
+      if (p.aTs) copy_rows(p.aTs + (row * p.n_steps + t) * hT, p.n_steps * hT, at_p.a, wT, R, hT);
     }
     if (p.with_energy && p.last && p.end == p.n_steps) note_energy(p.n_steps);
-    copy_block(p.aV + row * hV, hV, at_q.a[0], wV, R, hV);
-    copy_block(p.aT + row * hT, hT, at_p.a[0], wT, R, hT);
-    copy_block(p.sp + row * hV, hV, sp, wV, R, hV);
-    copy_block(p.sq + row * hT, hT, sq, wT, R, hT);
+    copy_rows(p.aV + row * hV, hV, at_q.a, wV, R, hV);
+    copy_rows(p.aT + row * hT, hT, at_p.a, wT, R, hT);
+    copy_rows(p.sp + row * hV, hV, sp, wV, R, hV);
+    copy_rows(p.sq + row * hT, hT, sq, wT, R, hT);
   }
 };
 
@@ -123,11 +125,13 @@ struct Side : NetworkAdjoint<P> {
   bool here = false, used = false, lN_known = false;
   const T* gE = nullptr;
 
-  Side(const Problem<T>& p, i64 rows, Pieces<T>& pieces, const Sums<T>* sums, i64 other, const T* N, i64 next)
-      : NetworkAdjoint<P>(p, rows, pieces, sums), other(other), w_other(ld<T>(other)), N(N), next(next) {
+  Side(const Problem<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces, const Sums<T>* sums, i64 other, const T* N, i64 next)
+      : NetworkAdjoint<P>(p, crew, rows, pieces, sums), other(other), w_other(ld<T>(other)), N(N), next(next) {
     for (T** x : {&l, &u}) *x = pieces.take(rows * w);
     for (T** x : {&lN, &carried}) *x = pieces.take(rows * w_other);
-    if (pieces.base) set_zero(l, rows * w), set_zero(u, rows * w), set_zero(carried, rows * w_other);
+    if (!pieces.base) return;
+    clear(l, rows * w), clear(u, rows * w), clear(carried, rows * w_other);
+    this->clear_padding(rows);
   }
 
   void need_lN(i64 R) {
@@ -140,10 +144,10 @@ struct Side : NetworkAdjoint<P> {
     if (here) return;
     const T* from = tape + --next * this->p.tape_width;
     here = true, used = false, gE = nullptr;
-    if (!network) return copy_block(this->a[0], w, from, stride, R, h);
+    if (!network) return copy_rows(this->a, w, from, stride, R, h);
     this->restore(from, stride, R);
-    set_zero(v, R * w);
-    set_zero(carried, R * w_other);
+    clear(v, R * w);
+    clear(carried, R * w_other);
   }
 
   // c dt times delta was added to a sum whose cotangent is `sum`, and c dt delta N, N being the other side's, to what has the
@@ -167,7 +171,9 @@ struct Side : NetworkAdjoint<P> {
   bool leave(i64 strideE, i64 R) {
     const bool was_used = here && used;
     if (was_used || (here && gE)) {
-      this->run_adjoint(gE, strideE, R);
+      this->enter(R);
+      this->adjoint(gE, strideE, R, this->sums != nullptr);
+      if (this->sums && ++this->gathered == this->capacity) this->flush(R);
       add_scaled(l, w, this->curve[0], w, R, h, [](i64) { return T(1); });
       lN_known = false;
     }
@@ -181,6 +187,7 @@ struct SeparableBackward {
   using T = typename P::Scalar;
   const Separable<T>& p;
   const SeparableSums<T>* sums;
+  Crew alone{nullptr, 0, 1};
   i64 hV, hT, wV, wT;
   Side<P> q, k;  // of V, and of T
   T *lsp, *lsq, *sp;
@@ -189,26 +196,26 @@ struct SeparableBackward {
 
   SeparableBackward(const Separable<T>& p, i64 rows, Pieces<T>& pieces, const SeparableSums<T>* sums)
       : p(p), sums(sums), hV(p.V.width[0]), hT(p.T.width[0]), wV(ld<T>(hV)), wT(ld<T>(hT)),
-        q(p.V, rows, pieces, sums && sums->need_V ? &sums->V : nullptr, hT, p.N_packed, p.before_V),
-        k(p.T, rows, pieces, sums && sums->need_T ? &sums->T : nullptr, hV, p.NT_packed, p.before_T),
+        q(p.V, alone, rows, pieces, sums && sums->need_V ? &sums->V : nullptr, hT, p.N_packed, p.before_V),
+        k(p.T, alone, rows, pieces, sums && sums->need_T ? &sums->T : nullptr, hV, p.NT_packed, p.before_T),
         capacity(2 * NetworkAdjoint<P>::GATHER > rows ? 2 * NetworkAdjoint<P>::GATHER : rows) {
     for (T** x : {&lsp, &sp}) *x = pieces.take(rows * wV);
     lsq = pieces.take(rows * wT);
     leftN = pieces.take(sums ? capacity * wV : 0);
     rightN = pieces.take(sums ? capacity * wT : 0);
-    if (pieces.base) set_zero(lsp, rows * wV), set_zero(sp, rows * wV), set_zero(lsq, rows * wT);
+    if (pieces.base) clear(lsp, rows * wV), clear(sp, rows * wV), clear(lsq, rows * wT);
   }
 
   void flush_N() {
-    if (gathered) add_products(leftN, wV, hV, rightN, wT, hT, gathered, sums->N, wT);
+    if (gathered) add_outer(alone, leftN, wV, hV, rightN, wT, hT, gathered, sums->N, wT);
     gathered = 0;
   }
 
   void gather_N(const T* left, const T* right, i64 R) {
     if (!sums) return;
     if (gathered + R > capacity) flush_N();
-    copy_block(leftN + gathered * wV, wV, left, wV, R, hV);
-    copy_block(rightN + gathered * wT, wT, right, wT, R, wT);
+    copy_rows(leftN + gathered * wV, wV, left, wV, R, hV);
+    copy_rows(rightN + gathered * wT, wT, right, wT, R, wT);
     gathered += R;
   }
 
@@ -221,11 +228,11 @@ struct SeparableBackward {
 
   void run(i64 row, i64 R) {
     T *lV = q.l, *lT = k.l;
-    copy_block(lV, wV, p.aV + row * hV, hV, R, hV);
-    copy_block(lT, wT, p.aT + row * hT, hT, R, hT);
-    copy_block(lsp, wV, p.sp + row * hV, hV, R, hV);
-    copy_block(lsq, wT, p.sq + row * hT, hT, R, hT);
-    copy_block(sp, wV, p.value_of_sp + row * hV, hV, R, hV);
+    copy_rows(lV, wV, p.aV + row * hV, hV, R, hV);
+    copy_rows(lT, wT, p.aT + row * hT, hT, R, hT);
+    copy_rows(lsp, wV, p.sp + row * hV, hV, R, hV);
+    copy_rows(lsq, wT, p.sq + row * hT, hT, R, hT);
+    copy_rows(sp, wV, p.value_of_sp + row * hV, hV, R, hV);
     const T *tape_V = p.tape + row * p.tape_width, *tape_T = tape_V + p.offset_T;
     const auto energy_at = [&](i64 t) {
       if (!p.with_energy) return;
@@ -265,7 +272,7 @@ struct SeparableBackward {
         if (drift && p.quadratic) {
           for (i64 r = 0; r < R; ++r)
             gdt[r * p.n_steps] +=
-                drift * (dot(lV + r * wV, k.a[0] + r * wV, hV) + dot(lsq + r * wV, sp + r * wV, hV));
+                drift * (dot(lV + r * wV, k.a + r * wV, hV) + dot(lsq + r * wV, sp + r * wV, hV));
           add_scaled(lT, wT, lV, wV, R, hV, [&](i64 r) { return drift * dt(r); });
           add_scaled(lsp, wV, lsq, wT, R, hV, [&](i64 r) { return drift * dt(r); });
           k.lN_known = false;
@@ -278,11 +285,11 @@ struct SeparableBackward {
     q.flush(R);
     k.flush(R);
     flush_N();
-    copy_block(p.aV + row * hV, hV, lV, wV, R, hV);
-    copy_block(p.aT + row * hT, hT, lT, wT, R, hT);
-    copy_block(p.sp + row * hV, hV, lsp, wV, R, hV);
-    copy_block(p.sq + row * hT, hT, lsq, wT, R, hT);
-    copy_block(p.value_of_sp + row * hV, hV, sp, wV, R, hV);
+    copy_rows(p.aV + row * hV, hV, lV, wV, R, hV);
+    copy_rows(p.aT + row * hT, hT, lT, wT, R, hT);
+    copy_rows(p.sp + row * hV, hV, lsp, wV, R, hV);
+    copy_rows(p.sq + row * hT, hT, lsq, wT, R, hT);
+    copy_rows(p.value_of_sp + row * hV, hV, sp, wV, R, hV);
   }
 };
 

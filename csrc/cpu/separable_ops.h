@@ -130,14 +130,6 @@ struct SeparableWeights {
   }
 };
 
-// One parameter's gradient as a matrix, and where each task's is.
-template <class T>
-struct Summed {
-  i64 m, n;
-  T* total;
-  std::vector<T*> of_task;
-};
-
 template <class T>
 void separable_forward_as(Separable<T> p, const SeparableArguments& in) {
   const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16);
@@ -173,7 +165,7 @@ void separable_backward_as(Separable<T> p, const std::vector<Tensor>& sums_V, co
   std::vector<T*> scratch(team.size());
   std::vector<SeparableSums<T>> task_sums(with_sums ? n_tasks : 0);
   std::vector<typename Weights<T>::Pack> packs;
-  std::vector<Summed<T>> parts;
+  std::vector<Part<T>> parts;
   lay_out(team, [&](Memory& memory) {
     packs = weights.take(p, memory);
     for (SeparableSums<T>& own : task_sums) own.need_V = !sums_V.empty(), own.need_T = !sums_T.empty();
@@ -182,10 +174,7 @@ void separable_backward_as(Separable<T> p, const std::vector<Tensor>& sums_V, co
     parts.clear();
     if (!with_sums) return;
     const auto add = [&](const Tensor& total, auto of) {
-      Summed<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1), data<T>(total), {}};
-      for (SeparableSums<T>& own : task_sums)
-        part.of_task.push_back(of(own) = memory.template take<T>(part.m * kernels.ld(part.n)));
-      parts.push_back(part);
+      parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
     };
     add(gN, [](SeparableSums<T>& own) -> T*& { return own.N; });
     const auto add_network = [&](const std::vector<Tensor>& sums, auto of) {
@@ -199,18 +188,12 @@ void separable_backward_as(Separable<T> p, const std::vector<Tensor>& sums_V, co
     add_network(sums_T, [](SeparableSums<T>& own) -> Sums<T>& { return own.T; });
   });
   weights.V.run(packs, team);
+  clear(parts, team, kernels);
   share_out(team, n_tasks, [&](i64 i, int thread) {
-    for (const Summed<T>& part : parts) std::fill_n(part.of_task[i], part.m * kernels.ld(part.n), T(0));
     const SeparableSums<T>* own = with_sums ? &task_sums[i] : nullptr;
     kernels.separable_backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, scratch[thread], own);
   });
-  constexpr i64 SHARES = 16;
-  share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {
-    const Summed<T>& part = parts[i / SHARES];
-    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
-      for (const T* own : part.of_task)
-        for (i64 c = 0; c < part.n; ++c) part.total[r * part.n + c] += own[r * kernels.ld(part.n) + c];
-  });
+  add_up(parts, team, kernels);
 }
 
 void separable_forward(Tensor aV, Tensor aT, Tensor sp, Tensor sq, Tensor sps, Tensor sqs, Tensor aTs, Tensor energy,
