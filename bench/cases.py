@@ -113,7 +113,7 @@ FULL = (
     ),
     _bfloat16(1024),
     *(_memory(n) for n in (50, 150)),
-    *(_reversible(n) for n in (32, 128, 512)),
+    *(_reversible(n) for n in (32, 128)),
 )
 
 

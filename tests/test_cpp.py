@@ -316,7 +316,7 @@ def _in_child(queue, case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("batch", [2, 8, 40])
 def test_fork_after_use(batch):
     torch.set_num_threads(2)
     case = Case(batch, (160, 130, 72)).to(torch.float32)
