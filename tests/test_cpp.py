@@ -436,8 +436,10 @@ def test_what_is_left_to_torch(memory, batch, n_hidden, n_steps):
         assert error(case.backward(cpp, found[-1], memory), case.backward(torch_backend, found[-1], memory)) == 0
 
 
+@pytest.mark.parametrize("isa", [-1, 3])
 @pytest.mark.parametrize("batch", [1, 9, 70])
-def test_bfloat16_weights(batch):
+def test_bfloat16_weights(batch, isa, monkeypatch):
+    monkeypatch.setattr(cpp, "isa", isa)
     case = Case(batch, (160, 130, 72), per_sample=False).to(torch.float32)
     low = [w.bfloat16() for w in case.tail.weights]
     rounded = case.to(torch.float32)
@@ -461,7 +463,8 @@ def test_bfloat16_weights(batch):
     assert all(x.dtype == torch.float32 for x in (*found, *grads))
 
 
-def test_medium_precision_uses_bfloat16_only_where_there_is_any():
+def test_medium_precision_uses_bfloat16_only_where_there_is_any(monkeypatch):
+    monkeypatch.setattr(cpp, "isa", 3)
     case = Case(32, (64, 40)).to(torch.float32)
     full = case.forward(cpp)[0]
     torch.set_float32_matmul_precision("high")

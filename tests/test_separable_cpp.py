@@ -215,7 +215,8 @@ def test_bfloat16_weights(batch, T):
     assert all(x.dtype == torch.float32 for x in (*found, *grads))
 
 
-def test_medium_precision_uses_bfloat16_only_where_there_is_any():
+def test_medium_precision_uses_bfloat16_only_where_there_is_any(monkeypatch):
+    monkeypatch.setattr(cpp, "isa", 3)
     case = Case(32, (64, 40), (40, 20)).to(torch.float32)
     full = case.forward(separable_cpp)[0]
     torch.set_float32_matmul_precision("high")
