@@ -143,7 +143,8 @@ def forward(
     """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
 
     Products are rounded to bfloat16 and summed in float32 if the weights are bfloat16 or
-    `torch.get_float32_matmul_precision()` is "medium", on processors with AVX512_BF16 and where many rows are multiplied.
+    `torch.get_float32_matmul_precision()` is "medium", where many rows are multiplied and the processor's bfloat16 dot products
+    are faster than its float32 ones (AMD's with AVX512_BF16).
     """
     require()
     if _delegated(a, tail, scheme, n_steps):
