@@ -241,7 +241,6 @@ struct BackwardTile {
     });
     for (i64 r = crew.first(R); r < crew.last(R); ++r) {
       if (!(cotangent.residual[r] <= p.residual[row + r])) p.residual[row + r] = cotangent.residual[r];
-      // delta = step / dt, which dt = 0 would have lost
       p.gdt[(row + r) * p.n_steps + t] += dot(nu_N + r * w, at.e[0] + r * w, h);
     }
   }
