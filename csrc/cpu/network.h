@@ -139,7 +139,7 @@ struct NetworkAdjoint : Network<P> {
   using T = typename P::Scalar;
   using Network<P>::p, Network<P>::crew, Network<P>::a, Network<P>::e, Network<P>::d, Network<P>::h, Network<P>::w,
       Network<P>::lds;
-  static constexpr i64 GATHER = 96;
+  static constexpr i64 GATHER = 96, PART = 8;  // rows that are multiplied together; whose sum is formed apart
   Layers<T> kept;  // a_l and g_l of the evaluation, copied from the tape or computed again
   const Sums<T>* sums;
   i64 capacity, gathered = 0;               // evaluations
@@ -227,18 +227,19 @@ struct NetworkAdjoint : Network<P> {
     const T* w_out = p.W[last];
     const T *z_last = z(last, R), *zd_last = zd(last, R);
     crew.template over_columns<T>(p.width[last], [&](i64 i) {
-      Vec<T> dw = {};
+      Vec<T> dw = {}, part = {};
       for (i64 r = 0; r < R; ++r) {
+        if (r % PART == 0) dw += part, part = Vec<T>{};
         const i64 c = r * lds[last] + i;
         Vec<T> x = load(w_out + i) * load(curve[last] + c);
-        dw += load(zd_last + c);
+        part += load(zd_last + c);
         if (gE) {
           x += gE[r * strideE] * load(w_out + i) * load(d[last] + c);
-          dw += gE[r * strideE] * load(z_last + c);
+          part += gE[r * strideE] * load(z_last + c);
         }
         store(curve[last] + c, x);
       }
-      if (gather) store(sums->W[last] + i, load(sums->W[last] + i) + dw);
+      if (gather) store(sums->W[last] + i, load(sums->W[last] + i) + (dw + part));
     });
     if (gather && gE && crew.thread == 0) {
       T db = 0;
@@ -251,14 +252,15 @@ struct NetworkAdjoint : Network<P> {
       if (gather) {
         T *e = left[l] + gathered * 2 * R * from, *r_row = e + R * from;
         crew.template over_columns<T>(p.width[l + 1], [&](i64 i) {
-          Vec<T> db = {};
+          Vec<T> db = {}, part = {};
           for (i64 r = 0; r < R; ++r) {
+            if (r % PART == 0) db += part, part = Vec<T>{};
             const i64 c = r * from + i;
             store(e + c, load(l + 1 < last ? kept.g[l + 1] + c : w_out + i) * load(d[l + 1] + c));
             store(r_row + c, load(r_next + c));
-            db += load(r_next + c);
+            part += load(r_next + c);
           }
-          store(sums->b[l] + i, load(sums->b[l] + i) + db);
+          store(sums->b[l] + i, load(sums->b[l] + i) + (db + part));
         });
       }
       crew.meet();
