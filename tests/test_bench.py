@@ -199,7 +199,7 @@ def test_cases_of_a_gpu():
 
 def test_a_gpu_that_is_not_there_is_said(capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA device is there, so none is missing")
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda"])
     assert "no CUDA device" in capsys.readouterr().err

@@ -60,7 +60,7 @@ HJEPA_INLINE Vec<float> log1p_of(Vec<float> r) {
   return 2.0f * (r + r * (r2 * p));
 }
 
-// 1 / (1 + u) and log(1 + u), of which one division serves both: a vector of them takes as long as 30 multiplications.
+// 1 / (1 + u) and log(1 + u), of which one division serves both.
 HJEPA_INLINE void reciprocal_and_log1p(Vec<float> u, Vec<float>& reciprocal, Vec<float>& log1p) {
   const Vec<float> u1 = 1.0f + u, u2 = 2.0f + u, r = 1.0f / (u1 * u2);
   reciprocal = u2 * r;

@@ -22,7 +22,7 @@ class Chooser {
   Chooser(Problem& p, bool bf16, const Wish& wish, const Device& device)
       : p(p), element(bf16 ? 2 : 4), wish(wish), device(device), widest(*std::max_element(p.width, p.width + p.L)) {}
 
-  // Whether in clusters. Those that hold every matrix are taken where there are any: their barrier is the faster one.
+  // Whether in clusters. Those that hold every matrix are taken where there are any: their barrier should be the faster one (not measured).
   bool choose() {
     if (wish.variant != 2 && clusters() && (wish.variant == 1 || in_shared() == p.L)) return true;
     if (wish.variant != 1 && grid()) return false;
@@ -47,7 +47,7 @@ class Chooser {
   }
 
   bool clusters() {
-    // with fewer features to a block than this the barrier takes longer than what is shared out
+    // an estimate, not measured: with fewer features to a block the barrier would take longer than what is shared out
     constexpr int FEATURES = 16;
     int largest = 16;
     while (largest > 1 && largest / 2 >= ratio(widest, FEATURES)) largest /= 2;

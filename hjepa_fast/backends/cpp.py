@@ -144,7 +144,7 @@ def forward(
 
     Products are rounded to bfloat16 and summed in float32 if the weights are bfloat16 or
     `torch.get_float32_matmul_precision()` is "medium", where many rows are multiplied and the processor's bfloat16 dot products
-    are faster than its float32 ones (AMD's with AVX512_BF16).
+    are not slower than its float32 ones (AVX512_BF16, but not Intel's).
     """
     require()
     if _delegated(a, tail, scheme, n_steps):
