@@ -27,7 +27,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PIP) torch
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'import hjepa_fast; [print(f"{name}: {state}") for name, state in hjepa_fast.backends().items()]'
+	@$(BIN)/python -c 'import hjepa_fast; [print(f"{name}: {state}") for name, state in hjepa_fast.available_backends().items()]'
 	@touch $@
 
 demo: setup

@@ -380,7 +380,7 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
     """Builders by name, ours first, and the reason for each one that is left out."""
     builders: dict[str, Builder] = {}
     left_out = {}
-    for backend, state in api.backends().items():
+    for backend, state in api.available_backends().items():
         if backend == "reference":
             continue
         try:

@@ -1,7 +1,7 @@
 """Fast Hamiltonian world models in PyTorch: whole rollouts of an MLP Hamiltonian, and the H-JEPA system around them."""
 
 from . import diagnostics
-from .api import Rollout, Solve, backends, energy, leapfrog, rollout
+from .api import Rollout, Solve, available_backends, energy, leapfrog, rollout
 from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
 from .models import BaselineMLP, LatentHNN, SeparableHNN
@@ -16,7 +16,7 @@ __all__ = [
     "SeparableHNN",
     "Solve",
     "SymplecticIntegrator",
-    "backends",
+    "available_backends",
     "diagnostics",
     "energy",
     "leapfrog",

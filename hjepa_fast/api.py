@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, hidden_space, ops, validation  # noqa: F401  (ops registers the operators)
+from . import hamiltonian, hidden_space, ops, transforms, validation  # noqa: F401  (ops registers the operators)
 from .backends import cpp, cuda, reference, triton
-from .hamiltonian import SeparableHamiltonian
+from .errors import warn
+from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, SeparableHamiltonian
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
@@ -65,7 +66,9 @@ def rollout(
     ----------
     hnn : nn.Module
         Is, or holds as `.net`, an `nn.Sequential` of Linear layers with one smooth activation between
-        them and one output; or a `SeparableHNN`.
+        them and one output; or a `SeparableHNN`. Its own forward(z) must compute that and nothing else (or say
+        `forward_is_net = True`), and no hooks may stand around it. Any other module that gives one number a state is
+        run by nested autograd with backend "reference", which "auto" then takes, with a warning.
     z0 : Tensor [..., 2d]
         Initial states z = [q, p]: float32, float64 or bfloat16, of the network's dtype and device.
     dt : float or Tensor
@@ -88,13 +91,21 @@ def rollout(
         "reversible" keeps at most eight states of a rollout, however long, and rebuilds the others by stepping back, which
         takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
         A `SeparableHNN` takes "reversible" for "checkpoint"; one with a quadratic term in V keeps its states and nothing else.
+    tolerance : float, optional
+        Of implicit integrators: the largest residual (see `Solve`) that counts as solved; by default four units of rounding.
+    max_evaluations : int
+        Of implicit integrators: the most gradients of H that one implicit point may take.
+    unconverged : str
+        What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`.
+    omega : float
+        Of "tao": how strongly its two copies of the state are coupled.
     backend : str
-        "auto" (the fastest that is there, see `backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested autograd,
-        the only one that is differentiable more than once; it knows no `memory`). "triton" runs a rollout as one kernel each
-        way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda" runs "leapfrog" and "euler" as one kernel each
-        way, for at most 64 samples in float32 or bfloat16, and leaves everything else to "triton", or to "torch" where that
-        is missing. For a `SeparableHNN` "cpp" has a loop of its own and every other is PyTorch's; one with a quadratic term
-        in V is always left to PyTorch operations.
+        "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
+        autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
+        "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
+        runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
+        everything else to "triton", or to "torch" where that is missing. For a `SeparableHNN` "cpp" has a loop of its own and
+        every other is PyTorch's; one with a quadratic term in V is always left to PyTorch operations.
 
     Returns
     -------
@@ -105,30 +116,39 @@ def rollout(
     Raises
     ------
     TypeError, ValueError
-        An argument that cannot be used; the message shows it.
+        An argument that cannot be used; the message shows it. `NotFusedError` is both: a backend other than "reference" was
+        asked for by name, and the module is none of those that it can run.
     ConvergenceError
         dt is too large for an implicit integrator; the message names the largest residual.
     RuntimeError
-        A backend asked for by name that is not there, or a second derivative through one that has none.
+        A backend asked for by name that is not there or cannot be transformed by torch.func, or a second derivative
+        through one that has none.
+
+    Notes
+    -----
+    A row's result depends on the batch it is in, and gradients of parameters on the number of threads, to rounding: sums
+    are taken in another order. A row that is not finite leaves the other rows' states as they are, but makes every
+    parameter's gradient not finite. Rows that start out not finite do not raise an error, from implicit integrators either.
+    Under autocast a rollout runs in float32.
     """
-    mlp = hamiltonian.from_module(hnn)
-    validation.check_state(z0, mlp, "z0")
-    validation.check_steps(n_steps)
+    validation.check_choice(backend, BACKENDS, "backend")
+    mlp = hamiltonian.of_any_module(hnn, z0, backend)
+    z0 = validation.as_state(z0, mlp, "z0")
+    n_steps = validation.as_count(n_steps, "n_steps")
     validation.check_choice(integrator, INTEGRATORS, "integrator")
     validation.check_choice(states, ("all", "final"), "states")
     validation.check_choice(memory, MEMORY, "memory")
-    validation.check_choice(backend, BACKENDS, "backend")
     validation.check_choice(unconverged, ("raise", "flag"), "unconverged")
     tolerance = validation.as_tolerance(tolerance, hidden_space.work_dtype(z0.dtype))
-    validation.check_positive(max_evaluations, "max_evaluations")
-    if integrator == "tao":
-        validation.check_finite(omega, "omega")
+    max_evaluations = validation.as_count(max_evaluations, "max_evaluations", least=1)
+    omega = validation.as_number(omega, "omega") if integrator == "tao" else 1.0
     dt = validation.as_step_sizes(dt, z0, n_steps)
 
     lead, every_state = z0.shape[:-1], states == "all"
     z0 = z0.reshape(-1, mlp.latent_dim)
-    hamiltonian.check_forward(hnn, mlp, z0)
-    backend = choose_backend(backend, z0)
+    if isinstance(mlp, ModuleHamiltonian):
+        backend = "reference"
+    backend = choose_backend(_through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
     separable = isinstance(mlp, SeparableHamiltonian)
     _check_combination(integrator, separable, memory, backend)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
@@ -146,6 +166,7 @@ def rollout(
             n_steps, integrator, *V.activation, *T.activation, every_state, energy, memory, backend,
         )  # fmt: skip
     else:
+        assert isinstance(mlp, MLPHamiltonian)
         path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
             z0, mlp.weights, mlp.biases, dt, n_steps, integrator, *mlp.activation, every_state, energy, memory,
             tolerance, max_evaluations, unconverged == "raise", omega, backend,
@@ -157,6 +178,27 @@ def rollout(
             distance = residual.reshape(*lead, n_steps)
     path = path.reshape(*lead, n_steps + 1, mlp.latent_dim) if every_state else path.reshape(*lead, mlp.latent_dim)
     return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
+
+
+def _through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
+    """ "reference" instead of "auto" under torch.func and dual numbers, which only PyTorch's own operations can follow.
+
+    Raises
+    ------
+    RuntimeError
+        Another backend was asked for by name. Without this error tangents would be lost without a word.
+    """
+    transform = transforms.transform_of(tensors) if backend != "reference" else None
+    if transform is None:
+        return backend
+    what = f"{transform} cannot go through the fused operators, which have no rule for it"
+    if backend != "auto":
+        raise RuntimeError(f'{what}: backend "{backend}" found; use backend="reference", or a batch of states z0 [..., 2d]')
+    warn(
+        f"{what}. Nested autograd is used instead, which is slower by a factor; pass a batch of states z0 [..., 2d] where that "
+        'serves, or backend="reference" to take this as it is'
+    )
+    return "reference"
 
 
 def _check_combination(integrator: str, separable: bool, memory: str, backend: str) -> None:
@@ -202,7 +244,7 @@ def choose_backend(backend: str, z0: Tensor) -> str:
     return backend
 
 
-def backends(z0: Tensor | None = None) -> dict[str, str]:
+def available_backends(z0: Tensor | None = None) -> dict[str, str]:
     """Every backend's name, and "available" or what it lacks.
 
     Parameters
@@ -212,6 +254,8 @@ def backends(z0: Tensor | None = None) -> dict[str, str]:
         the one that `rollout` would take.
     """
     if z0 is not None:
+        if not isinstance(z0, Tensor) or z0.ndim == 0:
+            raise TypeError(f"z0 must be a tensor [..., 2d], found {z0!r}")
         return {name: _state(name, z0.reshape(-1, z0.shape[-1])) for name in BACKENDS}
     optional = {
         name: "available" if module.available() else module.why_not()
@@ -246,6 +290,5 @@ def energy(hnn: nn.Module, z: Tensor) -> Tensor:
     TypeError, ValueError
         As for `rollout`.
     """
-    mlp = hamiltonian.from_module(hnn)
-    validation.check_state(z, mlp, "z")
-    return mlp.energy(z)
+    H = hamiltonian.of_any_module(hnn, z, "reference")
+    return H.energy(validation.as_state(z, H, "z"))

@@ -84,10 +84,7 @@ class BitReversible:
             raise TypeError(f"only H = T(p) + V(q), a SeparableHNN, is bit-reversible; found {type(hnn).__name__}")
         H = hamiltonian.from_module(hnn)
         assert isinstance(H, SeparableHamiltonian)
-        if isinstance(dt, bool) or not isinstance(dt, (int, float)):
-            raise TypeError(f"dt must be a number, found {type(dt).__name__}")
-        if not math.isfinite(dt):
-            raise ValueError(f"dt must be finite, found {dt}")
+        dt = validation.as_number(dt, "dt")
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise TypeError(f"bits must be an int, found {type(bits).__name__}")
         if not 1 <= bits <= 62:

@@ -217,7 +217,7 @@ def separability_defect(hnn: nn.Module, z: Tensor, *, n_vectors: int = 4, seed: 
     Tensor [...], float64: 0 for a separable H; the square root of 1/2 if all blocks of the Hessian are alike; up to 1.
     """
     network, z = _copies(hnn, z, torch.float64)
-    H = hamiltonian.from_module(network)
+    H = hamiltonian.of_any_module(network, z, "reference")
     generator = torch.Generator().manual_seed(seed)
     half = z.shape[-1] // 2
     mixed = whole = torch.zeros(z.shape[:-1], dtype=z.dtype, device=z.device)
@@ -314,7 +314,7 @@ def energy_drift(
     ValueError
         Fewer steps; and as `hjepa_fast.rollout`.
     """
-    validation.check_steps(n_steps)
+    n_steps = validation.as_count(n_steps, "n_steps")
     if n_steps < PIECES:
         raise ValueError(f"n_steps must be at least {PIECES} to tell growth from bounded error, found {n_steps}")
     network, z0 = _copies(hnn, z0, dtype)
@@ -689,8 +689,7 @@ def _copies(hnn: nn.Module, z: Tensor, dtype: torch.dtype) -> tuple[nn.Module, T
     network = copy.deepcopy(hnn).to(dtype).requires_grad_(False)
     if isinstance(z, Tensor):
         z = z.detach().to(dtype, copy=True)
-    validation.check_state(z, hamiltonian.from_module(network), "z")
-    return network, z
+    return network, validation.as_state(z, hamiltonian.of_any_module(network, z, "reference"), "z")
 
 
 def _end(network: nn.Module, z: Tensor, dt: float, n_steps: int, integrator: str, backend: str) -> Tensor:

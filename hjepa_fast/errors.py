@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class HJEPAError(RuntimeError):
     """Base of every failure the pipeline reports; the command line prints it and exits with 1."""
@@ -37,3 +41,16 @@ class TrainingError(HJEPAError):
 
 class ConvergenceError(HJEPAError, ArithmeticError):
     """The equation of an implicit step was not solved to the tolerance."""
+
+
+class NotFusedError(TypeError, ValueError):
+    """A module computes something else than the layers that a fused rollout runs on; nested autograd can still run it."""
+
+
+def warn(message: str) -> None:
+    """A warning at the line of the user's that called into this library."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hjepa_fast":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activations
+from . import reader
 from .activations import Activation
+from .errors import NotFusedError, warn
 from .models import SeparableHNN
 
 
@@ -76,136 +75,91 @@ class SeparableHamiltonian(NamedTuple):
         return self.T.value(p) + self.V.value(q)
 
 
-Hamiltonian = MLPHamiltonian | SeparableHamiltonian
+class ModuleHamiltonian:
+    """H(z) = module(z), whatever the module computes. Only backend="reference" runs it, by nested autograd."""
+
+    def __init__(self, module: nn.Module, latent_dim: int) -> None:
+        self.module, self.latent_dim = module, latent_dim
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.module.parameters(), *self.module.buffers())
+
+    def energy(self, z: Tensor) -> Tensor:
+        """H(z): [..., 2d] to [...].
+
+        Raises
+        ------
+        TypeError, ValueError
+            The module gives something else than one number a state.
+        """
+        rows = z.reshape(-1, z.shape[-1])
+        # a graph made by module.compile() has no second derivative
+        H = self.module(rows) if self.module._compiled_call_impl is None else self.module._call_impl(rows)
+        if not isinstance(H, Tensor):
+            raise TypeError(f"a Hamiltonian gives a tensor, {reader.name_of(self.module)} gives {type(H).__name__}")
+        if H.shape not in (rows.shape[:1], (len(rows), 1)):
+            raise ValueError(
+                f"a Hamiltonian gives one number a state, {reader.name_of(self.module)} gives {list(H.shape)} for states "
+                f"{list(rows.shape)}"
+            )
+        return H.reshape(z.shape[:-1])
 
 
-def from_module(module: nn.Module) -> Hamiltonian:
-    """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian.
+Hamiltonian = MLPHamiltonian | SeparableHamiltonian | ModuleHamiltonian
+
+
+def of_any_module(module: nn.Module, z: Tensor, backend: str) -> Hamiltonian:
+    """What `from_module` reads, or else the module itself with its own forward, where `backend` leaves that open.
+
+    With "auto" a warning says why nothing faster can be taken.
 
     Raises
     ------
     TypeError, ValueError
-        See `mlp_from_module`.
+        As for `from_module`, and `NotFusedError` where another backend is asked for by name.
     """
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    try:
+        return from_module(module)
+    except NotFusedError as why:
+        if backend not in ("auto", "reference"):
+            raise NotFusedError(f'{why}, so backend "{backend}" would compute something else; {_REMEDIES}') from None
+        reader.check_takes_z(module)
+        if backend == "auto":
+            warn(
+                f"{why}. Its own forward is differentiated by nested autograd instead, which is exact, and slower by a "
+                f'factor; {_REMEDIES}; or pass backend="reference" to take this as it is'
+            )
+        return ModuleHamiltonian(module, z.shape[-1] if isinstance(z, Tensor) and z.ndim else 0)
+
+
+_REMEDIES = (
+    "for the fused backends let forward return self.net(z) unchanged, with scales and shifts in its Linear layers, or pass the "
+    ".net itself, or set forward_is_net = True on the class if the two are equal whatever happens"
+)
+
+
+def from_module(module: nn.Module) -> MLPHamiltonian | SeparableHamiltonian:
+    """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian.
+
+    The module's forward is never run on states, so it must be known to compute what the tensors do: see `reader`.
+
+    Raises
+    ------
+    NotFusedError
+        The module is no such network, or computes something else than the layers that were found.
+    TypeError, ValueError
+        It is no Hamiltonian at all.
+    """
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    reader.prove(module)
     if not isinstance(module, SeparableHNN):
-        return mlp_from_module(module)
-    V = mlp_from_module(module.potential, "even or odd")
-    T = None if module.kinetic is None else mlp_from_module(module.kinetic, "even or odd")
-    unit = V.weights[0].new_ones(1)
+        return MLPHamiltonian(*reader.read_mlp(module, even=True))
+    V = reader.read_mlp(module.potential, even=False)
+    T = None if module.kinetic is None else reader.read_mlp(module.kinetic, even=False)
     return SeparableHamiltonian(
-        V=Term(V.weights, V.biases, V.activation, module.stiffness),
-        T=Term((), (), V.activation, unit) if T is None else Term(T.weights, T.biases, T.activation, None),
-        latent_dim=2 * V.weights[0].shape[1],
+        V=Term(*V, module.stiffness),
+        T=Term((), (), V[2], V[0][0].new_ones(1)) if T is None else Term(*T, None),
+        latent_dim=2 * V[0][0].shape[1],
     )
-
-
-def mlp_from_module(module: nn.Module, inputs: str = "even") -> MLPHamiltonian:
-    """Read the MLP out of a module that is, or holds as `.net`, an `nn.Sequential` of Linear layers.
-
-    The tensors are the module's own, so gradients reach its parameters. A layer without bias gets zeros.
-
-    Raises
-    ------
-    TypeError
-        The module is not such an MLP; the message names the layer that does not fit.
-    ValueError
-        It is one, but its input is odd, its output is not a scalar, or its tensors differ in dtype or device.
-    """
-    layers = list(_sequential(module))
-    linears: list[nn.Linear] = []
-    used: set[Activation] = set()
-    for index, layer in enumerate(layers):
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            raise TypeError(f"layer {index} of {_name(module)}.net has forward hooks, which a fused rollout cannot run")
-        if index % 2 == 0:
-            if not (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward):
-                raise TypeError(f"layer {index} of {_name(module)} must be nn.Linear, found {_name(layer)}")
-            linears.append(layer)
-            continue
-        activation = activations.from_module(layer)
-        if activation is None:
-            raise TypeError(
-                f"layer {index} of {_name(module)} must be a smooth activation "
-                f"({', '.join(activations.NAMES)}), found {_name(layer)}"
-            )
-        used.add(activation)
-    if len(linears) * 2 != len(layers) + 1:
-        raise TypeError(f"{_name(module)} must start and end with nn.Linear, found {len(layers)} layers")
-    if len(used) > 1:
-        raise TypeError(f"{_name(module)} mixes activations, one is supported: {sorted(used)}")
-    if linears[-1].out_features != 1:
-        raise ValueError(f"a Hamiltonian has one output, {_name(module)} has {linears[-1].out_features}")
-    if inputs == "even" and linears[0].in_features % 2:
-        raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; {_name(module)} takes {linears[0].in_features}")
-    weights = tuple(layer.weight for layer in linears)
-    biases = tuple(w.new_zeros(w.shape[0]) if layer.bias is None else layer.bias
-                   for layer, w in zip(linears, weights, strict=True))  # fmt: skip
-    for what in ("dtype", "device"):
-        found = {str(getattr(t, what)) for t in (*weights, *biases)}
-        if len(found) > 1:
-            raise ValueError(f"the layers of {_name(module)} must share one {what}, found {', '.join(sorted(found))}")
-    return MLPHamiltonian(weights, biases, used.pop() if used else Activation("tanh"))
-
-
-def _sequential(module: nn.Module) -> nn.Sequential:
-    net = module if isinstance(module, nn.Sequential) else getattr(module, "net", None)
-    if not isinstance(net, nn.Sequential):
-        hint = "; pass its .hnn" if isinstance(getattr(module, "hnn", None), nn.Module) else ""
-        raise TypeError(
-            "a Hamiltonian is an nn.Sequential of Linear layers with one smooth activation between them and one output, "
-            f"or a module that holds one as .net; found {_name(module)}{hint}"
-        )
-    if len(net) == 0:
-        raise TypeError(f"{_name(module)} has no layers")
-    return net
-
-
-_forward_checked: weakref.WeakSet[type] = weakref.WeakSet()
-
-
-def check_forward(module: nn.Module, mlp: Hamiltonian, z: Tensor) -> None:
-    """Once for each class of module: its forward must compute what its `.net` does.
-
-    A user's class could scale or shift the output of `.net`; a rollout of `.net` alone would then be silently wrong.
-    Compared on one row of z [B, 2d]; a forward that does not take z is not compared.
-
-    Raises
-    ------
-    ValueError
-        The module's output differs from its `.net`'s.
-    """
-    kind = type(module)
-    if isinstance(module, (nn.Sequential, SeparableHNN)) or kind in _forward_checked or not _is_plain(z):
-        return
-    with torch.no_grad():
-        row = z[:1]
-        expected = mlp.energy(row)
-        try:
-            found = module(row)
-        except Exception:
-            found = None  # forward takes something else, such as q and p apart; there is nothing to compare
-    if isinstance(found, Tensor) and found.numel() == 1 and bool(expected.isfinite().all()):
-        tolerance = 100 * torch.finfo(expected.dtype).eps
-        torch_dtype = torch.promote_types(expected.dtype, torch.float32)
-        a, b = found.reshape(1).to(torch_dtype), expected.to(torch_dtype)
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
-            raise ValueError(
-                f"{_name(module)}.forward gives {a.item():.6g} where its .net gives {b.item():.6g}: a Hamiltonian must "
-                "return self.net(z) unchanged. Put scales and shifts into the last Linear layer."
-            )
-    _forward_checked.add(kind)
-
-
-def _is_plain(z: Tensor) -> bool:
-    """Whether values may be looked at: not traced, not captured, no empty batch, no autocast rounding."""
-    return (
-        type(z) in (Tensor, nn.Parameter)
-        and z.shape[0] > 0
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(z.device.type)
-        and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

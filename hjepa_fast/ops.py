@@ -22,7 +22,7 @@ from .schemes import SCHEMES, SubStep, for_separable
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps]. These attributes follow the tensors in both operators.
 _SCHEMA = (
-    "int n_steps, str integrator, str activation, float beta, float threshold, bool every_state, bool with_energy, "
+    "SymInt n_steps, str integrator, str activation, float beta, float threshold, bool every_state, bool with_energy, "
     "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
 )
 torch.library.define(
@@ -167,6 +167,13 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
     )
 
 
+def _refuse_batches(*_: Any) -> None:
+    raise RuntimeError(
+        "hjepa_fast: the backward pass of a rollout has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
+        'vectorize=True); take them one by one, or use backend="reference"'
+    )
+
+
 def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "hjepa_fast: a second derivative through a rollout is not supported by the fused operators "
@@ -176,6 +183,7 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 
 torch.library.register_autograd("hjepa_fast::rollout", _differentiate, setup_context=_save)
 torch.library.register_autograd("hjepa_fast::rollout_backward", _refuse_second_derivative)
+torch.library.impl("hjepa_fast::rollout_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
 for _device in ("cpu", "cuda"):
     # a rollout adds up many small steps: under autocast it runs in float32, like other reductions
     torch.library.register_autocast("hjepa_fast::rollout", _device, torch.float32)
@@ -183,7 +191,7 @@ for _device in ("cpu", "cuda"):
 
 
 _SEPARABLE_ATTRIBUTES = (
-    "int n_steps, str integrator, str v_activation, float v_beta, float v_threshold, "
+    "SymInt n_steps, str integrator, str v_activation, float v_beta, float v_threshold, "
     "str t_activation, float t_beta, float t_threshold, bool every_state, bool with_energy, str memory, str backend"
 )
 _SEPARABLE_TENSORS = (
@@ -386,6 +394,7 @@ def _differentiate_separable(ctx: Any, g_states: Tensor | None, g_energy: Tensor
 
 torch.library.register_autograd("hjepa_fast::rollout_separable", _differentiate_separable, setup_context=_save_separable)
 torch.library.register_autograd("hjepa_fast::rollout_separable_backward", _refuse_second_derivative)
+torch.library.impl("hjepa_fast::rollout_separable_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("hjepa_fast::rollout_separable", _device, torch.float32)
     torch.library.register_autocast("hjepa_fast::rollout_separable_backward", _device, torch.float32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +13,14 @@ from torch import Tensor
 from .hamiltonian import Hamiltonian
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_state(z: Tensor, H: Hamiltonian, name: str) -> None:
-    """z must be [..., 2d] in the network's dtype and on its device.
+def as_state(z: Tensor, H: Hamiltonian, name: str) -> Tensor:
+    """z [..., 2d], which must be of the network's dtype and on its device.
+
+    Under autocast, where latents come out of other layers in a low precision, z may have any of autocast's dtypes; it is
+    returned in float32, in which a rollout then runs.
 
     Raises
     ------
@@ -25,29 +31,59 @@ def check_state(z: Tensor, H: Hamiltonian, name: str) -> None:
     """
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(z).__name__}")
+    weight = next((t for t in H.tensors if t.is_floating_point()), z)
+    device = z.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocast and z.dtype in AUTOCAST and weight.dtype in AUTOCAST
+    if autocast:
+        z = z.float()
     if z.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64 or bfloat16, found {z.dtype}")
     if z.ndim == 0 or z.shape[-1] != H.latent_dim:
         raise ValueError(f"{name} must be [..., {H.latent_dim}] for this Hamiltonian, found {list(z.shape)}")
-    weight = H.tensors[0]
-    if z.dtype != weight.dtype:
+    if H.latent_dim < 2 or H.latent_dim % 2:
+        raise ValueError(f"{name} must be [..., 2d], states z = [q, p] of an even size, found {list(z.shape)}")
+    if z.dtype != weight.dtype and not autocast:
         raise TypeError(f"{name} and the Hamiltonian must share one dtype, found {z.dtype} and {weight.dtype}")
     if z.device != weight.device:
         raise ValueError(f"{name} and the Hamiltonian must be on one device, found {z.device} and {weight.device}")
+    return z
 
 
-def check_steps(n_steps: int) -> None:
-    """n_steps must be an int >= 0.
+def as_count(n: int, name: str, least: int = 0) -> int:
+    """n as an int >= `least`. What is an integer by its type will do, NumPy's among them.
 
     Raises
     ------
     TypeError, ValueError
-        Not an int; negative.
+        Not an integer; too small.
     """
-    if isinstance(n_steps, (bool, float, Tensor)):
-        raise TypeError(f"n_steps must be an int, found {type(n_steps).__name__} {n_steps!r}")
-    if n_steps < 0:
-        raise ValueError(f"n_steps must be >= 0, found {n_steps}")
+    if isinstance(n, (bool, float, Tensor)) or not (isinstance(n, int) or hasattr(n, "__index__")):
+        raise TypeError(f"{name} must be an int, found {type(n).__name__} {n!r}")
+    if not isinstance(n, int) and not isinstance(n, torch.SymInt):
+        n = operator.index(n)
+    if n < least:
+        raise ValueError(f"{name} must be {f'>= {least}' if least != 1 else 'positive'}, found {n}")
+    return n
+
+
+def as_number(x: float, name: str, what: str = "number") -> float:
+    """x as a finite float. What is a real number by its type will do, NumPy's among them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a real number; not finite, or too large for a float.
+    """
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a {what}, found {type(x).__name__}")
+    try:
+        x = float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, found an int of {int(x).bit_length()} bits") from None
+    if not -math.inf < x < math.inf:  # torch.compile traces this, but not math.isfinite of a number that it takes as dynamic
+        raise ValueError(f"{name} must be finite, found {x}")
+    return x
 
 
 def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
@@ -64,10 +100,7 @@ def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
         A number that is not finite, a shape that does not broadcast, another device.
     """
     if not isinstance(dt, Tensor):
-        if isinstance(dt, bool) or not isinstance(dt, (int, float)):
-            raise TypeError(f"dt must be a number or a tensor, found {type(dt).__name__}")
-        if not math.isfinite(dt):
-            raise ValueError(f"dt must be finite, found {dt}")
+        dt = as_number(dt, "dt", "number or a tensor")
         return torch.full((1, 1), dt, dtype=torch.promote_types(z0.dtype, torch.float32), device=z0.device)
     if not dt.is_floating_point():
         raise TypeError(f"dt must be a floating-point tensor, found {dt.dtype}")
@@ -94,7 +127,7 @@ def check_choice(value: str, choices: Sequence[str], name: str) -> None:
     ValueError
         It is not; the message lists them.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; found {value!r}")
 
 
@@ -109,30 +142,7 @@ def as_tolerance(tolerance: float | None, dtype: torch.dtype) -> float:
     eps = torch.finfo(dtype).eps
     if tolerance is None:
         return 4 * eps
+    tolerance = as_number(tolerance, "tolerance")
     if not eps <= tolerance < 1:
         raise ValueError(f"tolerance must be from one unit of rounding ({eps:.1e} for {dtype}) to 1, found {tolerance}")
     return tolerance
-
-
-def check_positive(n: int, name: str) -> None:
-    """n must be an int > 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-    """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} must be an int, found {type(n).__name__} {n!r}")
-    if n < 1:
-        raise ValueError(f"{name} must be positive, found {n}")
-
-
-def check_finite(x: float, name: str) -> None:
-    """x must be a finite number.
-
-    Raises
-    ------
-    ValueError
-    """
-    if not -math.inf < x < math.inf:  # torch.compile traces this, but not math.isfinite of a number it takes as dynamic
-        raise ValueError(f"{name} must be finite, found {x}")

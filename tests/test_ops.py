@@ -308,13 +308,13 @@ def test_the_state_never_decides_the_size_of_the_loop():
 def test_backends_are_named_with_what_they_lack(monkeypatch):
     from hjepa_fast.backends import cpp
 
-    assert hf.backends()["reference"] == "available"
+    assert hf.available_backends()["reference"] == "available"
     monkeypatch.setattr(cpp, "available", lambda: False)
     hnn, z0 = make_hnn(4, (6,)), make_states(3, 4)
     with pytest.raises(RuntimeError, match='backend "cpp" is not there'):
         hf.rollout(hnn, z0, 0.1, 2, backend="cpp")
     torch.testing.assert_close(hf.leapfrog(hnn, z0, 0.1, 2), hf.rollout(hnn, z0, 0.1, 2, backend="torch").states)
-    assert hf.backends()["cpp"] != "available"
+    assert hf.available_backends()["cpp"] != "available"
 
 
 def test_backends_tell_what_auto_takes_for_given_states(monkeypatch):
@@ -326,17 +326,17 @@ def test_backends_tell_what_auto_takes_for_given_states(monkeypatch):
     z0 = make_states(2, 3, 4)
     for built, choice in ((True, "cpp"), (False, "torch")):
         monkeypatch.setattr(cpp, "available", lambda built=built: built)
-        found = hf.backends(z0)
+        found = hf.available_backends(z0)
         assert found["auto"] == choice
         assert found["reference"] == found["torch"] == "available"
         assert (found["cpp"] == "available") is built
-        assert found.keys() - {"auto"} == hf.backends().keys()
+        assert found.keys() - {"auto"} == hf.available_backends().keys()
     with FakeTensorMode():
         on_gpu = torch.empty(5, 4, device="cuda")
     monkeypatch.setattr(cpp, "available", lambda: True)
     for there, choice in ((True, "triton"), (False, "torch")):
         monkeypatch.setattr(triton, "available", lambda there=there: there)
-        found = hf.backends(on_gpu)
+        found = hf.available_backends(on_gpu)
         assert found["auto"] == choice
         assert (found["triton"] == "available") is there
         assert "runs on the CPU, z0 is on cuda" in found["cpp"]

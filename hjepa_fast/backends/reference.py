@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .. import transforms
 from ..errors import ConvergenceError
 from ..hamiltonian import Hamiltonian
 from ..schemes import SUZUKI_4, YOSHIDA_4, YOSHIDA_6
@@ -95,14 +96,20 @@ def solve(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         while n < _MOST_ITERATIONS:
             n, y, before = n + 1, f(y), y
             change = (y - before).abs().amax(-1) / y.abs().amax(-1).clamp_min(1)
-            if not (change > 4 * torch.finfo(y.dtype).eps).any():
+            going_on = (change > 4 * torch.finfo(y.dtype).eps).any()
+            if torch._C._functorch.is_batchedtensor(going_on):
+                raise RuntimeError(
+                    "torch.func.vmap cannot go through an implicit integrator: how often it iterates depends on the values. "
+                    "Pass a batch of states as z0 [..., 2d], or use an explicit integrator"
+                )
+            if not going_on:
                 break
         else:
             raise ConvergenceError(
                 f"{_MOST_ITERATIONS} iterations did not solve an implicit step: the last changed the state by a relative "
                 f"{change.max():.1e}; dt is too large for the curvature of H"
             )
-    for _ in range(n if torch.is_grad_enabled() else 0):
+    for _ in range(n if torch.is_grad_enabled() or transforms.active() else 0):
         y = f(y)
     return y
 
@@ -149,6 +156,7 @@ def _tao(
         yield (q + x) / 2, (p + y) / 2
 
 
+@transforms.outside_graphs("nested autograd is not for graphs; use a fused backend")
 def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: str, omega: float = 1.0) -> Tensor:
     """Roll z0 [B, 2d] forward; returns [B, n_steps + 1, 2d], z0 first.
 
@@ -170,10 +178,16 @@ def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: st
             with torch.no_grad():
                 return rollout(ordinary, z0.clone(), dt.clone(), n_steps, integrator, omega)
 
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *H.tensors))
+    tensors = (z0, dt, *H.tensors)
+    transformed = transforms.transform_of(tensors) is not None
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def gradient(of_p: bool) -> Gradient:
         def grad_H(q: Tensor, p: Tensor) -> Tensor:
+            if transformed:  # torch.func differentiates under its own transforms, and keeps tangents
+                return torch.func.grad(lambda x: H.energy(torch.cat((q, x) if of_p else (x, p), dim=-1)).sum())(
+                    p if of_p else q
+                )
             record = differentiable and torch.is_grad_enabled()
             with torch.enable_grad():
                 x = p if of_p else q

@@ -1,0 +1,58 @@
+"""PyTorch's function transforms, for which the fused operators have no rules, and code that torch.compile cannot take."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def outside_graphs(reason: str) -> Callable[[_F], _F]:
+    """Like `torch.compiler.disable`, but torch._dynamo, which takes seconds to import, is left alone until it is there."""
+
+    def decorate(function: _F) -> _F:
+        disabled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not disabled and "torch._dynamo" in sys.modules:
+                disabled.append(sys.modules["torch._dynamo"].disable(function))
+            return (disabled[0] if disabled else function)(*args, **kwargs)
+
+        run._torchdynamo_disable = True  # type: ignore[attr-defined]
+        run._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def active() -> bool:
+    """Whether any level of torch.func, or of dual numbers, is open. In a graph of torch.compile PyTorch itself speaks up."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def transform_of(tensors: Iterable[Tensor]) -> str | None:
+    """What transforms any of the tensors, in words, or None."""
+    if not active():
+        return None
+    for t in tensors:
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return " of ".join(f"torch.func.{level.key().name.lower()}" for level in _func_levels())
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            return "forward-mode differentiation (dual numbers)"
+    return None
+
+
+def _func_levels() -> list[torch._functorch.pyfunctorch.FuncTorchInterpreter]:
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return retrieve_all_functorch_interpreters()
