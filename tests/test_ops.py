@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -356,3 +357,40 @@ def test_prediction_follows_weights_changed_behind_pytorchs_back():
             expected = hf.rollout(hnn, z0, 0.3, 4, backend="reference").states
             for _ in range(2):
                 torch.testing.assert_close(hf.rollout(hnn, z0, 0.3, 4, backend="torch").states, expected)
+
+
+@pytest.mark.parametrize("name", ["dt", "omega", "tolerance", "max_evaluations"])
+def test_numbers_may_change_between_calls_of_a_compiled_graph(name):
+    hnn, z = make_hnn(4, (5,)), make_states(3, 4)
+
+    def run(z, x):
+        options = {"dt": 0.1, "integrator": {"dt": "leapfrog", "omega": "tao"}.get(name, "implicit-midpoint"), name: x}
+        return hf.rollout(hnn, z, n_steps=2, **options).states
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for x in {"tolerance": (1e-4, 1e-6, 1e-8), "max_evaluations": (30, 40, 50)}.get(name, (0.1, 0.2, 0.3, 1)):
+        torch.testing.assert_close(compiled(z, x), run(z, x))
+
+
+def test_a_horizon_may_grow_in_a_compiled_graph():
+    hnn, z = make_hnn(4, (5,)), make_states(3, 4)
+    compiled = torch.compile(lambda z, n: hf.leapfrog(hnn, z, 0.1, n), fullgraph=True, backend="aot_eager")
+    for n in range(1, 12):  # more than the graphs that PyTorch makes of one function
+        torch.testing.assert_close(compiled(z, n), hf.leapfrog(hnn, z, 0.1, n))
+
+
+@pytest.mark.parametrize("make", [lambda: hf.LatentHNN(4, (8,)), lambda: hf.SeparableHNN(4, (8,), quadratic=True)])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_latents_of_autocast(make, low):
+    """They come out of other layers in a low precision; the rollout runs in float32, as it does without autocast."""
+    hnn, z = make(), torch.randn(3, 4).to(low)
+    expected = hf.leapfrog(hnn, z.float(), 0.1, 3)
+    leaf = z.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(hf.leapfrog(hnn, z, 0.1, 3), expected, rtol=0, atol=0)
+        assert hf.energy(hnn, z).dtype == hnn(z).dtype
+        hf.SymplecticIntegrator(hnn)(leaf, 2).sum().backward()
+    assert leaf.grad.dtype == low
+    assert all(p.grad.dtype == torch.float32 for p in hnn.parameters() if p.requires_grad and p.grad is not None)
+    with pytest.raises(TypeError, match="share one dtype|must be float32"):
+        hf.leapfrog(hnn, z, 0.1, 3)
