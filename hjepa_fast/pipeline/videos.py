@@ -1,12 +1,15 @@
-"""Videos: synthetic bouncing balls with their ground truth, and reading anybody's mp4, avi or mov."""
+"""Videos: synthetic bouncing balls with their ground truth, and reading anybody's videos."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable
+import struct
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +22,24 @@ from ..errors import MissingDependencyError, UsageError, VideoError
 from . import files
 from .config import VideoConfig
 
-SUFFIXES = (".mp4", ".avi", ".mov")
+USUAL_SUFFIXES = (".mp4", ".avi", ".mov")
+SUFFIXES = (
+    *USUAL_SUFFIXES, ".m4v", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp"
+)  # fmt: skip
+OTHER_SUFFIXES = (
+    ".gif", ".apng", ".webp", ".m3u8", ".mpd", ".h264", ".264", ".h265", ".hevc", ".asf", ".f4v", ".3g2", ".divx", ".dv",
+    ".mj2", ".mjpeg", ".mxf", ".ogg", ".rm", ".rmvb", ".vob", ".y4m",
+)  # fmt: skip
+"""Files that hold pictures in motion, or lists of such files, and that `find_videos` leaves out."""
+FORMATS = (
+    "mov,mp4,avi,matroska,webm,mpegts,mpeg,asf,flv,live_flv,ogg,gif,apng,mxf,dv,rm,nut,ivf,yuv4mpegpipe,"
+    "h264,hevc,m4v,mpegvideo,mjpeg,av1,obu,vvc"
+)
+"""Containers as FFmpeg names them. None of them can make it read another file, as playlists can."""
+MAX_PIXELS = 2**27
+"""Pixels of the largest frame that is decoded: 16384 x 8192, 400 MB as RGB."""
+ATTACHED_PICTURE = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
+PQ, HLG = 16, 18  # FFmpeg's AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67
 CYAN, RED = (0, 255, 255), (255, 0, 0)
 PALETTE = np.array([CYAN, RED, (255, 255, 0), (0, 255, 0), (255, 0, 255), (255, 128, 0), (255, 255, 255), (128, 128, 255)])
 SOURCE = "synthetic: bouncing balls"
@@ -247,63 +267,268 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> bytes:
 
 
 def read_video(path: Path, each: Callable[[np.ndarray], np.ndarray] | None = None) -> Video:
-    """Decode a whole mp4, avi or mov of any size and rate.
+    """Decode a whole video of any size and rate; `VideoReader` says what is read, how, and what is refused.
 
     `each`, if given, is applied to every frame [H, W, 3] as it is decoded, so that full-size frames need not be kept.
 
-    A rotation by a multiple of 90 degrees that the file asks for (phones do) is applied; mirroring is not. Frames that
-    an edit list hides are left out. A container that declares no frame count (mkv) cannot be checked for missing frames.
+    Warns
+    -----
+    UserWarning
+        For each of the reader's `notes`.
 
     Raises
     ------
     VideoError
-        The file is missing, empty, not a video, without video stream, cut short, damaged, or its frame size changes.
+        As `VideoReader`.
     """
-    av = _av()
-    path = Path(path)
+    reader = VideoReader(path)
+    frames = [image if each is None else each(image) for image in reader]
+    for note in reader.notes:
+        warnings.warn(note, stacklevel=2)
+    return Video(np.stack(frames), reader.fps, reader.path)
+
+
+class VideoReader:
+    """The frames of a video, uint8 [H, W, 3] RGB, decoded one after the other while it is iterated over, once.
+
+    Frames look as players show them: turned and mirrored as the display matrix says (phones and front cameras write
+    one), and with square pixels (the shorter side of each pixel is stretched, unless that is less than 1 %).
+    Frames that an edit list hides are left out. Containers that declare neither a number of frames nor a duration
+    (ts, mpg, ogv, and what was never finished) cannot be checked for missing frames.
+
+    Attributes
+    ----------
+    path : Path
+    n_frames : int
+        Frames decoded so far.
+    expected : int
+        Frames that the file declares or that its duration suggests; 0 before the first frame, and if nothing is known.
+    fps : float
+        Average frame rate; 0.0 until the last frame has been decoded.
+    notes : list of str
+        What a user should know of a video that was read: several video streams, a variable frame rate, interlaced or
+        HDR frames. Complete after the last frame.
+
+    Raises
+    ------
+    VideoError
+        On iteration: the file is missing, empty, not a regular file, not a video (a playlist, say), or without a video
+        stream (a cover picture is none); frames are larger than MAX_PIXELS or transparent; its frame size changes, or
+        its display matrix is no turn or mirror. After the last frame: the video is cut short, damaged, or without a rate.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.n_frames = self.expected = 0
+        self.fps = 0.0
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        av = _av()
+        check_regular(self.path)
+        shape: tuple[int, ...] | None = None
+        damaged = interlaced = uneven = 0
+        time = step = None
+        unread_matrix = False
+        with self._readable_errors(av):
+            if self.path.stat().st_size == 0:
+                raise VideoError(f"video is empty (0 bytes): {self.path}")
+            # an absolute path cannot be taken for a URL
+            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+            with av.open(str(self.path.absolute()), options=options, metadata_errors="replace") as container:
+                stream = self._stream(container)
+                self._check_size(stream.codec_context.width or 0, stream.codec_context.height or 0)
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                rate = float(stream.average_rate or 0)
+                seconds = _announced_seconds(container, stream)
+                self.expected = _declared(container, stream) or round(seconds * rate)
+                for frame in container.decode(stream):
+                    self._check_size(*_square(stream, frame))
+                    matrix = _display_matrix(frame)
+                    unread_matrix |= matrix is None
+                    image = self._oriented(self._image(stream, frame), matrix, frame)
+                    if shape not in (None, image.shape):
+                        sizes = sorted([shape, image.shape])  # type: ignore[list-item]
+                        raise VideoError(f"{self.path} changes its frame size: {' and '.join(f'{x[1]} x {x[0]}' for x in sizes)}")
+                    shape = image.shape
+                    self.n_frames += 1
+                    damaged += frame.is_corrupt
+                    interlaced += frame.interlaced_frame
+                    hdr = getattr(frame, "color_trc", None) in (PQ, HLG)
+                    if time is not None and frame.time is not None:
+                        step = max(step or 0.0, frame.time - time)
+                        uneven += not 0.5 < (frame.time - time) * rate < 1.5
+                    time = frame.time
+                    yield image
+                declared = _declared(container, stream)
+                rate = float(stream.average_rate or stream.guessed_rate or 0)
+        self._check_end(declared, damaged, rate)
+        if seconds and time is not None and seconds - time > 1.5 * max(step or 0.0, 1 / rate):
+            raise VideoError(
+                f"{self.path} is truncated: it declares {seconds:.3g} s and its last frame is shown at {time:.3g} s. "
+                "Copy it again, or export it again"
+            )
+        if uneven:
+            self.notes.append(
+                f"{self.path} has a variable frame rate: {uneven} of {self.n_frames - 1} intervals are far from the mean of "
+                f"{1000 / rate:.3g} ms. Clips count frames, not time; export it at a constant frame rate"
+            )
+        if interlaced:
+            self.notes.append(f"{self.path} is interlaced: {interlaced} frames mix two moments in alternate rows. Deinterlace it")
+        if hdr:
+            self.notes.append(f"{self.path} is HDR video: its colours are taken as they are, paler than players show them")
+        if unread_matrix:
+            self.notes.append(
+                f"{self.path}: this version of PyAV cannot read its display matrix; frames are taken as upright. "
+                "A newer version may read it"
+            )
+        self.fps = rate
+
+    @contextlib.contextmanager
+    def _readable_errors(self, av: Any) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise VideoError(f"cannot read {self.path}: {error.strerror or error}") from error
+        except (av.error.FFmpegError, IndexError) as error:
+            raise VideoError(f"cannot read {self.path}: not a video, or cut short ({error})") from error
+
+    def _stream(self, container: Any) -> Any:
+        streams = [stream for stream in container.streams.video if not _is_cover(container, stream)]
+        if not streams:
+            covers = ", only a cover picture" if container.streams.video else ""
+            raise VideoError(f"no video stream in {self.path}{covers}")
+        best = container.streams.best("video") if hasattr(container.streams, "best") else None
+        chosen = next((stream for stream in streams if best is not None and stream.index == best.index), streams[0])
+        if chosen.codec_context is None:
+            raise VideoError(f"no decoder here for the video stream of {self.path}")
+        if len(streams) > 1:
+            self.notes.append(f"{self.path} has {len(streams)} video streams: only stream {chosen.index} is read")
+        return chosen
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > MAX_PIXELS:
+            raise VideoError(f"{self.path} has frames of {width} x {height}, expected at most {MAX_PIXELS} pixels")
+
+    def _image(self, stream: Any, frame: Any) -> np.ndarray:
+        width, height = _square(stream, frame)
+        if any(component.is_alpha for component in frame.format.components):
+            alpha = frame.to_ndarray(format="rgba")[..., 3]
+            if (alpha != 255).any():
+                raise VideoError(
+                    f"{self.path} has transparent pixels, and nothing says what is behind them. Export it without transparency"
+                )
+        if (width, height) == (frame.width, frame.height):
+            return frame.to_ndarray(format="rgb24")
+        return frame.to_ndarray(format="rgb24", width=width, height=height)
+
+    def _oriented(self, image: np.ndarray, matrix: tuple[int, ...] | None, frame: Any) -> np.ndarray:
+        """`image` as the display matrix maps it: (x, y) to (a x + c y, b x + d y), x to the right and y down."""
+        if matrix is None:
+            if frame.rotation:
+                raise VideoError(
+                    f"{self.path} is turned or mirrored, and this version of PyAV cannot read its display matrix. "
+                    "Install a newer version, or export the video again"
+                )
+            return image
+        fixed = [value / 2**16 for value in matrix]
+        a, b, c, d = (round(fixed[i]) for i in (0, 1, 3, 4))
+        exact = all(abs(fixed[i] - value) < 1e-3 for i, value in ((0, a), (1, b), (3, c), (4, d)))
+        # u, v and w are 2.30 fixed point; the place x, y on a screen does not matter
+        flat = matrix[2] == matrix[5] == 0 and matrix[8] == 2**30
+        if not (exact and flat and sorted((abs(a), abs(b))) == [0, 1] and abs(d) == abs(a) and abs(c) == abs(b)):
+            values = ", ".join(f"{fixed[i]:.4g}" for i in (0, 1, 3, 4))
+            raise VideoError(
+                f"{self.path} is to be shown through the matrix [{values}; {matrix[2]}, {matrix[5]}, {matrix[8]}]: "
+                "expected a turn by a multiple of 90 degrees, a mirror, or both. Export it again without it"
+            )
+        if b:
+            image, a, d = image.swapaxes(0, 1), c, b
+        return np.ascontiguousarray(image[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1])
+
+    def _check_end(self, declared: int, damaged: int, rate: float) -> None:
+        if not self.n_frames or (declared and self.n_frames != declared):
+            raise VideoError(
+                f"{self.path} is truncated or skips frames: it declares {declared} frames and {self.n_frames} can be decoded. "
+                "Copy it again, or export it again at a constant frame rate"
+            )
+        if damaged:
+            raise VideoError(
+                f"{self.path} is damaged: {damaged} of {self.n_frames} frames are corrupt. Copy or export it again"
+            )
+        if not rate > 0:
+            raise VideoError(f"{self.path} declares no frame rate. Export it again at a constant frame rate")
+
+
+def check_regular(path: Path) -> None:
+    """VideoError unless `path` is a file, or a link to one: reading a pipe or a device might never end."""
     try:
-        if path.stat().st_size == 0:
-            raise VideoError(f"video is empty (0 bytes): {path}")
-        # an absolute path cannot be taken for a URL
-        with av.open(str(path.absolute())) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise VideoError(f"no video stream in {path}")
-            if stream.codec_context is None:
-                raise VideoError(f"no decoder here for the video stream of {path}")
-            frames, sizes, damaged = [], set(), 0
-            for frame in container.decode(stream):
-                damaged += frame.is_corrupt
-                image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-                sizes.add(image.shape[:2])
-                frames.append(image if each is None else each(image))
-            declared = stream.frames
-            if "mp4" in container.format.name.split(","):
-                # the sample table counts what an edit list hides; its index says which frames are shown
-                declared = sum(not entry.is_discard for entry in stream.index_entries)
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
+        path.stat()
     except FileNotFoundError as error:
         raise VideoError(f"video not found: {path}") from error
     except OSError as error:
         raise VideoError(f"cannot read {path}: {error.strerror or error}") from error
-    except (av.error.FFmpegError, IndexError) as error:
-        raise VideoError(f"cannot read {path}: not a video, or cut short ({error})") from error
-    if not frames or (declared and len(frames) != declared):
-        raise VideoError(
-            f"{path} is truncated or skips frames: it declares {declared} frames and {len(frames)} can be decoded. "
-            "Copy it again, or export it again at a constant frame rate"
-        )
-    if damaged:
-        raise VideoError(f"{path} is damaged: {damaged} of {len(frames)} frames are corrupt. Copy or export it again")
-    if not fps > 0:
-        raise VideoError(f"{path} declares no frame rate. Export it again at a constant frame rate")
-    if len(sizes) > 1:
-        raise VideoError(f"{path} changes its frame size: {' and '.join(f'{w} x {h}' for h, w in sorted(sizes))}")
-    return Video(np.stack(frames), fps, path)
+    if not path.is_file():
+        raise VideoError(f"cannot read {path}: it is a {'directory' if path.is_dir() else 'device or pipe'}, not a file")
+
+
+def _is_cover(container: Any, stream: Any) -> bool:
+    disposition = getattr(stream, "disposition", None)
+    if disposition is not None:
+        return bool(disposition & ATTACHED_PICTURE)
+    # PyAV 12 does not tell: next to sound, a stream of still pictures is a cover
+    return bool(container.streams.audio) and stream.name in ("mjpeg", "png", "bmp", "gif", "webp")
+
+
+def _declared(container: Any, stream: Any) -> int:
+    """How many frames the container says it has; 0 if it does not."""
+    if "mp4" in container.format.name.split(","):
+        # the sample table counts what an edit list hides; its index says which frames are shown
+        entries = getattr(stream, "index_entries", None)
+        if entries is not None:
+            return sum(not entry.is_discard for entry in entries)
+    return int(stream.frames)
+
+
+def _announced_seconds(container: Any, stream: Any) -> float:
+    """When the last frame ends, as the container's header says; 0 if it does not."""
+    if not {"matroska", "flv"} & set(container.format.name.split(",")):
+        return 0.0  # counted frames are better, and FFmpeg's other durations are of what is there
+    with contextlib.suppress(ValueError):  # tags are free text
+        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    # the container's own duration is that of its longest stream
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+
+
+def _square(stream: Any, frame: Any) -> tuple[int, int]:
+    """Width and height of a frame after its pixels have been made square, none lost."""
+    aspect = stream.sample_aspect_ratio or 1
+    if abs(math.log(aspect)) < 0.01:
+        return frame.width, frame.height
+    return max(frame.width, round(frame.width * aspect)), max(frame.height, round(frame.height / aspect))
+
+
+def _display_matrix(frame: Any) -> tuple[int, ...] | None:
+    """The nine numbers of the display matrix that comes with a frame; None if they cannot be read."""
+    from av.sidedata.sidedata import SideDataContainer
+
+    try:
+        # frame.side_data would be a cycle of references, and keep frames until the garbage collector runs
+        data = SideDataContainer(frame).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not list side data if it lacks a name for any of it
+        return None
+    if data is None:
+        return 2**16, 0, 0, 0, 2**16, 0, 0, 0, 2**30
+    return struct.unpack("=9i", bytes(data))
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """Videos directly in `folder`, video_2 before video_10; hidden and unfinished files are ignored.
+    """Videos directly in `folder`, video_2 before video_10; unfinished files are ignored.
+
+    Hidden files, what is no file, and what looks like a video and is not read (gif, playlists, raw streams) are left
+    out, with a warning that names them. So is an mkv beside an mp4 of the same name (recorders write both), and other
+    such pairs.
 
     Raises
     ------
@@ -313,21 +538,43 @@ def find_videos(folder: Path) -> list[Path]:
     folder = Path(folder)
     if not folder.exists():
         raise VideoError(f"video folder not found: {folder}")
-    videos = _list(folder)
+    videos, left_out = _list(folder)
+    if left_out:
+        warnings.warn(f"left out of {folder}: " + "; ".join(left_out), stacklevel=2)
     if not videos:
         raise VideoError(f"no videos in {folder}: expected files ending in {', '.join(SUFFIXES)}")
     return videos
 
 
-def _list(folder: Path) -> list[Path]:
+def _list(folder: Path) -> tuple[list[Path], list[str]]:
+    """The videos of a folder, and what was left out and why."""
+    found, left_out = [], {}
     try:
-        # the leading dot covers files.PARTIAL too
-        found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+        entries = sorted(folder.iterdir(), key=files.natural_order)
+        usual = {p.stem for p in entries if p.suffix.lower() in USUAL_SUFFIXES and not p.name.startswith(".") and p.is_file()}
+        for path in entries:
+            suffix = path.suffix.lower()
+            if path.name.startswith((files.PARTIAL, "._")) or suffix not in SUFFIXES + OTHER_SUFFIXES:
+                continue  # macOS writes ._NAME beside each NAME on foreign disks
+            if path.name.startswith("."):
+                left_out[path.name] = "hidden"
+            elif not path.is_file():
+                left_out[path.name] = "not a file"
+            elif suffix in OTHER_SUFFIXES:
+                left_out[path.name] = f"{suffix} is not read, convert it to mp4"
+            elif suffix not in USUAL_SUFFIXES and path.stem in usual:
+                left_out[path.name] = "another video has its name"
+            else:
+                found.append(path)
     except NotADirectoryError as error:
         raise VideoError(f"expected a folder of videos, found a file: {folder}") from error
     except OSError as error:
         raise VideoError(f"cannot list {folder}: {error.strerror}") from error
-    return sorted(found, key=files.natural_order)
+    reasons = {reason: [repr(name)[1:-1] for name in left_out if left_out[name] == reason] for reason in left_out.values()}
+    return found, [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})"
+        for reason, names in reasons.items()
+    ]
 
 
 def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], None] | None = None) -> list[Path]:
@@ -371,7 +618,7 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
 
 def _finished(folder: Path, wanted: list[Path], label: str) -> set[Path]:
     """Videos that need no work; raises if the folder holds any that do not belong."""
-    present = _list(folder) if folder.exists() else []
+    present = _list(folder)[0] if folder.exists() else []
     if stale := [path.name for path in present if path not in set(wanted)]:
         raise _mixed(folder, f"{len(stale)} videos there are not among the {len(wanted)} asked for ({stale[0]})")
     found = {path: files.read_metadata(path.with_suffix(".safetensors")) for path in present}
