@@ -119,7 +119,7 @@ def test_finished_files_are_kept_without_decoding_or_loading(videos, tmp_path, e
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(latents, "load_encoder", never)
-    monkeypatch.setattr(latents, "read_video", never)
+    monkeypatch.setattr(latents, "VideoReader", never)
     assert encode_videos(videos, tmp_path / "latents", config, device="cpu") == first
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in first] == before
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import HJEPAError, LatentError, UsageError
+from ..errors import HJEPAError, LatentError, UsageError, VideoError
 from . import files, preprocess
 from .config import EncodeConfig
 from .encoder_files import file_sha256
 from .encoders import Encoder, encoder_provenance, load_encoder
-from .videos import Trajectories, Video, read_video
+from .videos import Trajectories, VideoReader, check_regular
 
 SUFFIX = ".safetensors"
 RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_SOURCE_KEYS = ("source", "source_sha256")
+_SOURCE_KEYS = ("source", "source_sha256", "source_frames")
+FRAMES = "turned and mirrored as the display matrix says, square pixels"
+"""How a video's frames are shown; recorded beside every latent."""
+_PUBLISHED = EncodeConfig()
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,12 @@ def encode_videos(
             raise UsageError(f"{field} must be at least 1, found {getattr(config, field)}")
     videos = [Path(video) for video in videos]
     targets = _targets(videos, Path(folder))
+    for video in videos:
+        check_regular(video)
     hashes = {video: file_sha256(video) for video in videos}
 
     def outdated(recipe: dict[str, Any]) -> list[Path]:
-        return [video for video in videos if not _is_current(targets[video], recipe | _source(video, hashes[video]))]
+        return [video for video in videos if not _is_current(targets[video], recipe | _source(video, hashes[video]), video)]
 
     if encoder is None:
         recipe = _recipe(config, encoder_provenance(config.encoder, config.revision, device, config.encode_dtype))
@@ -102,29 +107,35 @@ def encode_videos(
         )
     recipe = _recipe(config, encoder.provenance) | {"crop": encoder.crop}
     todo = outdated(recipe)
-    done = planned = 0
-    for number, (video, frames) in enumerate(_read_ahead(todo, encoder.crop), start=1):
-        clips = _clip_frames(video, len(frames), config)
-        planned += len(clips)
-        total = planned + round(planned / number * (len(todo) - number))
-        # Clips overlap: moving the frames once and gathering there saves most of the transfer.
-        frames = frames.to(encoder.device)
-        parts = []
-        for batch in clips.split(config.encode_batch):
-            parts.append(encoder(preprocess.normalize(frames[batch.to(encoder.device)])))
-            done += len(batch)
+    done = before = finished = total = 0
+    parts: list[Tensor] = []
+    for reader, frames in _read_ahead(todo, encoder.crop, config):
+        if len(frames):
+            # Clips overlap: moving the frames once and gathering there saves most of the transfer.
+            clips = _clips(frames.to(encoder.device), config)
+            parts.append(encoder(preprocess.normalize(clips)))
+            done += len(clips)
             if progress is not None:
+                planned = max(done, before + _n_clips(reader.expected, config))
+                total = planned + round(planned / (finished + 1) * (len(todo) - finished - 1))
                 progress(done, total)
-        latents = torch.cat(parts)
+            continue
+        for note in _notes(reader, config):
+            warnings.warn(note, stacklevel=2)
+        latents, parts = torch.cat(parts), []
+        before, finished = done, finished + 1
+        if progress is not None and finished == len(todo) and done != total:
+            progress(done, done)
         if not latents.isfinite().all():
-            raise LatentError(f"encoder {encoder.label} gave non-finite latents for {video.path}; try --encode-dtype float32")
+            raise LatentError(f"encoder {encoder.label} gave non-finite latents for {reader.path}; try --encode-dtype float32")
         metadata = {
-            "provenance": json.dumps(recipe | _source(video.path, hashes[video.path])),
+            "provenance": json.dumps(recipe | _source(reader.path, hashes[reader.path])),
             "label": encoder.label,
-            "fps": repr(video.fps),
-            "n_frames": str(len(video.frames)),
+            "fps": repr(reader.fps),
+            "n_frames": str(reader.n_frames),
         }
-        files.save_tensors(targets[video.path], {"latents": latents, "start_frame": clips[:, 0]}, metadata)
+        starts = torch.arange(len(latents)) * config.clip_stride
+        files.save_tensors(targets[reader.path], {"latents": latents, "start_frame": starts}, metadata)
     return list(targets.values())
 
 
@@ -147,46 +158,99 @@ def _recipe(config: EncodeConfig, encoder: dict[str, str | None]) -> dict[str, A
 
 
 def _source(video: Path, digest: str) -> dict[str, str]:
-    return dict(zip(_SOURCE_KEYS, (video.name, digest), strict=True))
+    return dict(zip(_SOURCE_KEYS, (video.name, digest, FRAMES), strict=True))
 
 
-def _is_current(target: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `target` was made as `wanted`; what is not known (None, a commit outside the cache) is not compared."""
+def _is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
+    """Whether `target` was made of `video` as `wanted`; what is unknown (None, a commit outside the cache) is not compared."""
     try:
         found = json.loads((files.read_metadata(target) or {}).get("provenance", "{}"))
     except json.JSONDecodeError:
         return False
+    if "source_frames" not in found:
+        # Made of frames that were turned, but neither mirrored nor stretched: as good where neither is called for.
+        found["source_frames"] = wanted["source_frames"]
+        return _matches(found, wanted) and not _is_altered(video)
+    return _matches(found, wanted)
+
+
+def _matches(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return all(value is None or found.get(key) == value for key, value in wanted.items())
 
 
-def _read_ahead(paths: list[Path], crop: int) -> Iterator[tuple[Video, Tensor]]:
-    """Each video and what the encoder sees of it, uint8 [T, 3, crop, crop]; the next is decoded while this one is encoded."""
+def _is_altered(video: Path) -> bool:
+    reader = VideoReader(video)
+    try:
+        next(iter(reader))
+    except VideoError:
+        return True  # reading it again says why
+    return reader.altered
 
-    def read(path: Path) -> tuple[Video, Tensor]:
-        # cropped frame by frame: a minute of full-size frames would need gigabytes
-        video = read_video(
-            path, lambda frame: preprocess.resize_and_crop(frame[None], crop)[0].permute(1, 2, 0).contiguous().numpy()
-        )
-        return video, torch.from_numpy(video.frames).permute(0, 3, 1, 2)
 
+def _read_ahead(paths: list[Path], crop: int, config: EncodeConfig = _PUBLISHED) -> Iterator[tuple[VideoReader, Tensor]]:
+    """Each video's frames as the encoder sees them, uint8 [n, 3, crop, crop], as many at a time as a batch of clips needs.
+
+    An empty batch follows the last one of a video, once all of it has been read without error. The next batch is
+    decoded while this one is encoded; no more than these two are held, however long the videos are.
+    """
+
+    def batches() -> Iterator[tuple[VideoReader, Tensor]]:
+        for path in paths:
+            video = VideoReader(path)
+            seen = (preprocess.resize_and_crop(image[None], crop)[0] for image in video)
+            for frames in _batches(seen, config):
+                yield video, frames
+            yield video, torch.empty(0, 3, crop, crop, dtype=torch.uint8)
+
+    source = batches()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [pool.submit(read, path) for path in paths[:1]]
-        for following in range(1, len(paths) + 1):
-            current = pending.pop().result()
-            pending = [pool.submit(read, path) for path in paths[following : following + 1]]
+        following = pool.submit(next, source, None)
+        while (current := following.result()) is not None:
+            following = pool.submit(next, source, None)
             yield current
 
 
-def _clip_frames(video: Video, n_frames: int, config: EncodeConfig) -> Tensor:
-    """Frame numbers of every clip, int64 [n_clips, clip_frames]."""
-    if n_frames < config.clip_frames:
-        warnings.warn(
-            f"{video.path} has {n_frames} frames, fewer than the {config.clip_frames} of one clip: "
-            f"its last frame is repeated {config.clip_frames - n_frames} times",
-            stacklevel=3,
-        )
-    starts = torch.arange(0, max(n_frames - config.clip_frames, 0) + 1, config.clip_stride)
-    return (starts[:, None] + torch.arange(config.clip_frames)).clamp(max=n_frames - 1)
+def _batches(frames: Iterable[Tensor], config: EncodeConfig) -> Iterator[Tensor]:
+    """The frames of `encode_batch` clips at a time, of the last ones fewer; `_clips` makes clips of each."""
+    length, step = config.clip_frames, _step(config)
+    most = (config.encode_batch - 1) * step + length
+    held: list[Tensor] = []
+    number = -1
+    for number, frame in enumerate(frames):
+        if number % config.clip_stride >= length:
+            continue  # between two clips
+        held.append(frame.clone(memory_format=torch.contiguous_format))  # not a view of the full-size frame
+        if len(held) == most:
+            yield torch.stack(held)
+            del held[: config.encode_batch * step]
+    if 0 <= number < length - 1:
+        held += held[-1:] * (length - len(held))
+    if len(held) >= length:
+        yield torch.stack(held[: (len(held) - length) // step * step + length])
+
+
+def _step(config: EncodeConfig) -> int:
+    """Held frames between the starts of two clips."""
+    return min(config.clip_stride, config.clip_frames)
+
+
+def _clips(frames: Tensor, config: EncodeConfig) -> Tensor:
+    """Views of the clips of held frames: [n, 3, H, W] to [n_clips, clip_frames, 3, H, W]."""
+    return frames.unfold(0, config.clip_frames, _step(config)).movedim(-1, 1)
+
+
+def _n_clips(n_frames: int, config: EncodeConfig) -> int:
+    return max(n_frames - config.clip_frames, 0) // config.clip_stride + 1
+
+
+def _notes(video: VideoReader, config: EncodeConfig) -> list[str]:
+    if video.n_frames >= config.clip_frames:
+        return video.notes
+    return [
+        *video.notes,
+        f"{video.path} has {video.n_frames} frames, fewer than the {config.clip_frames} of one clip: "
+        f"its last frame is repeated {config.clip_frames - video.n_frames} times",
+    ]
 
 
 def _list(folder: Path) -> list[Path]:

@@ -15,6 +15,9 @@ STD = (0.229, 0.224, 0.225)
 VERSION = "shortest edge to int(crop * 256 / 224), antialiased bilinear on uint8; centre crop; ImageNet mean and std"
 """What is done to a frame; recorded beside every latent."""
 
+EXTREME = 16
+"""Long side over short side from which only what the crop needs is resized; elsewhere the whole frame, as published."""
+
 
 def resized_shape(height: int, width: int, crop: int) -> tuple[int, int]:
     """Height and width that a frame is resized to before a centre crop of `crop` pixels."""
@@ -41,6 +44,8 @@ def resize_and_crop(frames: Tensor | np.ndarray, crop: int) -> Tensor:
     Returns
     -------
     uint8 tensor, [T, 3, crop, crop]
+        Of frames more than EXTREME times longer than wide (or wider than long), equal to the processor's within the
+        rounding of its two passes, a grey level each.
 
     Raises
     ------
@@ -50,7 +55,11 @@ def resize_and_crop(frames: Tensor | np.ndarray, crop: int) -> Tensor:
     video = torch.as_tensor(frames)
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or video.numel() == 0:
         raise VideoError(f"frames must be uint8 of shape [T, H, W, 3] and not empty, found {video.dtype} {tuple(video.shape)}")
-    video = _resize(video.permute(0, 3, 1, 2), crop)
+    video = video.permute(0, 3, 1, 2)
+    height, width = video.shape[-2:]
+    if max(height, width) > EXTREME * min(height, width):
+        return _crop_first(video, crop)
+    video = _resize(video, crop)
     top, left = ((size - crop) // 2 for size in video.shape[-2:])
     return video[..., top : top + crop, left : left + crop]
 
@@ -72,3 +81,31 @@ def _resize(video: Tensor, crop: int) -> Tensor:
     video = video if native else video.to(torch.float32)
     video = torch.nn.functional.interpolate(video, size=shape, mode="bilinear", align_corners=False, antialias=True)
     return video if native else video.round_().to(torch.uint8)
+
+
+def _crop_first(video: Tensor, crop: int) -> Tensor:
+    """The processor's two passes for the pixels of the crop alone: the resized frame would be thousands of times as large."""
+    height, width = video.shape[-2:]
+    rows, columns = (
+        _weights(size, target, crop) for size, target in zip((height, width), resized_shape(height, width, crop), strict=True)
+    )
+    (top, bottom), (left, right) = (_span(weights) for weights in (rows, columns))
+    part = video[..., top:bottom, left:right].to(torch.float32)
+    for weights in (columns[:, left:right].T, rows[:, top:bottom].T):
+        part = (part @ weights).round_().clamp_(0, 255).transpose(-1, -2)
+    return part.to(torch.uint8)
+
+
+def _weights(size: int, target: int, crop: int) -> Tensor:
+    """Antialiased bilinear weights, float32 [crop, size], of the central `crop` of `target` pixels made of `size`."""
+    scale = size / target
+    first = (target - crop) // 2
+    centre = (torch.arange(first, first + crop, dtype=torch.float64)[:, None] + 0.5) * scale
+    distance = (torch.arange(size, dtype=torch.float64) + 0.5 - centre).abs() / max(scale, 1.0)
+    weights = (1 - distance).clamp(min=0)
+    return (weights / weights.sum(dim=1, keepdim=True)).to(torch.float32)
+
+
+def _span(weights: Tensor) -> tuple[int, int]:
+    used = weights.any(dim=0).nonzero()
+    return int(used[0]), int(used[-1]) + 1

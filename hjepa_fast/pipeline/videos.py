@@ -308,6 +308,8 @@ class VideoReader:
     notes : list of str
         What a user should know of a video that was read: several video streams, a variable frame rate, interlaced or
         HDR frames. Complete after the last frame.
+    altered : bool
+        Whether any frame so far was mirrored or stretched, which is more than turning it.
 
     Raises
     ------
@@ -322,14 +324,16 @@ class VideoReader:
         self.n_frames = self.expected = 0
         self.fps = 0.0
         self.notes: list[str] = []
+        self.altered = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
         av = _av()
         check_regular(self.path)
         shape: tuple[int, ...] | None = None
         damaged = interlaced = uneven = 0
-        time = step = None
-        unread_matrix = False
+        time: float | None = None
+        step = 0.0
+        hdr = unread_matrix = False
         with self._readable_errors(av):
             if self.path.stat().st_size == 0:
                 raise VideoError(f"video is empty (0 bytes): {self.path}")
@@ -347,23 +351,23 @@ class VideoReader:
                     matrix = _display_matrix(frame)
                     unread_matrix |= matrix is None
                     image = self._oriented(self._image(stream, frame), matrix, frame)
-                    if shape not in (None, image.shape):
-                        sizes = sorted([shape, image.shape])  # type: ignore[list-item]
-                        raise VideoError(f"{self.path} changes its frame size: {' and '.join(f'{x[1]} x {x[0]}' for x in sizes)}")
+                    if shape is not None and shape != image.shape:
+                        sizes = " and ".join(f"{size[1]} x {size[0]}" for size in sorted([shape, image.shape]))
+                        raise VideoError(f"{self.path} changes its frame size: {sizes}")
                     shape = image.shape
                     self.n_frames += 1
                     damaged += frame.is_corrupt
                     interlaced += frame.interlaced_frame
                     hdr = getattr(frame, "color_trc", None) in (PQ, HLG)
                     if time is not None and frame.time is not None:
-                        step = max(step or 0.0, frame.time - time)
+                        step = max(step, frame.time - time)
                         uneven += not 0.5 < (frame.time - time) * rate < 1.5
                     time = frame.time
                     yield image
                 declared = _declared(container, stream)
                 rate = float(stream.average_rate or stream.guessed_rate or 0)
         self._check_end(declared, damaged, rate)
-        if seconds and time is not None and seconds - time > 1.5 * max(step or 0.0, 1 / rate):
+        if seconds and time is not None and seconds - time > 1.5 * max(step, 1 / rate):
             raise VideoError(
                 f"{self.path} is truncated: it declares {seconds:.3g} s and its last frame is shown at {time:.3g} s. "
                 "Copy it again, or export it again"
@@ -374,7 +378,7 @@ class VideoReader:
                 f"{1000 / rate:.3g} ms. Clips count frames, not time; export it at a constant frame rate"
             )
         if interlaced:
-            self.notes.append(f"{self.path} is interlaced: {interlaced} frames mix two moments in alternate rows. Deinterlace it")
+            self.notes.append(f"{self.path} is interlaced: rows of {interlaced} frames are of two moments. Deinterlace it")
         if hdr:
             self.notes.append(f"{self.path} is HDR video: its colours are taken as they are, paler than players show them")
         if unread_matrix:
@@ -420,6 +424,7 @@ class VideoReader:
                 )
         if (width, height) == (frame.width, frame.height):
             return frame.to_ndarray(format="rgb24")
+        self.altered = True
         return frame.to_ndarray(format="rgb24", width=width, height=height)
 
     def _oriented(self, image: np.ndarray, matrix: tuple[int, ...] | None, frame: Any) -> np.ndarray:
@@ -442,6 +447,7 @@ class VideoReader:
                 f"{self.path} is to be shown through the matrix [{values}; {matrix[2]}, {matrix[5]}, {matrix[8]}]: "
                 "expected a turn by a multiple of 90 degrees, a mirror, or both. Export it again without it"
             )
+        self.altered |= a * d < b * c
         if b:
             image, a, d = image.swapaxes(0, 1), c, b
         return np.ascontiguousarray(image[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1])
@@ -511,11 +517,12 @@ def _square(stream: Any, frame: Any) -> tuple[int, int]:
 
 def _display_matrix(frame: Any) -> tuple[int, ...] | None:
     """The nine numbers of the display matrix that comes with a frame; None if they cannot be read."""
-    from av.sidedata.sidedata import SideDataContainer
+    from av.sidedata import sidedata
 
+    container: Any = sidedata.SideDataContainer
     try:
         # frame.side_data would be a cycle of references, and keep frames until the garbage collector runs
-        data = SideDataContainer(frame).get("DISPLAYMATRIX")
+        data = container(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV does not list side data if it lacks a name for any of it
         return None
     if data is None:
