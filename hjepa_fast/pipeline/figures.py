@@ -14,7 +14,7 @@ from ..errors import HJEPAError, MissingDependencyError
 from . import checkpoints, files, zoo
 from .evaluate import PERSISTENCE
 from .latents import load_latents
-from .videos import find_videos, load_ground_truth, read_video
+from .videos import find_videos, load_ground_truth, middle_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -263,8 +263,7 @@ def _dataset(run: Run) -> Figure | None:
     shown = [paths[i] for i in np.linspace(0, len(paths) - 1, min(4, len(paths))).round().astype(int)]
     figure, axes = new_figure("Dataset diversity", 2 if shown else 1, max(len(shown), 2), 11, 5.8 if shown else 3.4)
     for axis, path in zip(axes[0], shown, strict=False):
-        frames = read_video(path).frames
-        axis.imshow(frames[len(frames) // 2])  # synthetic videos all start alike
+        axis.imshow(middle_frame(path))  # synthetic videos all start alike
         axis.set_title(path.stem, fontsize=8)
         axis.set_axis_off()
     below = axes[-1]

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -288,13 +289,22 @@ def read_video(path: Path, each: Callable[[np.ndarray], np.ndarray] | None = Non
     return Video(np.stack(frames), reader.fps, reader.path)
 
 
+def middle_frame(path: Path) -> np.ndarray:
+    """The frame in the middle of a video, as its declared length says, uint8 [H, W, 3]; errors as `VideoReader`."""
+    reader = VideoReader(path)
+    for image in reader:  # noqa: B007
+        if reader.n_frames > reader.expected // 2:
+            break
+    return image
+
+
 class VideoReader:
     """The frames of a video, uint8 [H, W, 3] RGB, decoded one after the other while it is iterated over, once.
 
     Frames look as players show them: turned and mirrored as the display matrix says (phones and front cameras write
     one), and with square pixels (the shorter side of each pixel is stretched, unless that is less than 1 %).
     Frames that an edit list hides are left out. Containers that declare neither a number of frames nor a duration
-    (ts, mpg, ogv, and what was never finished) cannot be checked for missing frames.
+    (ts, mpg, ogv, wmv, and what was never finished) cannot be checked for missing frames.
 
     Attributes
     ----------
@@ -337,13 +347,14 @@ class VideoReader:
         with self._readable_errors(av):
             if self.path.stat().st_size == 0:
                 raise VideoError(f"video is empty (0 bytes): {self.path}")
+            limit = {"max_pixels": str(2 * MAX_PIXELS)}  # FFmpeg counts the margins that it adds to a frame
+            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"} | limit
             # an absolute path cannot be taken for a URL
-            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
             with av.open(str(self.path.absolute()), options=options, metadata_errors="replace") as container:
                 stream = self._stream(container)
                 self._check_size(stream.codec_context.width or 0, stream.codec_context.height or 0)
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-                rate = float(stream.average_rate or 0)
+                stream.codec_context.options = limit
+                rate = float(stream.average_rate or stream.guessed_rate or 0)
                 seconds = _announced_seconds(container, stream)
                 self.expected = _declared(container, stream) or round(seconds * rate)
                 for frame in container.decode(stream):
@@ -358,8 +369,9 @@ class VideoReader:
                     self.n_frames += 1
                     damaged += frame.is_corrupt
                     interlaced += frame.interlaced_frame
-                    hdr = getattr(frame, "color_trc", None) in (PQ, HLG)
-                    if time is not None and frame.time is not None:
+                    hdr |= getattr(frame, "color_trc", None) in (PQ, HLG)
+                    # an avi tells no times, and what stands in for them is not in order where frames are not
+                    if time is not None and frame.time is not None and container.format.name != "avi":
                         step = max(step, frame.time - time)
                         uneven += not 0.5 < (frame.time - time) * rate < 1.5
                     time = frame.time
@@ -395,7 +407,9 @@ class VideoReader:
         except OSError as error:
             raise VideoError(f"cannot read {self.path}: {error.strerror or error}") from error
         except (av.error.FFmpegError, IndexError) as error:
-            raise VideoError(f"cannot read {self.path}: not a video, or cut short ({error})") from error
+            raise VideoError(
+                f"cannot read {self.path}: not a video, cut short, or with frames of more than {MAX_PIXELS} pixels ({error})"
+            ) from error
 
     def _stream(self, container: Any) -> Any:
         streams = [stream for stream in container.streams.video if not _is_cover(container, stream)]
@@ -500,9 +514,8 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     """When the last frame ends, as the container's header says; 0 if it does not."""
     if not {"matroska", "flv"} & set(container.format.name.split(",")):
         return 0.0  # counted frames are better, and FFmpeg's other durations are of what is there
-    with contextlib.suppress(ValueError):  # tags are free text
-        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", "")):
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
     # the container's own duration is that of its longest stream
     return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
 
@@ -510,7 +523,7 @@ def _announced_seconds(container: Any, stream: Any) -> float:
 def _square(stream: Any, frame: Any) -> tuple[int, int]:
     """Width and height of a frame after its pixels have been made square, none lost."""
     aspect = stream.sample_aspect_ratio or 1
-    if abs(math.log(aspect)) < 0.01:
+    if aspect <= 0 or abs(math.log(aspect)) < 0.01:
         return frame.width, frame.height
     return max(frame.width, round(frame.width * aspect)), max(frame.height, round(frame.height / aspect))
 
