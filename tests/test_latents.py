@@ -6,13 +6,19 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import struct
 import sys
 import types
 import warnings
+import weakref
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hjepa_fast.errors import LatentError, UsageError, VideoError
 from hjepa_fast.pipeline import files, latents
@@ -24,7 +30,7 @@ from hjepa_fast.pipeline.progress import Progress
 from hjepa_fast.pipeline.videos import Trajectories, read_video, write_video
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 CONFIG = EncodeConfig(encoder="unused", clip_frames=4, clip_stride=2, encode_batch=3)
 
@@ -108,6 +114,160 @@ def test_batches_do_not_change_latents(videos, tmp_path, encoder):
     for a, b, c in zip(one, two, many, strict=True):
         torch.testing.assert_close(a.latents, b.latents, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.latents, c.latents, atol=1e-5, rtol=1e-5)
+
+
+def _all_at_once(path, config, encoder):
+    """Latents with the whole video in memory: its clips are gathered, and split into batches."""
+    frames = torch.from_numpy(read_video(path).frames)
+    starts = torch.arange(0, max(len(frames) - config.clip_frames, 0) + 1, config.clip_stride)
+    clips = (starts[:, None] + torch.arange(config.clip_frames)).clamp(max=len(frames) - 1)
+    return starts, torch.cat([encoder(preprocess(frames, 32)[batch]) for batch in clips.split(config.encode_batch)])
+
+
+@pytest.mark.filterwarnings("ignore:.*of one clip")
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize(("length", "stride"), [(4, 2), (4, 1), (4, 4), (4, 3), (2, 5), (4, 11), (8, 3), (12, 4), (16, 4)])
+def test_streaming_gives_the_bits_of_all_at_once(videos, tmp_path, encoder, length, stride, batch):
+    config = dataclasses.replace(CONFIG, clip_frames=length, clip_stride=stride, encode_batch=batch)
+    paths = encode_videos(videos, tmp_path / "latents", config, encoder=encoder)
+    for video, path in zip(videos, paths, strict=True):
+        starts, expected = _all_at_once(video, config, encoder)
+        found = latents.read_latents(path)
+        assert torch.equal(found.latents, expected)
+        assert torch.equal(found.start_frame, starts)
+
+
+@given(
+    n_frames=st.integers(1, 60),
+    length=st.integers(1, 12),
+    stride=st.integers(1, 20),
+    batch=st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_batches_of_frames_hold_each_clip_once(n_frames, length, stride, batch):
+    config = EncodeConfig(clip_frames=length, clip_stride=stride, encode_batch=batch)
+    frames = [torch.full((1, 2, 2), number) for number in range(n_frames)]
+    parts = list(latents._batches(iter(frames), config))
+    found = [clip[:, 0, 0, 0].tolist() for part in parts for clip in latents._clips(part, config)]
+    starts = range(0, max(n_frames - length, 0) + 1, stride)
+    assert found == [[min(start + i, n_frames - 1) for i in range(length)] for start in starts]
+    assert all(len(latents._clips(part, config)) == batch for part in parts[:-1])
+    assert len(found) == latents._n_clips(n_frames, config)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 40])
+def test_what_is_held_does_not_grow_with_the_video(stride):
+    config = EncodeConfig(clip_frames=16, clip_stride=stride, encode_batch=3)
+    full_size = weakref.WeakSet()
+
+    most = [0, 0]
+    alive = weakref.WeakSet()
+
+    def decoded():
+        for _ in range(1000):
+            frame = torch.zeros(3, 8, 8)
+            full_size.add(frame)
+            most[0] = max(most[0], len(full_size))
+            yield frame
+
+    def clone(frame, **kwargs):
+        kept = frame.detach().contiguous() + 0
+        alive.add(kept)
+        most[1] = max(most[1], len(alive))
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", clone)
+        for _ in latents._batches(decoded(), config):
+            pass
+    assert most[0] <= 2
+    # three clips of 16 frames, at most
+    assert 16 <= most[1] <= 3 * 16 + 1
+
+
+def test_frames_are_decoded_while_they_are_encoded_and_not_much_ahead(tmp_path, encoder):
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / "long.mp4"
+    write_video(path, np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), dtype=np.uint8), fps=25)
+    config = dataclasses.replace(CONFIG, clip_frames=4, clip_stride=4, encode_batch=5)
+    ahead = []
+    for number, (reader, frames) in enumerate(latents._read_ahead([path], 32, config)):
+        ahead.append(reader.n_frames - 20 * number)
+        assert frames.shape in ((20, 3, 32, 32), (0, 3, 32, 32))
+    assert len(ahead) == 400 // 20 + 1
+    # this batch, the next one, and a frame that says whether there is another
+    assert max(ahead) <= 41
+
+
+def test_a_mirrored_video_is_encoded_again_and_a_plain_one_is_not(videos, tmp_path, encoder):
+    """Latents that do not say how frames were shown are of frames that were turned, but not mirrored or stretched."""
+    data = bytearray(videos[1].read_bytes())
+    at = data.find(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", -65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    videos[1].write_bytes(data)
+    for path in encode_videos(videos, tmp_path / "latents", CONFIG, encoder=encoder):
+        tensors, metadata = files.load_tensors(path, "latents")
+        provenance = json.loads(metadata["provenance"])
+        assert "mirrored" in provenance.pop("source_frames")
+        files.save_tensors(path, tensors, metadata | {"provenance": json.dumps(provenance)})
+    assert len(load_latents(tmp_path / "latents")) == 3
+    assert _clips_encoded(videos, tmp_path / "latents", CONFIG, encoder) == 5
+    assert _clips_encoded(videos, tmp_path / "latents", CONFIG, encoder) == 0
+    assert len(load_latents(tmp_path / "latents")) == 3
+
+
+def test_a_pipe_is_refused_at_once(videos, tmp_path, encoder):
+    pipe = videos[0].parent / "pipe.mp4"
+    os.mkfifo(pipe)
+    with pytest.raises(VideoError, match=r"pipe\.mp4: it is a device or pipe"):
+        encode_videos([*videos, pipe], tmp_path / "latents", CONFIG, encoder=encoder)
+
+
+def test_a_video_cut_short_leaves_no_file_and_keeps_those_before(videos, tmp_path, encoder):
+    """Its first clips have been encoded by the time the end is missed."""
+    frames = np.random.default_rng(0).integers(0, 256, (60, 40, 48, 3), dtype=np.uint8)
+    with av.open(str(videos[1]), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 40, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    data = videos[1].read_bytes()
+    videos[1].write_bytes(data[: int(len(data) * 0.8)])
+    counting = Counting(encoder)
+    with pytest.raises(VideoError, match="v_2.*declares 60 frames"):
+        encode_videos(videos, tmp_path / "latents", CONFIG, encoder=counting)
+    assert counting.clips > 4
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["v_1.safetensors"]
+
+
+def test_what_a_user_should_know_of_a_video_is_said(tmp_path, encoder):
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number + 5 * (number > 7), Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.warns(UserWarning, match=r"a\.mp4 has a variable frame rate"):
+        encode_videos([path], tmp_path / "latents", CONFIG, encoder=encoder)
+
+
+def test_progress_ends_at_the_true_total_where_nothing_is_declared(tmp_path, encoder):
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / "a.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * number, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    seen = []
+    encode_videos([path], tmp_path / "latents", CONFIG, encoder=encoder, progress=lambda *counts: seen.append(counts))
+    assert seen == [(3, 3), (5, 5)]
 
 
 def test_finished_files_are_kept_without_decoding_or_loading(videos, tmp_path, encoder, monkeypatch):

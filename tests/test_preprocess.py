@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hjepa_fast.errors import VideoError
+from hjepa_fast.pipeline import preprocess as module
 from hjepa_fast.pipeline.preprocess import MEAN, STD, preprocess, resized_shape
 
 DATA = Path(__file__).parent / "data"
@@ -87,6 +88,46 @@ def test_the_crop_is_central_and_an_equal_size_is_not_resized(height, width):
     grey = preprocess(frames, 128).numpy() * np.array(STD)[:, None, None] * 255 + np.array(MEAN)[:, None, None] * 255
     np.testing.assert_allclose(grey[0, 0], y[top : top + 128, left : left + 128], atol=1e-3)
     np.testing.assert_allclose(grey[0, 1], x[top : top + 128, left : left + 128], atol=1e-3)
+
+
+@pytest.mark.parametrize("crop", [32, 64])
+@pytest.mark.parametrize(
+    ("height", "width"), [(10, 170), (2, 300), (300, 2), (700, 11), (100, 1700), (1, 60), (36, 600), (1, 17)]
+)
+def test_only_the_crop_of_an_extreme_frame_is_resized(crop, height, width, monkeypatch):
+    frames = make_frames(2, height, width)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "EXTREME", float("inf"))
+        whole = module.resize_and_crop(frames, crop).int()
+    part = module.resize_and_crop(frames, crop).int()
+    assert part.shape == (2, 3, crop, crop)
+    # a grey level for the fixed-point weights of each of the two passes
+    assert (part - whole).abs().max() <= 2
+    assert (part - whole).abs().float().mean() < 0.2
+    rows, columns = (
+        _triangle_weights(size, target)[(target - crop) // 2 :][:crop]
+        for size, target in zip((height, width), resized_shape(height, width, crop), strict=True)
+    )
+    exact = np.einsum("ij,tjkc,lk->tcil", rows, frames.astype(np.float64), columns, optimize=True)
+    assert np.abs(part.numpy() - exact).max() <= 1.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 30000), (30000, 1), (4, 20000)])
+def test_an_extreme_frame_is_never_resized_as_a_whole(height, width, monkeypatch):
+    # 292 rows of 8.7 million columns would be 7.7 GB
+    monkeypatch.setattr(module, "_resize", None)
+    y, x = np.mgrid[:height, :width]
+    grey = np.repeat(255 * (x / width if width > height else y / height)[None, :, :, None], 3, axis=3)
+    found = module.resize_and_crop(grey.astype(np.uint8), 256)
+    assert found.shape == (1, 3, 256, 256)
+    assert found.min() >= 126
+    assert found.max() <= 128
+
+
+def test_frames_up_to_sixteen_times_as_wide_take_the_published_way(monkeypatch):
+    monkeypatch.setattr(module, "_crop_first", None)
+    for height, width in ((10, 160), (160, 10)):
+        assert preprocess(make_frames(1, height, width), 32).shape == (1, 3, 32, 32)
 
 
 def test_published_frames_lose_the_published_margin():

@@ -410,7 +410,7 @@ def test_orientation_of_jpeg_frames_is_not_guessed(tmp_path: Path, orientation: 
     image = pytest.importorskip("PIL.Image")
     exif, jpeg = image.Exif(), io.BytesIO()
     exif[0x112] = orientation
-    image.fromarray(noise(1, 64, 96)[0]).save(jpeg, "jpeg", exif=exif)
+    image.fromarray(moving_square(1, 64, 96)[0]).save(jpeg, "jpeg", exif=exif)
     with av.open(str(tmp_path / "a.avi"), "w") as container:
         stream = container.add_stream("mjpeg", rate=25)
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuvj420p"
@@ -427,7 +427,7 @@ def test_orientation_of_jpeg_frames_is_not_guessed(tmp_path: Path, orientation: 
         said = str(error)
     else:
         said = " ".join(reader.notes)
-    assert "display matrix" in said or np.abs(found - shown).mean() < 10
+    assert "display matrix" in said or np.abs(found - shown).mean() < 3
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
         cover.height, cover.width, cover.pix_fmt = 64, 64, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = videos.ATTACHED_PICTURE
         sound = container.add_stream("aac", rate=44100, layout="mono")
         container.mux(cover.encode(av.VideoFrame.from_ndarray(noise(1, 64, 64)[0], format="rgb24")))
         container.mux(cover.encode())
@@ -653,10 +653,10 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
 
 def test_large_frames_are_refused_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(tmp_path / "a.avi", moving_square(3, 64, 96), "mpeg4")
-    monkeypatch.setattr(videos, "MAX_PIXELS", 4 * 64 * 96)  # room for the decoder's margins
+    monkeypatch.setattr(videos, "MAX_PIXELS", 16 * 64 * 96)  # room for the decoder's margins
     assert len(videos.read_video(tmp_path / "a.avi").frames) == 3
     monkeypatch.setattr(videos, "MAX_PIXELS", 64 * 96 - 1)
-    check_refused(tmp_path / "a.avi", "6143 pixels")
+    check_refused(tmp_path / "a.avi", "96 x 64", "6143 pixels")
     # pixels nine times as high as wide make 64 rows 576
     with av.open(str(tmp_path / "tall.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)

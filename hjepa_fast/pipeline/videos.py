@@ -347,13 +347,12 @@ class VideoReader:
         with self._readable_errors(av):
             if self.path.stat().st_size == 0:
                 raise VideoError(f"video is empty (0 bytes): {self.path}")
-            limit = {"max_pixels": str(2 * MAX_PIXELS)}  # FFmpeg counts the margins that it adds to a frame
-            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"} | limit
-            # an absolute path cannot be taken for a URL
-            with av.open(str(self.path.absolute()), options=options, metadata_errors="replace") as container:
+            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+            # an absolute path cannot be taken for a URL; `options` would crash PyAV 12 where a header lists no streams
+            with av.open(str(self.path.absolute()), container_options=options, metadata_errors="replace") as container:
                 stream = self._stream(container)
                 self._check_size(stream.codec_context.width or 0, stream.codec_context.height or 0)
-                stream.codec_context.options = limit
+                stream.codec_context.options = {"max_pixels": str(2 * MAX_PIXELS)}  # FFmpeg counts its margins
                 rate = float(stream.average_rate or stream.guessed_rate or 0)
                 seconds = _announced_seconds(container, stream)
                 self.expected = _declared(container, stream) or round(seconds * rate)
