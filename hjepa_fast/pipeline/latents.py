@@ -57,7 +57,8 @@ def encode_videos(
     Clip t is frames [t * clip_stride, t * clip_stride + clip_frames); trailing frames that fill no clip are left out.
     A video shorter than one clip is padded with its last frame, with a warning. Files that are there already and were
     made by the same encoder from the same video are kept, so an interrupted run is resumed by running it again; the
-    encoder is loaded only if something is left to do.
+    encoder is loaded only if something is left to do. Clips are encoded while the video is decoded, so memory does not
+    grow with its length: two batches of clips are held. What a user should know of a video (`VideoReader.notes`) is warned of.
 
     Parameters
     ----------

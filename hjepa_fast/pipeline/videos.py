@@ -304,7 +304,7 @@ class VideoReader:
     Frames look as players show them: turned and mirrored as the display matrix says (phones and front cameras write
     one), and with square pixels (the shorter side of each pixel is stretched, unless that is less than 1 %).
     Frames that an edit list hides are left out. Containers that declare neither a number of frames nor a duration
-    (ts, mpg, ogv, wmv, and what was never finished) cannot be checked for missing frames.
+    (ts, mpg, ogv, wmv, flv with sound, and what was never finished) cannot be checked for missing frames.
 
     Attributes
     ----------
@@ -513,7 +513,7 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     """When the last frame ends, as the container's header says; 0 if it does not."""
     if not {"matroska", "flv"} & set(container.format.name.split(",")):
         return 0.0  # counted frames are better, and FFmpeg's other durations are of what is there
-    if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", "")):
+    if tag := re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", "")):
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
     # the container's own duration is that of its longest stream
     return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
