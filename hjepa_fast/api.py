@@ -136,6 +136,7 @@ def rollout(
     z0 = validation.as_state(z0, mlp, "z0")
     n_steps = validation.as_count(n_steps, "n_steps")
     validation.check_choice(integrator, INTEGRATORS, "integrator")
+    energy = validation.as_flag(energy, "energy")
     validation.check_choice(states, ("all", "final"), "states")
     validation.check_choice(memory, MEMORY, "memory")
     validation.check_choice(unconverged, ("raise", "flag"), "unconverged")

@@ -13,6 +13,8 @@ from torch import Tensor
 from .hamiltonian import Hamiltonian
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+LARGEST = 2**31
+"""Above every number of steps."""
 AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,7 +33,7 @@ def as_state(z: Tensor, H: Hamiltonian, name: str) -> Tensor:
     """
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(z).__name__}")
-    weight = next((t for t in H.tensors if t.is_floating_point()), z)
+    weight = next((t for t in H.tensors if t.is_floating_point() or t.is_complex()), z)
     device = z.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     autocast = autocast and z.dtype in AUTOCAST and weight.dtype in AUTOCAST
@@ -64,7 +66,22 @@ def as_count(n: int, name: str, least: int = 0) -> int:
         n = operator.index(n)
     if n < least:
         raise ValueError(f"{name} must be {f'>= {least}' if least != 1 else 'positive'}, found {n}")
+    if n >= LARGEST:
+        raise ValueError(f"{name} must be below 2^31, found {n if n < 2**64 else f'an int of {n.bit_length()} bits'}")
     return n
+
+
+def as_flag(value: bool, name: str) -> bool:
+    """value as a bool; 0 and 1 and NumPy's will do.
+
+    Raises
+    ------
+    TypeError
+        Anything else.
+    """
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+    return bool(value)
 
 
 def as_number(x: float, name: str, what: str = "number") -> float:
@@ -100,8 +117,10 @@ def as_step_sizes(dt: float | Tensor, z0: Tensor, n_steps: int) -> Tensor:
         A number that is not finite, a shape that does not broadcast, another device.
     """
     if not isinstance(dt, Tensor):
-        dt = as_number(dt, "dt", "number or a tensor")
-        return torch.full((1, 1), dt, dtype=torch.promote_types(z0.dtype, torch.float32), device=z0.device)
+        dt, dtype = as_number(dt, "dt", "number or a tensor"), torch.promote_types(z0.dtype, torch.float32)
+        if not -torch.finfo(dtype).max <= dt <= torch.finfo(dtype).max:
+            raise ValueError(f"dt must be finite in {dtype}, found {dt}")
+        return torch.full((1, 1), dt, dtype=dtype, device=z0.device)
     if not dt.is_floating_point():
         raise TypeError(f"dt must be a floating-point tensor, found {dt.dtype}")
     if dt.device != z0.device:
