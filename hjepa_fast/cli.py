@@ -163,11 +163,24 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
+    elif type(None) in typing.get_args(hint):
+        options |= {"action": _NumbersOrNone, "nargs": "+", "metavar": ("LOW", "HIGH")}
     elif typing.get_origin(hint) is tuple:
         options |= {"type": _numbers, "metavar": "X,X"}
     else:
         options |= {"type": hint, "metavar": {int: "N", float: "X", str: "NAME"}[hint]}
     group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+class _NumbersOrNone(argparse.Action):
+    """`LOW HIGH`, `LOW,HIGH` or `none`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        text = ",".join(values)
+        try:
+            setattr(namespace, self.dest, None if text == "none" else _numbers(text))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, f"expected two numbers or none, found {' '.join(values)!r}") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
