@@ -15,7 +15,7 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
-from .pipeline.config import Config
+from .pipeline.config import Config, EncodeConfig
 from .pipeline.run_folder import Run
 from .pipeline.zoo import MODELS
 
@@ -225,6 +225,14 @@ def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | N
     return Config.from_dict(values, "options")
 
 
+def _may_fetch(options: argparse.Namespace) -> bool:
+    """Whether the user, and not a file of settings, chose the encoder."""
+    if options.config is None or "encode.encoder" in vars(options):
+        return True
+    recorded, default = config_of(options).encode, EncodeConfig()
+    return (recorded.encoder, recorded.revision) == (default.encoder, default.revision)
+
+
 def _generate(options: argparse.Namespace) -> None:
     from .pipeline.runs import make_videos
 
@@ -235,7 +243,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet)
+    paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     print(f"latents of {len(paths)} videos in {options.out}")
 
 
@@ -308,7 +316,9 @@ def _reproduce(options: argparse.Namespace) -> None:
     from .pipeline.runs import QUICK, reproduce
 
     config = config_of(options, QUICK if options.quick else None)
-    reproduce(config, options.out, options.videos, options.models, options.device, not options.quiet, print)
+    reproduce(
+        config, options.out, options.videos, options.models, options.device, not options.quiet, print, _may_fetch(options)
+    )
     run = Run(options.out)
     print()
     print(run.table.read_text(encoding="utf-8"))

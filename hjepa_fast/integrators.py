@@ -156,8 +156,8 @@ class SymplecticIntegrator(nn.Module):
         if not _within(self.dt.detach(), self.dt_bounds):
             low, high = self.dt_bounds
             warnings.warn(
-                f"the loaded dt, {self.dt.item():g}, lies outside dt_bounds, {low:g} to {high:g}: it is clamped where it is used "
-                f"and gets no gradient. Make the {type(self).__name__} with dt_bounds that hold it if it was trained so",
+                f"the loaded dt, {self.dt.item():g}, lies outside dt_bounds, {low:g} to {high:g}: it is clamped where it is "
+                f"used and gets no gradient. Make the {type(self).__name__} with dt_bounds that hold it if it was trained so",
                 stacklevel=2,
             )
 
@@ -165,7 +165,5 @@ class SymplecticIntegrator(nn.Module):
 class EulerIntegrator(SymplecticIntegrator):
     """Forward Euler, z + dt J grad H, the published ablation: one gradient a step, not symplectic."""
 
-    def __init__(
-        self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: str = "auto"
-    ) -> None:
+    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: str = "auto") -> None:
         super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend)

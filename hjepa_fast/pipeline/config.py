@@ -6,13 +6,14 @@ import dataclasses
 import math
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..api import Backend
 from ..errors import UsageError
-from ..integrators import DT_BOUNDS, Bounds
+from ..integrators import DT_BOUNDS
 from ..schemes import SCHEMES
 
 PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
@@ -96,11 +97,11 @@ class TrainConfig:
         f"{', '.join(SCHEMES)}; the other models keep the integrator that they are there to show",
     )
     dt: float = _option(1.0, "initial step size, learnable")
-    dt_bounds: Bounds | None = _option(
+    dt_bounds: tuple[float, float] | None = _option(
         DT_BOUNDS, "smallest and largest step size that is used, which dt is clamped to, or none for no clamp"
     )
     seed: int = _option(42, "seed of initial weights and batch order", most=SEEDS)
-    backend: Backend = _option(
+    backend: Backend = _option(  # noqa: RUF009  (a string)
         "auto", "what computes the rollouts; auto is the fastest that is there, reference is nested autograd"
     )
     amp: Literal["off", "bfloat16"] = _option("off", "autocast for the forward pass")
@@ -189,9 +190,24 @@ def coerce(hint: Any, value: Any, source: str, most: float = math.inf) -> Any:
         raise UsageError(f"{source}: expected a finite number, found {value}")
     if isinstance(value, (int, float)) and abs(value) > most:
         raise UsageError(f"{source}: expected at most {most:,}, found {shown(value)}")
-    if isinstance(value, str) and not (value.isprintable() and len(value) <= MOST_VALUES):
+    if isinstance(value, str) and not (len(value) <= MOST_VALUES and is_line(value.encode("utf-8", "replace").decode())):
         raise UsageError(f"{source}: expected a line of text, found {shown(value)}")
     return value
+
+
+def coerce_known(kind: type, values: Any, source: str) -> dict[str, Any]:
+    """A section as it was recorded, perhaps by another version: fields it lacks have defaults, unknown ones are kept.
+
+    Raises:
+        UsageError: a known field has a value that does not fit.
+    """
+    names = {f.name for f in dataclasses.fields(kind)}
+    return values | dataclasses.asdict(_section(kind, {k: v for k, v in values.items() if k in names}, source))
+
+
+def is_line(text: str) -> bool:
+    """Whether a text can be shown and written: no control characters, no halves of surrogate pairs."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def shown(value: Any) -> str:

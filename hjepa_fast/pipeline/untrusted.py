@@ -35,15 +35,13 @@ def parse_json(text: str, source: str) -> Any:
     Raises
     ------
     HJEPAError
-        It is no JSON, too large or nested too deeply, or holds NaN or infinity, an integer of more than 64 bits, a key given
-        twice in one object, or half of a surrogate pair. The message starts with `source` and says where.
+        It is no JSON, too large or nested too deeply, or holds NaN or infinity, an integer of more than 64 bits, or a key
+        given twice in one object. The message starts with `source` and says where.
     """
     if len(text) > MOST_JSON or text.count(",") + text.count("[") + text.count("{") > MOST_VALUES:
         raise HJEPAError(f"{source}: too large, expected at most {MOST_JSON:,} characters and {MOST_VALUES:,} values")
     try:
-        value = json.loads(
-            text, parse_int=_integer, parse_float=_number, parse_constant=_Refused, object_pairs_hook=_object
-        )
+        value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_Refused, object_pairs_hook=_object)
     except RecursionError:
         raise HJEPAError(f"{source}: nested too deeply, expected at most {DEEPEST} levels") from None
     except ValueError as error:
@@ -81,20 +79,15 @@ def _check(value: Any, source: str) -> None:
                 raise HJEPAError(f"{source}: {_words(place)} is nested too deeply, expected at most {DEEPEST} levels")
             entries = item.items() if isinstance(item, dict) else enumerate(item)
             pending += [(child, (place, key), depth + 1) for key, child in entries]
-            texts = list(item) if isinstance(item, dict) else []
-        else:
-            texts = [item] if isinstance(item, str) else []
-        if isinstance(item, _Refused):
+        elif isinstance(item, _Refused):
             raise HJEPAError(f"{source}: {_words(place)} is {item.what}")
-        if any(not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text) for text in texts):
-            raise HJEPAError(f"{source}: {_words(place)} holds half of a surrogate pair, which is no text")
 
 
 def _words(place: Any) -> str:
     keys: list[str] = []
     while place is not None:
         place, key = place
-        keys.insert(0, str(key)[:50])
+        keys.insert(0, ascii(key).strip("'")[:50])
     return ".".join(keys) or "the whole"
 
 
