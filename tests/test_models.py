@@ -116,7 +116,9 @@ def test_a_loaded_step_size_outside_its_bounds_is_said():
 
 def test_an_integrator_says_whether_its_step_is_symplectic():
     hnn = hf.LatentHNN(4, (3,))
-    assert "integrator='leapfrog' (symplectic only for a separable H), dt_bounds=(0.1, 2.0)" in repr(hf.SymplecticIntegrator(hnn))
+    assert "integrator='leapfrog' (symplectic only for a separable H), dt_bounds=(0.1, 2.0)" in repr(
+        hf.SymplecticIntegrator(hnn)
+    )
     assert "integrator='euler' (not symplectic)" in repr(hf.EulerIntegrator(hnn))
     assert "integrator='implicit-leapfrog', dt_bounds=None" in repr(
         hf.SymplecticIntegrator(hnn, integrator="implicit-leapfrog", dt_bounds=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -213,6 +214,19 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 """Names that torch.compile, DataParallel and their like put before a module's own."""
 
 
+_COMMON = (
+    "argparse.Namespace",
+    "collections.defaultdict",
+    *(f"builtins.{kind}" for kind in ("dict", "float", "int", "list")),  # what a defaultdict makes
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+"""What people keep beside tensors; files of PyTorch before 1.6 do not say beforehand what they hold."""
+
+
 class _PassedOver:
     """Takes the place of an object whose class is not torch's: made of anything, it does nothing."""
 
@@ -241,7 +255,7 @@ def _read_pickle(path: Path) -> Any:
                 raise CheckpointError(f"{path} unpacks to {sizes:,} bytes, more than torch.save writes")
             names = get_unsafe_globals_in_checkpoint(path)
         else:
-            names = ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]
+            names = list(_COMMON)
         known: dict[str, Any] = {"collections.defaultdict": _empty_dict}
         inert: list[Any] = [(known.get(name) or type("PassedOver", (_PassedOver,), {"name": name}), name) for name in names]
         with safe_globals(inert), warnings.catch_warnings():
@@ -253,6 +267,8 @@ def _read_pickle(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if found := re.match(r"Unsupported global: GLOBAL (\S+)", reason):
+            reason = f"it holds an object of class {found[1]}"
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint of plain tensors: {reason or type(error).__name__}. {_SAVE_AGAIN}"
         ) from error

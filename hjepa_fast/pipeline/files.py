@@ -31,6 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         HJEPAError: the folder cannot be made, the disk is full, or the file cannot be written.
     """
     path = Path(path)
+    untrusted.check_place(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any
+
+from torch import Tensor
 
 from ..errors import HJEPAError, MissingDependencyError, UsageError
 from .config import DataConfig, TrainConfig, coerce_known, is_line, shown
@@ -94,6 +97,38 @@ class Inputs(_Schema):
     latents: Line
 
 
+class SummaryRow(_Schema):
+    """A model in a run's summary."""
+
+    name: Line
+    title: Line
+    mse_mean: Number | None
+    mse_std: Number | None
+    drift_mean: Number | None
+    drift_std: Number | None
+
+
+class IntegratorRow(_Schema):
+    """An integrator in a run's summary."""
+
+    integrator: Line
+    trained: bool
+
+
+class Summary(_Schema):
+    """What figures use of a run's summary."""
+
+    encoder: Line
+    split: Line
+    standardized: bool
+    n_test: Positive
+    n_steps: Positive
+    extended_steps: Positive
+    extended_windows: Positive
+    models: Annotated[list[SummaryRow], Field(min_length=1, max_length=1000)]
+    integrators: Annotated[list[IntegratorRow], Field(max_length=1000)]
+
+
 class EncoderConfig(_Schema):
     """What an encoder's config.json may ask to be built."""
 
@@ -131,6 +166,34 @@ def check(schema: type[_Schema], value: Any, source: str, error: type[HJEPAError
         found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
         raise error(f"{source}: {place + ': ' if place else ''}{first['msg']}{found}") from None
     return {name: getattr(checked, name) for name in schema.model_fields if name not in value} | value
+
+
+def check_arrays(summary: dict[str, Any], arrays: dict[str, Tensor], known: Collection[str], source: str) -> None:
+    """A run's arrays must be those that its summary speaks of; `known` are the names that a model can have.
+
+    Raises
+    ------
+    HJEPAError
+        They are not; the message names the first that is missing or of another shape.
+    """
+    names, compared = ([row[key] for row in summary[part]] for part, key in (("models", "name"), ("integrators", "integrator")))
+    if unknown := [name for name in names if name not in known]:
+        raise HJEPAError(f"{source}: unknown model {shown(unknown[0])}; known: {', '.join(known)}")
+    if compared and not any(row["trained"] for row in summary["integrators"]):
+        raise HJEPAError(f"{source}: no integrator is the one that the network was trained with")
+    wanted = ["true/example", *(f"{name}/{key}" for name in names for key in ("step_mse", "example"))]
+    wanted += [f"{name}/{key}" for name in names if f"{name}/energy" in arrays for key in ("energy_true", "energy_extended")]
+    wanted += [f"integrators/{name}/energy" for name in compared]
+    for name in wanted:
+        found = arrays.get(name)
+        if found is None or found.ndim != 2 or not found.numel() or not found.is_floating_point():
+            what = "absent" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise HJEPAError(f"{source}: expected floating-point numbers [n, m] in {shown(name)}, found {what}")
+        if name.endswith("/example") and (found.shape[1] != arrays["true/example"].shape[1] or found.shape[1] < 2):
+            raise HJEPAError(f"{source}: {name} has latents of {found.shape[1]} dimensions, another number than true/example")
+    for name in names:
+        if f"{name}/energy" in arrays and arrays[f"{name}/energy"].shape != arrays[f"{name}/energy_true"].shape:
+            raise HJEPAError(f"{source}: {name}/energy and {name}/energy_true differ in shape")
 
 
 def checkpoint_facts(facts: Any, source: str, error: type[HJEPAError]) -> dict[str, Any]:

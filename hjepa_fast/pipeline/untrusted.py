@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import struct
 from pathlib import Path
@@ -118,6 +119,21 @@ def _size(path: Path, what: str) -> int:
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device would never end
         raise HJEPAError(f"{what} cannot be read: {path}: no regular file")
     return status.st_size
+
+
+def check_place(path: Path) -> None:
+    """A file that by its name lies in a run's folder must lie there: no link may lead its folder elsewhere.
+
+    Raises
+    ------
+    HJEPAError
+        One does; nothing is written through it.
+    """
+    for folder in path.absolute().parents:
+        if (folder / "config.json").exists() and (folder / "inputs.json").exists():
+            place = Path(os.path.realpath(path.parent))
+            if not place.is_relative_to(os.path.realpath(folder)):
+                raise HJEPAError(f"cannot write {path}: a link leads out of the run's folder, to {place}: delete it")
 
 
 def check_header(path: Path, what: str) -> dict[str, Any]:
