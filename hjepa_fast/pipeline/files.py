@@ -31,9 +31,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         HJEPAError: the folder cannot be made, the disk is full, or the file cannot be written.
     """
     path = Path(path)
-    untrusted.check_place(path)
     temporary = None
     try:
+        untrusted.keep_inside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
         os.close(handle)

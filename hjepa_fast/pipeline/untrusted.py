@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,16 @@ def _size(path: Path, what: str) -> int:
     return status.st_size
 
 
-def check_place(path: Path) -> None:
-    """A file that by its name lies in a run's folder must lie there: no link may lead its folder elsewhere.
-
-    Raises
-    ------
-    HJEPAError
-        One does; nothing is written through it.
-    """
-    for folder in path.absolute().parents:
-        if (folder / "config.json").exists() and (folder / "inputs.json").exists():
-            place = Path(os.path.realpath(path.parent))
-            if not place.is_relative_to(os.path.realpath(folder)):
-                raise HJEPAError(f"cannot write {path}: a link leads out of the run's folder, to {place}: delete it")
+def keep_inside(path: Path) -> None:
+    """Nothing that by its name lies in a run's folder is written elsewhere: a folder on the way that is a link out of the run
+    gives place to a folder, as a file that is a link does when it is renamed over. What the link leads to is not touched."""
+    folders = list(path.absolute().parents)
+    for i, root in enumerate(folders):
+        if (root / "config.json").exists() and (root / "inputs.json").exists():
+            for folder in reversed(folders[:i]):
+                if folder.is_symlink() and not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+                    warnings.warn(f"{folder} was a link out of the run's folder, to {os.path.realpath(folder)}", stacklevel=2)
+                    folder.unlink()
 
 
 def check_header(path: Path, what: str) -> dict[str, Any]:
