@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import typing
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, SeparableHamiltonian
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
-BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
+Backend = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = typing.get_args(Backend)
 MEMORY = ("store", "recompute", "checkpoint", "reversible")
 
 

@@ -15,7 +15,7 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
-from .pipeline.config import Config
+from .pipeline.config import Config, EncodeConfig
 from .pipeline.run_folder import Run
 from .pipeline.zoo import MODELS
 
@@ -163,11 +163,24 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
+    elif type(None) in typing.get_args(hint):
+        options |= {"action": _NumbersOrNone, "nargs": "+", "metavar": ("LOW", "HIGH")}
     elif typing.get_origin(hint) is tuple:
         options |= {"type": _numbers, "metavar": "X,X"}
     else:
         options |= {"type": hint, "metavar": {int: "N", float: "X", str: "NAME"}[hint]}
     group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+class _NumbersOrNone(argparse.Action):
+    """`LOW HIGH`, `LOW,HIGH` or `none`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        text = ",".join(values)
+        try:
+            setattr(namespace, self.dest, None if text == "none" else _numbers(text))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, f"expected two numbers or none, found {' '.join(values)!r}") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -212,6 +225,14 @@ def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | N
     return Config.from_dict(values, "options")
 
 
+def _may_fetch(options: argparse.Namespace) -> bool:
+    """Whether the user, and not a file of settings, chose the encoder."""
+    if options.config is None or "encode.encoder" in vars(options):
+        return True
+    recorded, default = config_of(options).encode, EncodeConfig()
+    return (recorded.encoder, recorded.revision) == (default.encoder, default.revision)
+
+
 def _generate(options: argparse.Namespace) -> None:
     from .pipeline.runs import make_videos
 
@@ -222,7 +243,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet)
+    paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     print(f"latents of {len(paths)} videos in {options.out}")
 
 
@@ -295,7 +316,9 @@ def _reproduce(options: argparse.Namespace) -> None:
     from .pipeline.runs import QUICK, reproduce
 
     config = config_of(options, QUICK if options.quick else None)
-    reproduce(config, options.out, options.videos, options.models, options.device, not options.quiet, print)
+    reproduce(
+        config, options.out, options.videos, options.models, options.device, not options.quiet, print, _may_fetch(options)
+    )
     run = Run(options.out)
     print()
     print(run.table.read_text(encoding="utf-8"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,47 +12,117 @@ from torch import Tensor, nn
 
 from . import validation
 from .api import INTEGRATORS, Rollout, rollout
+from .schemes import SCHEMES
 
 DT_BOUNDS = (0.1, 2.0)
 """Range that a learnable dt is clamped to where it is used (H-JEPA)."""
+Bounds = tuple[float, float]
+
+
+def check_dt(dt: float, bounds: Sequence[float] | None, dtype: torch.dtype = torch.float64) -> Bounds | None:
+    """The bounds as a pair of floats, or None; an initial step size must be a finite number within them.
+
+    Parameters
+    ----------
+    dt : float
+    bounds : pair of floats, or None
+        Smallest and largest step size; either may be infinite.
+    dtype : torch.dtype
+        What dt and its bounds are rounded to before they are compared.
+
+    Raises
+    ------
+    TypeError
+        dt is not a number.
+    ValueError
+        dt is not finite or lies outside the bounds, or these are not a pair low < high; the message says what to do.
+    """
+    if isinstance(dt, Tensor):
+        if dt.numel() != 1 or dt.is_meta:
+            raise TypeError(f"dt must be a number, found a tensor {list(dt.shape)} on {dt.device}")
+        dt = dt.item()
+    dt = validation.as_number(dt, "dt")
+    if bounds is None:
+        return None
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    if isinstance(bounds, str) or not low < high:
+        raise ValueError(f"dt_bounds must be two numbers, low < high, or None for no clamp; found {bounds!r}")
+    if not _within(torch.tensor(dt, dtype=dtype), (low, high)):
+        raise ValueError(
+            f"dt must lie within dt_bounds, which it is clamped to where it is used: from {low:g} to {high:g}, found {dt:g}. "
+            "Give dt_bounds=(low, high) that hold it, or dt_bounds=None for no clamp"
+        )
+    return low, high
+
+
+def _within(dt: Tensor, bounds: Bounds) -> bool:
+    low, high = (torch.tensor(bound, dtype=dt.dtype).item() for bound in bounds)
+    return low <= dt.item() <= high
 
 
 class SymplecticIntegrator(nn.Module):
     """Rolls a Hamiltonian forward with a learnable step size.
 
+    The default step, "leapfrog", is the published one: it is symplectic only for a separable H.
+
     State-dict keys are `dt` and `hnn.*`, as in published checkpoints.
+
+    `.dt` is clamped to `dt_bounds` where it is used, and only there. An optimizer can move it past a bound, as in published
+    training: it is then used as that bound and gets no gradient, so that only weight decay or momentum brings it back.
+    A state dict whose dt lies outside is loaded with a warning.
 
     Parameters
     ----------
     hnn : nn.Module
         An MLP Hamiltonian, see `hjepa_fast.rollout`.
     dt : float
-        Initial step size; the parameter `.dt` (0-d) is clamped to [0.1, 2.0] where it is used.
+        Initial step size, within `dt_bounds`; the parameter `.dt` is 0-d.
+    dt_bounds : (float, float), or None
+        Smallest and largest step size that is used, low < high, infinite or not. By default (0.1, 2.0), as published.
+        None: dt is used as it is.
     integrator : str
-        Name of the scheme, see `hjepa_fast.rollout`. The published one, "leapfrog", is symplectic only for a separable H.
+        Name of the scheme, see `hjepa_fast.rollout`.
     backend : str
         See `hjepa_fast.rollout`.
 
     Raises
     ------
+    TypeError
+        dt is not a number.
     ValueError
-        An unknown integrator; the message lists the known ones.
+        An unknown integrator, a dt that is not finite or lies outside `dt_bounds`, or bounds that are not low < high.
     """
 
-    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, integrator: str = "leapfrog", backend: str = "auto") -> None:
+    dt_bounds: Bounds | None = DT_BOUNDS  # of instances that were pickled before they had bounds of their own
+
+    def __init__(
+        self,
+        hnn: nn.Module,
+        dt: float = 1.0,
+        *,
+        dt_bounds: Bounds | None = DT_BOUNDS,
+        integrator: str = "leapfrog",
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         validation.check_choice(integrator, INTEGRATORS, "integrator")
+        if not isinstance(hnn, nn.Module):
+            raise TypeError(f"hnn must be an nn.Module, found {type(hnn).__name__}")
         self.hnn = hnn
         self.integrator = integrator
         self.backend = backend
-        like = next(hnn.parameters())
+        like = next(hnn.parameters(), torch.empty(0))
         dtype = torch.promote_types(like.dtype, torch.float32)
+        self.dt_bounds = check_dt(dt, dt_bounds, dtype)
         self.dt = nn.Parameter(torch.tensor(float(dt), dtype=dtype, device=like.device))
 
     @property
     def step_size(self) -> Tensor:
-        """dt as it is used: clamped, 0-d, differentiable."""
-        return self.dt.clamp(*DT_BOUNDS)
+        """dt as it is used: clamped to `dt_bounds`, 0-d, differentiable."""
+        return self.dt if self.dt_bounds is None else self.dt.clamp(*self.dt_bounds)
 
     def trajectory(self, z0: Tensor, n_steps: int, **options: Any) -> Rollout:
         """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others."""
@@ -68,11 +141,27 @@ class SymplecticIntegrator(nn.Module):
         return self.rollout(z0, n_steps)
 
     def extra_repr(self) -> str:
-        return f"integrator={self.integrator!r}, backend={self.backend!r}"
+        scheme = SCHEMES[self.integrator]
+        note = ""
+        if not scheme.general.symplectic:
+            note = " (symplectic only for a separable H)" if scheme.separable.symplectic else " (not symplectic)"
+        return f"integrator={self.integrator!r}{note}, dt_bounds={self.dt_bounds}, backend={self.backend!r}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}dt" not in state_dict or self.dt_bounds is None or self.dt.is_meta or self.dt.numel() != 1:
+            return
+        if not _within(self.dt.detach(), self.dt_bounds):
+            low, high = self.dt_bounds
+            warnings.warn(
+                f"the loaded dt, {self.dt.item():g}, lies outside dt_bounds, {low:g} to {high:g}: it is clamped where it is "
+                f"used and gets no gradient. Make the {type(self).__name__} with dt_bounds that hold it if it was trained so",
+                stacklevel=2,
+            )
 
 
 class EulerIntegrator(SymplecticIntegrator):
     """Forward Euler, z + dt J grad H, the published ablation: one gradient a step, not symplectic."""
 
-    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, backend: str = "auto") -> None:
-        super().__init__(hnn, dt, integrator="euler", backend=backend)
+    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: str = "auto") -> None:
+        super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend)

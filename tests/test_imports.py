@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("transformers", "av", "matplotlib", "tqdm", "safetensors", "scipy", "triton", "PIL", "torch._dynamo")
+HEAVY = ("transformers", "av", "matplotlib", "tqdm", "safetensors", "scipy", "triton", "PIL", "pydantic", "torch._dynamo")
 
 
 def loaded_after(statement: str) -> set[str]:

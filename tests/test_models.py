@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -50,6 +52,89 @@ def test_dt_is_learned_within_its_bounds():
         with torch.no_grad():
             module.dt.fill_(outside)
         torch.testing.assert_close(module.rollout(z, 3), hf.leapfrog(hnn, z, bound, 3))
+
+
+@pytest.mark.parametrize("kind", [hf.SymplecticIntegrator, hf.EulerIntegrator])
+def test_a_step_size_below_the_published_clamp_is_used_with_bounds_that_hold_it(kind):
+    hnn, z = make_hnn(4, (6,)), make_states(3, 4)
+    with pytest.raises(ValueError, match=r"from 0\.1 to 2, found 0\.01\. Give dt_bounds=\(low, high\).*dt_bounds=None"):
+        kind(hnn, dt=0.01)
+    for bounds in ((0.001, 0.5), (0.0, float("inf")), None):
+        module = kind(hnn, dt=0.01, dt_bounds=bounds)
+        states = module.rollout(z, 4)
+        torch.testing.assert_close(states, hf.rollout(hnn, z, 0.01, 4, integrator=module.integrator).states)
+        states.square().sum().backward()
+        assert module.dt.grad.abs() > 0
+        assert module.state_dict().keys() == {"dt", *(f"hnn.{name}" for name in hnn.state_dict())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_hold_their_own_ends(dtype):
+    """0.7 as float32 is less than 0.7, and 0.3 is more: a dt at a bound lies within it in either precision."""
+    hnn, z = make_hnn(4, (6,), dtype=dtype), make_states(3, 4, dtype=dtype)
+    for dt, bounds in ((0.7, (0.7, 1.0)), (0.3, (0.1, 0.3))):
+        module = hf.SymplecticIntegrator(hnn, dt=dt, dt_bounds=bounds)
+        module.rollout(z, 2).square().sum().backward()
+        assert module.dt.grad.abs() > 0
+
+
+@pytest.mark.parametrize(
+    ("dt", "bounds", "error", "message"),
+    [
+        (2.5, (0.1, 2.0), ValueError, "from 0.1 to 2, found 2.5"),
+        (1.0, (2.0, 1.0), ValueError, r"low < high, or None for no clamp; found \(2.0, 1.0\)"),
+        (1.0, (1.0, 1.0), ValueError, "low < high"),
+        (1.0, (float("nan"), 1.0), ValueError, "low < high"),
+        (1.0, (0.1, None), ValueError, "low < high"),
+        (1.0, (0.1, 1.0, 2.0), ValueError, "low < high"),
+        (1.0, "02", ValueError, "low < high"),
+        (1.0, 2.0, ValueError, "low < high"),
+        (float("nan"), None, ValueError, "dt must be finite, found nan"),
+        (float("inf"), (0.1, float("inf")), ValueError, "dt must be finite, found inf"),
+        (10**400, None, ValueError, "dt must be finite, found an int of 1329 bits"),
+        ("0.5", None, TypeError, "dt must be a number, found str"),
+        (None, None, TypeError, "dt must be a number, found NoneType"),
+        (torch.ones(2), None, TypeError, "dt must be a number"),
+    ],
+)
+def test_step_sizes_and_bounds_that_cannot_be_are_named(dt, bounds, error, message):
+    with pytest.raises(error, match=message):
+        hf.SymplecticIntegrator(hf.LatentHNN(4, (3,)), dt, dt_bounds=bounds)
+
+
+def test_a_loaded_step_size_outside_its_bounds_is_said():
+    free = hf.SymplecticIntegrator(hf.LatentHNN(4, (3,)), 0.05, dt_bounds=None)
+    published = hf.SymplecticIntegrator(hf.LatentHNN(4, (3,)))
+    with pytest.warns(UserWarning, match=r"loaded dt, 0\.05, lies outside dt_bounds, 0\.1 to 2"):
+        published.load_state_dict(free.state_dict())
+    with pytest.warns(UserWarning, match="loaded dt, 0.05"):
+        torch.nn.ModuleDict({"a": published}).load_state_dict({f"a.{k}": v for k, v in free.state_dict().items()}, assign=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free.load_state_dict(free.state_dict())
+        for bound in (0.1, 2.0):  # reached in training, and used as they are
+            published.load_state_dict(free.state_dict() | {"dt": torch.tensor(bound)})
+
+
+def test_an_integrator_says_whether_its_step_is_symplectic():
+    hnn = hf.LatentHNN(4, (3,))
+    assert "integrator='leapfrog' (symplectic only for a separable H), dt_bounds=(0.1, 2.0)" in repr(
+        hf.SymplecticIntegrator(hnn)
+    )
+    assert "integrator='euler' (not symplectic)" in repr(hf.EulerIntegrator(hnn))
+    assert "integrator='implicit-leapfrog', dt_bounds=None" in repr(
+        hf.SymplecticIntegrator(hnn, integrator="implicit-leapfrog", dt_bounds=None)
+    )
+    assert "symplectic only for a separable H" in hf.SymplecticIntegrator.__doc__.split("Parameters")[0]
+
+
+def test_integrators_pickled_before_they_had_bounds_keep_the_published_ones():
+    module = hf.SymplecticIntegrator(hf.LatentHNN(4, (3,)))
+    del module.__dict__["dt_bounds"]
+    again = pickle.loads(pickle.dumps(module))
+    with torch.no_grad():
+        again.dt.fill_(3.0)
+    assert again.step_size == 2.0
 
 
 @pytest.mark.parametrize(("kind", "name"), [(hf.SymplecticIntegrator, "leapfrog"), (hf.EulerIntegrator, "euler")])
@@ -156,6 +241,8 @@ def test_what_is_no_hamiltonian_is_named(module, error, message):
         (lambda h, z: hf.leapfrog(h, z, 0.1, 10**30), ValueError, "n_steps must be below 2\\^31, found an int of 100 bits"),
         (lambda h, z: hf.rollout(h, z, 0.1, 1, energy="yes"), TypeError, "energy must be True or False, found 'yes'"),
         (lambda h, z: hf.leapfrog(h.to(torch.complex64), z, 0.1, 1), TypeError, "found torch.float32 and torch.complex64"),
+        (lambda h, z: hf.SymplecticIntegrator(None), TypeError, "hnn must be an nn.Module, found NoneType"),
+        (lambda h, z: hf.SymplecticIntegrator(nn.Sequential())(z), TypeError, "Sequential has no layers"),
         (lambda h, z: hf.leapfrog(h, z, 1j, 1), TypeError, "dt must be a number or a tensor, found complex"),
         (lambda h, z: hf.leapfrog(h, z, 0.1, "3"), TypeError, "n_steps must be an int, found str '3'"),
         (lambda h, z: hf.rollout(h, z, 0.1, 1, tolerance="x"), TypeError, "tolerance must be a number, found str"),

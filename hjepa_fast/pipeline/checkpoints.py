@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import math
+import re
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, HJEPAError, UsageError
-from ..integrators import SymplecticIntegrator
+from ..integrators import DT_BOUNDS, Bounds, SymplecticIntegrator
 from ..models import LatentHNN
-from . import files, zoo
+from . import files, untrusted, zoo
+from .config import shown
 
 FORMAT = 1
 
@@ -40,7 +44,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
     tensors |= {"data/mean": checkpoint.mean, "data/std": checkpoint.std}
     facts = {"format": FORMAT, **checkpoint.facts}
-    files.save_tensors(path, tensors, {"hjepa_fast": json.dumps(facts)})
+    files.save_tensors(path, tensors, {"hjepa_fast": json.dumps(facts, allow_nan=False)})
     files.write_json(path.with_suffix(".json"), facts)
 
 
@@ -50,30 +54,69 @@ def load(path: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        It is missing, unreadable, or not one of this package's.
+        It is missing, unreadable, not one of this package's, or holds what does not fit: facts of another kind, statistics
+        of another size than the latents', numbers that are not finite.
+    MissingDependencyError
+        pydantic is not installed.
     """
+    from . import schemas
+
     path = Path(path)
     try:
         tensors, metadata = files.load_tensors(path, "checkpoint")
     except HJEPAError as error:
         raise CheckpointError(str(error)) from error
+    if "hjepa_fast" not in metadata:
+        raise CheckpointError(f"{path} was not written by hjepa_fast: it lacks the metadata 'hjepa_fast'")
     try:
-        facts = json.loads(metadata["hjepa_fast"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} was not written by hjepa_fast: it lacks the metadata 'hjepa_fast'") from error
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {facts.get('format')}, this version reads {FORMAT}")
-    spec = zoo.MODELS.get(facts.get("model"))
-    if spec:  # what the first versions did not write, as it was then
+        facts = untrusted.parse_json(metadata["hjepa_fast"], str(path))
+    except HJEPAError as error:
+        raise CheckpointError(str(error)) from error
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {shown(found)}, this version reads {FORMAT}")
+    model = facts.get("model")
+    if isinstance(model, str) and model in zoo.MODELS:  # what the first versions did not write, as it was then
+        spec = zoo.MODELS[model]
         facts = {"hamiltonian": spec.hamiltonian, "integrator": spec.integrator, **facts}
+    facts = schemas.checkpoint_facts(facts, str(path), CheckpointError)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    data = part("data/")
+    _check_tensors(tensors, path)
+    data, shape = part("data/"), (facts["latent_dim"],)
     if not {"mean", "std"} <= data.keys():
         raise CheckpointError(f"{path} lacks the statistics data/mean and data/std")
-    return Checkpoint(facts, part("model/"), data["mean"], data["std"], part("optimizer/"))
+    if data["mean"].shape != shape or data["std"].shape != shape or not (data["std"] > 0).all():
+        raise CheckpointError(
+            f"{path}: expected data/mean and positive data/std of shape {list(shape)}, as latent_dim says; "
+            f"found {list(data['mean'].shape)} and {list(data['std'].shape)}"
+        )
+    checkpoint = Checkpoint(facts, part("model/"), data["mean"], data["std"], part("optimizer/"))
+    _check_optimizer(checkpoint, path)
+    return checkpoint
+
+
+def _check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta and not tensor.is_nested
+        # an expanded tensor of a few bytes says that it is as large as it likes
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} is no plain floating-point tensor, found {tensor.dtype}, {tensor.layout}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
+
+
+def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in checkpoint.optimizer.items():
+        parameter, _, name = key.rpartition("/")
+        found.setdefault(parameter, {})[name] = tuple(tensor.shape)
+    for parameter, shapes in found.items():
+        shape = tuple(checkpoint.model[parameter].shape) if parameter in checkpoint.model else None
+        if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise CheckpointError(f"{path}: optimizer/{parameter} does not fit its parameter: {shapes}, expected {shape}")
 
 
 def restore(checkpoint: Checkpoint, source: Path) -> zoo.Model:
@@ -88,8 +131,12 @@ def restore(checkpoint: Checkpoint, source: Path) -> zoo.Model:
     try:
         own = zoo.spec_of(facts["model"])
         kind = {key: facts.get(key, getattr(own, key)) for key in ("hamiltonian", "integrator")}
-        model = zoo.assemble(dataclasses.replace(own, **kind), facts["latent_dim"], dt=1.0, seed=0)
-    except UsageError as error:
+        if (kind["integrator"] is None) != (own.integrator is None):
+            raise UsageError(f"{facts['model']} has integrator {kind['integrator']!r}")
+        bounds = facts.get("train", {}).get("dt_bounds", DT_BOUNDS)
+        spec = dataclasses.replace(own, **kind)
+        model = zoo.assemble(spec, facts["latent_dim"], _inside(bounds), seed=0, dt_bounds=bounds)
+    except (UsageError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error
     load_state(model, checkpoint.model, source)
     return model
@@ -118,11 +165,20 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def load_published(path: Path, integrator: str = "leapfrog") -> SymplecticIntegrator:
+def load_published(path: Path, integrator: str = "leapfrog", dt_bounds: Bounds | None = DT_BOUNDS) -> SymplecticIntegrator:
     """Load a checkpoint of the published notebook: a pickle with `integrator_state_dict` or `hnn_state_dict`.
 
-    It is read with `weights_only=True`, so nothing in it is executed. Widths are taken from its tensors. Where both
-    are there, `integrator_state_dict` counts, since it also holds the learned dt; without it, dt is 1.0.
+    It is read with `weights_only=True`, so nothing in it is executed; what lies beside the state dicts (settings, numpy
+    numbers, paths, optimizers) is passed over, its classes being neither imported nor called. The state dict of an
+    integrator or of a network alone is read as well. What wrappers put into the names of parameters, as `_orig_mod.` of
+    torch.compile and `module.` of DataParallel, is taken off. Widths are taken from the tensors. Where both are there,
+    `integrator_state_dict` counts, since it also holds the learned dt; without it, dt is 1.0.
+
+    Parameters
+    ----------
+    path : Path
+    integrator, dt_bounds
+        As for `SymplecticIntegrator`; they are not in the file.
 
     Raises
     ------
@@ -130,22 +186,135 @@ def load_published(path: Path, integrator: str = "leapfrog") -> SymplecticIntegr
         Missing, unreadable, not such a checkpoint, or its tensors are not an MLP Hamiltonian's.
     """
     path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint not found: {path}") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint of plain tensors: {error}") from error
-    if not isinstance(content, dict) or not {"hnn_state_dict", "integrator_state_dict"} & content.keys():
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} holds neither hnn_state_dict nor integrator_state_dict, found: {found}")
-    state = content.get("integrator_state_dict")
-    if state is None:
-        state = {"dt": torch.tensor(1.0)} | {f"hnn.{name}": t for name, t in content["hnn_state_dict"].items()}
+    content = _read_pickle(path)
+    if isinstance(content, _PassedOver):
+        raise CheckpointError(f"{path} holds a whole object of class {content.name}, which is not executed. {_SAVE_AGAIN}")
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds neither hnn_state_dict nor integrator_state_dict, found: {type(content).__name__}. {_SAVE_AGAIN}"
+        )
+    state = _published_state(content, path)
+    _check_tensors(state, path)
     weights = [t for name, t in state.items() if name.startswith("hnn.net.") and name.endswith(".weight") and t.ndim == 2]
-    if not weights or weights[0].shape[1] % 2:
-        raise CheckpointError(f"{path} holds no MLP Hamiltonian: expected hnn.net.0.weight [h, 2d], found {list(state)}")
-    hnn = LatentHNN(weights[0].shape[1], [w.shape[0] for w in weights[:-1]])
-    module = SymplecticIntegrator(hnn, integrator=integrator)
+    widths = [w.shape[0] for w in weights[:-1]]
+    if not weights or weights[0].shape[1] % 2 or weights[-1].shape[0] != 1 or 0 in (weights[0].shape[1], *widths):
+        found = shown([f"{name} {list(tensor.shape)}" for name, tensor in state.items()])
+        raise CheckpointError(f"{path} holds no MLP Hamiltonian: expected hnn.net.0.weight [h, 2d], found {found}")
+    hnn = LatentHNN(weights[0].shape[1], widths).to(torch.promote_types(weights[0].dtype, torch.float32))
+    try:
+        module = SymplecticIntegrator(hnn, dt=_inside(dt_bounds), integrator=integrator, dt_bounds=dt_bounds)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
     load_state(module, state, path)
     return module
+
+
+_SAVE_AGAIN = "Save it again with torch.save({'integrator_state_dict': integrator.state_dict()}, path)"
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that torch.compile, DataParallel and their like put before a module's own."""
+
+
+_COMMON = (
+    "argparse.Namespace",
+    "collections.defaultdict",
+    *(f"builtins.{kind}" for kind in ("dict", "float", "int", "list")),  # what a defaultdict makes
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+"""What people keep beside tensors; files of PyTorch before 1.6 do not say beforehand what they hold."""
+
+
+class _PassedOver:
+    """Takes the place of an object whose class is not torch's: made of anything, it does nothing."""
+
+    name = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _PassedOver:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _empty_dict(*args: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _read_pickle(path: Path) -> Any:
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                sizes = sum(entry.file_size for entry in archive.infolist())
+            if sizes > 2 * path.stat().st_size + 2**20:
+                raise CheckpointError(f"{path} unpacks to {sizes:,} bytes, more than torch.save writes")
+            names = get_unsafe_globals_in_checkpoint(path)
+        else:
+            names = list(_COMMON)
+        known: dict[str, Any] = {"collections.defaultdict": _empty_dict}
+        inert: list[Any] = [(known.get(name) or type("PassedOver", (_PassedOver,), {"name": name}), name) for name in names]
+        with safe_globals(inert), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint not found: {path}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if found := re.match(r"Unsupported global: GLOBAL (\S+)", reason):
+            reason = f"it holds an object of class {found[1]}"
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of plain tensors: {reason or type(error).__name__}. {_SAVE_AGAIN}"
+        ) from error
+
+
+def _published_state(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The integrator's state dict, whatever it was saved as."""
+    if content.get("integrator_state_dict") is not None:
+        return _unwrapped(content["integrator_state_dict"], path)
+    if content.get("hnn_state_dict") is not None:
+        state = _unwrapped(content["hnn_state_dict"], path)
+    elif content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        state = _unwrapped(content, path)
+        if "hnn.net.0.weight" in state:
+            return state
+        if "net.0.weight" not in state:
+            state = {}
+    else:
+        state = {}
+    if not state:
+        found = ", ".join(
+            ascii(key)[1:60].strip("'") if isinstance(key, str) else type(key).__name__ for key in list(content)[:20]
+        )
+        raise CheckpointError(f"{path} holds neither hnn_state_dict nor integrator_state_dict, found: {found}. {_SAVE_AGAIN}")
+    return {"dt": torch.tensor(1.0)} | {f"hnn.{name}": tensor for name, tensor in state.items()}
+
+
+def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
+    """A state dict with the names that its modules have without wrappers."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items() if isinstance(state, dict) else [(None, state)]:
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            what = f"class {value.name}" if isinstance(value, _PassedOver) else type(value).__name__
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint of plain tensors: expected a state dict of tensors by name, "
+                f"found {what} at {shown(key) if isinstance(key, str) else type(key).__name__}. {_SAVE_AGAIN}"
+            )
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        if name in found:
+            raise CheckpointError(f"{path} holds {shown(name)} twice, with and without the names of wrappers")
+        if name != "n_averaged":  # the counter of torch.optim.swa_utils.AveragedModel
+            found[name] = value
+    return found
+
+
+def _inside(bounds: Any) -> float:
+    """Any step size that bounds let through, until it is loaded."""
+    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    return low if math.isfinite(low) else high if math.isfinite(high) else 1.0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..api import Backend
 from ..errors import UsageError
+from ..integrators import DT_BOUNDS
 from ..schemes import SCHEMES
 
 PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
@@ -17,22 +21,30 @@ OFFLINE_ENCODER = "offline"
 OWN_INTEGRATOR = "auto"
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+MANY = 1_000_000
+"""More than any count of frames, latents, steps or runs that makes sense."""
+SEEDS = 2**32
+MOST_VALUES = 1000
+"""Numbers in a list, or characters in a text."""
+
+
+def _option(default: Any, help: str, most: float = math.inf) -> Any:
+    """A field; `most` is the largest value, of either sign, that a file or an option may give it."""
+    return field(default=default, metadata={"help": help, "most": most})
 
 
 @dataclass(frozen=True)
 class VideoConfig:
     """Synthetic clips of balls in a square box (the published setting is the default)."""
 
-    n_videos: int = _option(50, "number of videos")
-    n_frames: int = _option(150, "frames per video")
-    n_balls: int = _option(2, "balls per video; the published videos have 2")
-    radius: tuple[float, ...] = _option((20.0,), "ball radius in pixels: one value, or one per ball")
-    size: int = _option(256, "side of the square frame in pixels, even")
-    fps: int = _option(30, "frames per second")
+    n_videos: int = _option(50, "number of videos", most=MANY)
+    n_frames: int = _option(150, "frames per video", most=MANY)
+    n_balls: int = _option(2, "balls per video; the published videos have 2", most=1000)
+    radius: tuple[float, ...] = _option((20.0,), "ball radius in pixels: one value, or one per ball", most=4096)
+    size: int = _option(256, "side of the square frame in pixels, even", most=8192)
+    fps: int = _option(30, "frames per second", most=1000)
     background: Literal["black", "gradient"] = _option("black", "black as published, or a smooth static colour gradient")
-    video_seed: int = _option(42, "seed of the initial velocities and positions")
+    video_seed: int = _option(42, "seed of the initial velocities and positions", most=SEEDS)
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,9 @@ class EncodeConfig:
         PUBLISHED_ENCODER, "hub name or folder of a V-JEPA 2 checkpoint, or 'offline' for the small untrained one shipped here"
     )
     revision: str = _option("main", "revision of a hub checkpoint")
-    clip_frames: int = _option(16, "consecutive frames in a clip")
-    clip_stride: int = _option(4, "frames between the starts of two clips")
-    encode_batch: int = _option(8, "clips encoded at once")
+    clip_frames: int = _option(16, "consecutive frames in a clip", most=4096)
+    clip_stride: int = _option(4, "frames between the starts of two clips", most=MANY)
+    encode_batch: int = _option(8, "clips encoded at once", most=4096)
     encode_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
         "auto", "encoder precision; auto is float16 on a GPU and float32 on a CPU"
     )
@@ -55,12 +67,12 @@ class EncodeConfig:
 class DataConfig:
     """Latents to training windows."""
 
-    window: int = _option(16, "consecutive latents in a training window")
+    window: int = _option(16, "consecutive latents in a training window", most=MANY)
     split: Literal["video", "window"] = _option(
         "video", "what the test set is made of: whole videos, or windows as published (overlapping windows leak)"
     )
     test_fraction: float = _option(0.2, "share of videos or windows held out")
-    split_seed: int = _option(42, "seed of the split")
+    split_seed: int = _option(42, "seed of the split", most=SEEDS)
     standardize: bool = _option(True, "standardise each latent dimension with training statistics (published: off)")
 
 
@@ -68,8 +80,8 @@ class DataConfig:
 class TrainConfig:
     """Optimisation, shared by all models."""
 
-    epochs: int = _option(50, "passes over the training windows")
-    batch_size: int = _option(32, "windows per step; the last incomplete batch is dropped")
+    epochs: int = _option(50, "passes over the training windows", most=50_000)
+    batch_size: int = _option(32, "windows per step; the last incomplete batch is dropped", most=MANY)
     lr: float = _option(1e-3, "AdamW's learning rate at the start")
     lr_end: float = _option(1e-5, "learning rate that the cosine annealing ends at")
     weight_decay: float = _option(1e-5, "AdamW's weight decay")
@@ -85,8 +97,11 @@ class TrainConfig:
         f"{', '.join(SCHEMES)}; the other models keep the integrator that they are there to show",
     )
     dt: float = _option(1.0, "initial step size, learnable")
-    seed: int = _option(42, "seed of initial weights and batch order")
-    backend: Literal["auto", "cpp", "torch", "reference"] = _option(
+    dt_bounds: tuple[float, float] | None = _option(
+        DT_BOUNDS, "smallest and largest step size that is used, which dt is clamped to, or none for no clamp"
+    )
+    seed: int = _option(42, "seed of initial weights and batch order", most=SEEDS)
+    backend: Backend = _option(  # noqa: RUF009  (a string)
         "auto", "what computes the rollouts; auto is the fastest that is there, reference is nested autograd"
     )
     amp: Literal["off", "bfloat16"] = _option("off", "autocast for the forward pass")
@@ -96,10 +111,12 @@ class TrainConfig:
 class EvaluateConfig:
     """What is measured after training."""
 
-    extended_steps: int = _option(1000, "steps of the extended rollouts, of which only energies are kept (published: 50)")
-    dream_steps: int = _option(20, "steps of a free rollout from one state")
-    timing_warmup: int = _option(10, "rollouts before timing starts")
-    timing_runs: int = _option(100, "timed rollouts; the median is reported")
+    extended_steps: int = _option(
+        1000, "steps of the extended rollouts, of which only energies are kept (published: 50)", most=MANY
+    )
+    dream_steps: int = _option(20, "steps of a free rollout from one state", most=MANY)
+    timing_warmup: int = _option(10, "rollouts before timing starts", most=MANY)
+    timing_runs: int = _option(100, "timed rollouts; the median is reported", most=MANY)
 
 
 @dataclass(frozen=True)
@@ -142,29 +159,61 @@ def _section(kind: type, values: Any, source: str) -> Any:
         raise UsageError(f"{source}: expected a JSON object, found {type(values).__name__}")
     hints = typing.get_type_hints(kind)
     _refuse_unknown(values, hints, source, "field")
-    return kind(**{name: coerce(hints[name], value, f"{source}.{name}") for name, value in values.items()})
+    most = {f.name: f.metadata["most"] for f in dataclasses.fields(kind)}
+    return kind(**{name: coerce(hints[name], value, f"{source}.{name}", most[name]) for name, value in values.items()})
 
 
-def coerce(hint: Any, value: Any, source: str) -> Any:
+def coerce(hint: Any, value: Any, source: str, most: float = math.inf) -> Any:
     """Check `value` against a field's type, turning lists into tuples and ints into floats.
 
     Raises:
-        UsageError: the value does not fit; the message starts with `source`.
+        UsageError: the value does not fit, is not finite, or is larger than `most`; the message starts with `source`.
     """
-    origin = typing.get_origin(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
+        if isinstance(value, str) and value in parts:
             return value
-        raise UsageError(f"{source}: {value!r} is not one of {', '.join(map(str, choices))}")
+        raise UsageError(f"{source}: {shown(value)} is not one of {', '.join(map(str, parts))}")
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise UsageError(f"{source}: expected a list of numbers, found {value!r}")
-        return tuple(coerce(typing.get_args(hint)[0], item, source) for item in value)
+        lengths = range(1, MOST_VALUES + 1) if parts[-1] is Ellipsis else (len(parts),)
+        if not isinstance(value, (list, tuple)) or len(value) not in lengths:
+            expected = "a list of" if parts[-1] is Ellipsis else len(parts)
+            raise UsageError(f"{source}: expected {expected} numbers, found {shown(value)}")
+        return tuple(coerce(parts[0], item, source, most) for item in value)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else coerce(next(a for a in typing.get_args(hint) if a is not type(None)), value, source)
+        return None if value is None else coerce(next(a for a in parts if a is not type(None)), value, source, most)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UsageError(f"{source}: expected {hint.__name__}, found {value!r}")
+        value = math.inf if abs(value) > 1e300 else float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UsageError(f"{source}: expected {hint.__name__}, found {shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{source}: expected a finite number, found {value}")
+    if isinstance(value, (int, float)) and abs(value) > most:
+        raise UsageError(f"{source}: expected at most {most:,}, found {shown(value)}")
+    if isinstance(value, str) and not (len(value) <= MOST_VALUES and is_line(value.encode("utf-8", "replace").decode())):
+        raise UsageError(f"{source}: expected a line of text, found {shown(value)}")
+    return value
+
+
+def coerce_known(kind: type, values: Any, source: str) -> dict[str, Any]:
+    """A section as it was recorded, perhaps by another version: fields it lacks have defaults, unknown ones are kept.
+
+    Raises:
+        UsageError: a known field has a value that does not fit.
+    """
+    names = {f.name for f in dataclasses.fields(kind)}
+    return values | dataclasses.asdict(_section(kind, {k: v for k, v in values.items() if k in names}, source))
+
+
+def is_line(text: str) -> bool:
+    """Whether a text can be shown and written: no control characters, no halves of surrogate pairs."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its first characters, and never an integer that Python refuses to print."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 120 else f"{text[:120]}..."

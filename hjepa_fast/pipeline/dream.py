@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..api import energy
-from ..errors import HJEPAError, LatentError, UsageError
+from ..errors import CheckpointError, EncoderError, HJEPAError, LatentError, UsageError
 from ..integrators import SymplecticIntegrator
-from . import checkpoints, files, zoo
-from .config import EncodeConfig
+from . import checkpoints, encoder_files, files, zoo
+from .config import OFFLINE_ENCODER, EncodeConfig, shown
 from .encoders import resolve_device
 from .figures import dream_figure, save
 from .latents import Latents, encode_videos, read_latents
@@ -53,7 +53,8 @@ def dream(
     index : int
         Which latent of the file, or clip of the video, to start from.
     encoder : str, optional
-        Encoder for `video`; by default the one named in the checkpoint.
+        Encoder for `video`; by default the one named in the checkpoint, if it is "offline", the folder that the model was
+        trained with, or in the local cache. Nothing is fetched that the caller did not name.
 
     Raises
     ------
@@ -70,7 +71,7 @@ def dream(
     model = checkpoints.restore(loaded, checkpoint).eval()
     if video is not None:
         source = video
-        sequence = _encode_one(video, loaded.facts["encoding"], encoder, device)
+        sequence = _encode_one(video, loaded.facts["encoding"], encoder, device, checkpoint)
     else:
         assert latents is not None
         source = latents
@@ -115,15 +116,34 @@ def dream(
     return Dream(text + unsolved, [tensor_path, *paths])
 
 
-def _encode_one(video: Path, encoding: dict[str, Any], encoder: str | None, device: str) -> Latents:
+def _encode_one(video: Path, encoding: dict[str, Any] | None, encoder: str | None, device: str, checkpoint: Path) -> Latents:
     """Encode one video as the model's training videos were."""
+    if encoding is None or encoding.get("clip_stride") is None:
+        raise CheckpointError(f"{checkpoint} does not say how its latents were encoded; start from a file of --latents")
+    recorded = encoding["model"]
     if encoder is None:
-        encoder = encoding["model"]
+        _check_local(recorded, encoding, checkpoint)
+    same = encoder in (None, recorded)
     config = EncodeConfig(
-        encoder=encoder,
-        revision=encoding.get("revision", EncodeConfig.revision),
+        encoder=encoder or recorded,
+        revision=(encoding.get("commit") or encoding.get("revision") or "main") if same else "main",
         clip_frames=encoding["clip_frames"],
         clip_stride=encoding["clip_stride"],
     )
     with tempfile.TemporaryDirectory() as folder:
-        return read_latents(encode_videos([video], Path(folder), config, device)[0])
+        return read_latents(encode_videos([video], Path(folder), config, device, fetch=encoder is not None)[0])
+
+
+def _check_local(name: str, encoding: dict[str, Any], checkpoint: Path) -> None:
+    """A folder that a checkpoint names must be the one that it was made with: a file may name any."""
+    try:
+        folder = encoder_files.local_folder(name)
+        if folder is None or name == OFFLINE_ENCODER:
+            return
+        found = encoder_files.provenance(name, "main", folder)
+        if found["weights_sha256"] == encoding.get("weights_sha256"):
+            return
+        reason = f"{folder} holds other weights"
+    except EncoderError as error:
+        reason = str(error)
+    raise EncoderError(f"{checkpoint} was trained with the encoder {shown(name)}, and {reason}: name a folder with --encoder")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 from ..errors import EncoderError, HJEPAError
-from . import offline_encoder
-from .config import OFFLINE_ENCODER
+from . import files, offline_encoder, untrusted
+from .config import OFFLINE_ENCODER, shown
 
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
@@ -92,6 +93,41 @@ def weight_files(folder: Path) -> list[Path]:
     if not found or not (folder / "config.json").is_file():
         raise EncoderError(f"{folder} is not an encoder: it must hold config.json and model.safetensors")
     return found
+
+
+def check(folder: Path) -> None:
+    """What a reader of the checkpoint would build and open, before it does.
+
+    Raises
+    ------
+    EncoderError
+        The files are missing or damaged, config.json is not V-JEPA 2's or asks for more than its weights can fill, or the
+        index of a sharded checkpoint names files outside the folder.
+    """
+    from . import schemas
+
+    try:
+        headers = [untrusted.check_header(file, "encoder weights") for file in weight_files(folder)]
+        config = files.read_json(folder / "config.json", "encoder configuration")
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        if model_type != "vjepa2":
+            raise EncoderError(
+                f"{folder} is not a V-JEPA 2 model: its config.json says model_type {shown(model_type)}, not 'vjepa2'"
+            )
+        config = schemas.check(schemas.EncoderConfig, config, str(folder / "config.json"), EncoderError)
+        index = folder / "model.safetensors.index.json"
+        shards = files.read_json(index, "index of weights") if index.exists() else {"weight_map": {}}
+    except HJEPAError as error:
+        raise EncoderError(str(error)) from error
+    names = shards.get("weight_map") if isinstance(shards, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
+        raise EncoderError(f"{index}: expected weight_map, from names of weights to names of files in the same folder")
+    held = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+    wanted = config["num_hidden_layers"] * config["hidden_size"] ** 2 * (4 + 2 * config["mlp_ratio"])
+    if wanted > 1.5 * held + 2**20:
+        raise EncoderError(
+            f"{folder}: config.json describes an encoder of {wanted:.3g} weights, the safetensors files hold {held:.3g}"
+        )
 
 
 def file_sha256(path: Path) -> str:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import EncoderError, HJEPAError, MissingDependencyError, UsageError
 from . import encoder_files
 from .config import OFFLINE_ENCODER
-from .files import read_json
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,7 +58,7 @@ class Encoder:
             return tokens.mean(dim=1, dtype=torch.float32).cpu()
 
 
-def load_encoder(name: str, revision: str = "main", device: str = "auto", dtype: str = "auto") -> Encoder:
+def load_encoder(name: str, revision: str = "main", device: str = "auto", dtype: str = "auto", fetch: bool = True) -> Encoder:
     """Load a frozen encoder.
 
     "offline" and local folders never touch the network. A hub checkpoint is taken from the local cache if it is there.
@@ -74,6 +73,9 @@ def load_encoder(name: str, revision: str = "main", device: str = "auto", dtype:
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     dtype : str
         "auto" (float16 on a GPU, float32 on a CPU), "float32", "float16" or "bfloat16".
+    fetch : bool
+        Whether a checkpoint that is not in the local cache may be had from the hub. False where a file names the encoder,
+        and not the user.
 
     Raises
     ------
@@ -91,16 +93,17 @@ def load_encoder(name: str, revision: str = "main", device: str = "auto", dtype:
     except ImportError as error:
         raise MissingDependencyError("encoding needs transformers: pip install 'hjepa_fast[pipeline]'") from error
     local = encoder_files.local_folder(name)
-    folder = local or encoder_files.cached_folder(name, revision) or encoder_files.download(name, revision)
-    encoder_files.weight_files(folder)
-    try:
-        model_type = read_json(folder / "config.json", "encoder configuration").get("model_type")
-    except (HJEPAError, AttributeError) as error:
-        raise EncoderError(f"encoder {name}: {error}") from error
-    if model_type != "vjepa2":
+    folder = local or encoder_files.cached_folder(name, revision)
+    if folder is None and not fetch:
         raise EncoderError(
-            f"encoder {name} is not a V-JEPA 2 model: its config.json says model_type {model_type!r}, not 'vjepa2'"
+            f"encoder {name} (revision {revision}) is named by a file, and is not in the local cache: what a file names is not "
+            f"fetched. Give --encoder {name} to have it from the hub"
         )
+    folder = folder or encoder_files.download(name, revision)
+    try:
+        encoder_files.check(folder)
+    except HJEPAError as error:
+        raise EncoderError(f"encoder {name}: {error}") from error
     try:
         with _quiet_transformers():
             loaded: Any = VJEPA2Model.from_pretrained(

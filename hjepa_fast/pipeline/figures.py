@@ -55,11 +55,15 @@ def draw(run: Run) -> list[Path]:
     MissingDependencyError
         Matplotlib is not installed.
     """
+    from . import schemas
+
     summary = files.read_json(run.summary, "the run's summary (run 'hjepa-fast evaluate' first)")
     arrays, _ = files.load_tensors(run.arrays, "the run's evaluation (run 'hjepa-fast evaluate' first)")
-    rows = {row["name"]: row for row in summary["models"]}
-    if "integrators" not in summary:
+    if isinstance(summary, dict) and "integrators" not in summary:
         raise HJEPAError(f"{run.root} was evaluated by an older version: run 'hjepa-fast evaluate {run.root}' again")
+    summary = schemas.check(schemas.Summary, summary, str(run.summary))
+    schemas.check_arrays(summary, arrays, COLORS, str(run.arrays))
+    rows = {row["name"]: row for row in summary["models"]}
     arrays = {name: torch.where(values.abs() < LARGEST, values, torch.nan) for name, values in arrays.items()}
     written = []
     for name, figure in (

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import HJEPAError
+from . import untrusted
 
 PARTIAL = ".partial-"
 """Prefix of a file that is still being written; such names are never read as results."""
@@ -32,6 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
+        untrusted.keep_inside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -76,14 +78,14 @@ def read_json(path: Path, what: str) -> Any:
     """Read JSON; `what` names the file's role in error messages.
 
     Raises:
-        HJEPAError: the file is missing, unreadable or not JSON.
+        HJEPAError: the file is missing, unreadable, not JSON, or what `untrusted.parse_json` refuses.
     """
+    source = f"{what} cannot be read: {path}"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HJEPAError(f"{what} not found: {path}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise HJEPAError(f"{what} cannot be read: {path}: {error}") from error
+        text = untrusted.read_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HJEPAError(f"{source}: {error}") from error
+    return untrusted.parse_json(text, source)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -111,12 +113,11 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise HJEPAError(f"{what} not found: {path}")
+    untrusted.check_header(path, what)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory for a tensor
         raise HJEPAError(f"{what} is not a readable safetensors file: {path}: {error}") from error
 
 
@@ -125,7 +126,8 @@ def read_metadata(path: Path) -> dict[str, str] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        untrusted.check_header(path, "file")
         with safe_open(Path(path), framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (HJEPAError, SafetensorError, OSError):
         return None

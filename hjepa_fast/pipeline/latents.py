@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError, LatentError, UsageError, VideoError
-from . import files, preprocess
+from . import files, preprocess, untrusted
 from .config import EncodeConfig
 from .encoder_files import file_sha256
 from .encoders import Encoder, encoder_provenance, load_encoder
@@ -51,6 +51,7 @@ def encode_videos(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     encoder: Encoder | None = None,
+    fetch: bool = True,
 ) -> list[Path]:
     """Encode each video to `folder`/<stem>.safetensors, the complete file or none.
 
@@ -70,6 +71,8 @@ def encode_videos(
         Called as progress(done_clips, total_clips). Until the last video is read, the total is an estimate.
     encoder : Encoder, optional
         Used instead of loading `config.encoder`.
+    fetch : bool
+        See `load_encoder`.
 
     Returns
     -------
@@ -100,7 +103,7 @@ def encode_videos(
         recipe = _recipe(config, encoder_provenance(config.encoder, config.revision, device, config.encode_dtype))
         if not outdated(recipe):
             return list(targets.values())
-        encoder = load_encoder(config.encoder, config.revision, device, config.encode_dtype)
+        encoder = load_encoder(config.encoder, config.revision, device, config.encode_dtype, fetch)
     if config.clip_frames % encoder.tubelet_size:
         raise UsageError(
             f"clip_frames must be a multiple of {encoder.tubelet_size}, the frames per token of encoder {encoder.label}, "
@@ -165,8 +168,10 @@ def _source(video: Path, digest: str) -> dict[str, str]:
 def _is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
     """Whether `target` was made of `video` as `wanted`; what is unknown (None, a commit outside the cache) is not compared."""
     try:
-        found = json.loads((files.read_metadata(target) or {}).get("provenance", "{}"))
-    except json.JSONDecodeError:
+        found = untrusted.parse_json((files.read_metadata(target) or {}).get("provenance", "{}"), str(target))
+    except HJEPAError:
+        return False
+    if not isinstance(found, dict):
         return False
     if "source_frames" not in found:
         # Made of frames that were turned, but neither mirrored nor stretched: as good where neither is called for.
@@ -297,17 +302,25 @@ def read_latents(path: Path) -> Latents:
     LatentError
         It is missing, unreadable, not a latent file, not finite, or of odd latent size.
     """
+    from . import schemas
+
     try:
         tensors, metadata = files.load_tensors(path, "latent file")
         latents, start_frame = tensors["latents"], tensors["start_frame"]
         known = {
-            "provenance": json.loads(metadata["provenance"]),
+            "provenance": untrusted.parse_json(metadata["provenance"], "provenance"),
             "label": metadata["label"],
             "fps": float(metadata["fps"]),
             "n_frames": int(metadata["n_frames"]),
         }
-        if latents.dtype != torch.float32 or latents.ndim != 2 or start_frame.shape != latents.shape[:1]:
+        schemas.check(schemas.LatentFacts, known, "metadata")
+        if latents.dtype != torch.float32 or latents.ndim != 2 or start_frame.shape != latents.shape[:1] or not latents.numel():
             raise LatentError(f"shapes {list(latents.shape)} and {list(start_frame.shape)}, {latents.dtype}")
+        inside = start_frame.dtype == torch.int64 and (start_frame >= 0).all() and (start_frame < known["n_frames"]).all()
+        if not inside or latents.shape[1] > schemas.MOST_DIMENSIONS:
+            raise LatentError(
+                f"clips start at frames outside 0 to {known['n_frames'] - 1}, or a latent has too many dimensions"
+            )
     except (HJEPAError, KeyError, ValueError) as error:
         raise LatentError(f"{path} is not a readable latent file; delete it and encode again ({error})") from error
     if latents.shape[1] % 2:

@@ -20,37 +20,51 @@ class Run:
 
     @property
     def config(self) -> Path:
-        return self.root / "config.json"
+        return self.own(self.root / "config.json")
 
     @property
     def inputs(self) -> Path:
         """JSON naming the folders of videos and latents that the run uses."""
-        return self.root / "inputs.json"
+        return self.own(self.root / "inputs.json")
 
     @property
     def arrays(self) -> Path:
-        return self.root / "evaluation.safetensors"
+        return self.own(self.root / "evaluation.safetensors")
 
     @property
     def summary(self) -> Path:
-        return self.root / "summary.json"
+        return self.own(self.root / "summary.json")
 
     @property
     def table(self) -> Path:
-        return self.root / "summary.md"
+        return self.own(self.root / "summary.md")
 
     @property
     def figures(self) -> Path:
-        return self.root / "figures"
+        return self.own(self.root / "figures")
 
     def model(self, name: str) -> Path:
         """Folder of one model's checkpoints."""
-        return self.root / "models" / name
+        return self.own(self.root / "models" / name)
 
     def trained(self) -> dict[str, Path]:
         """Best checkpoint of every model that has one, in the zoo's order."""
         paths = {name: self.model(name) / "best.safetensors" for name in zoo.MODELS}
         return {name: path for name, path in paths.items() if path.is_file()}
+
+    def own(self, path: Path) -> Path:
+        """`path`, which lies in the run's folder by its name, if no link leads it, or an entry of it, elsewhere.
+
+        Raises
+        ------
+        HJEPAError
+            One does; the message names it.
+        """
+        root = os.path.realpath(self.root)
+        for item in (path, *(path.iterdir() if path.is_dir() else ())):
+            if not Path(os.path.realpath(item)).is_relative_to(root):
+                raise HJEPAError(f"{item} is a link that leads out of the run's folder, to {os.path.realpath(item)}: delete it")
+        return path
 
     def read_config(self) -> Config:
         """Raises HJEPAError if the folder is no run."""
@@ -60,8 +74,15 @@ class Run:
 
     def read_inputs(self) -> dict[str, Path | None]:
         """The folders `videos` (None if unknown) and `latents`."""
+        from . import schemas
+
         found = files.read_json(self.inputs, "the run's list of inputs")
-        return {key: None if value is None else (self.root / value) for key, value in found.items()}
+        found = schemas.check(schemas.Inputs, found, str(self.inputs))
+        return {key: None if found[key] is None else self._input(Path(found[key])) for key in ("videos", "latents")}
+
+    def _input(self, recorded: Path) -> Path:
+        # what `start` records without a root lies in the run's folder
+        return recorded if recorded.is_absolute() else self.own(self.root / recorded)
 
     def start(self, config: Config, videos: Path | None, latents: Path) -> None:
         """Record configuration and inputs, or check that they are those recorded before.

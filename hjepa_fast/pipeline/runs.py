@@ -37,11 +37,11 @@ def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
         return generate(folder, config.videos, progress.callback)
 
 
-def encode(videos: Path, latents: Path, config: Config, device: str, show: bool) -> list[Path]:
-    """Encode a folder of videos; what is already there with the same provenance is kept."""
+def encode(videos: Path, latents: Path, config: Config, device: str, show: bool, fetch: bool = True) -> list[Path]:
+    """Encode a folder of videos; what is already there with the same provenance is kept. `fetch`: see `load_encoder`."""
     paths = find_videos(videos)
     with Progress("latents", 0, unit="clip", enabled=show) as progress:
-        return encode_videos(paths, latents, config.encode, device, progress.callback)
+        return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
 def probe_latents(videos: Path, latents: Path) -> dict[str, Any] | None:
@@ -80,7 +80,8 @@ def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Confi
 
             best = train(name, dataset, run.model(name), config.train, config.data, target, log)
         facts, title = checkpoints.load(best).facts, zoo.spec_of(name, config.train.integrator).title
-        say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
+        if facts["history"]:  # the folder may be anybody's
+            say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
 
 
 def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
@@ -140,7 +141,14 @@ def _probe(videos: Path | None, latents: Path) -> dict[str, Any] | None:
 
 
 def reproduce(
-    config: Config, out: Path, videos: Path | None, names: Sequence[str], device: str, show: bool, say: Say
+    config: Config,
+    out: Path,
+    videos: Path | None,
+    names: Sequence[str],
+    device: str,
+    show: bool,
+    say: Say,
+    fetch: bool = True,
 ) -> dict[str, Any]:
     """The whole pipeline into one folder: videos, latents, training, evaluation, figures.
 
@@ -148,6 +156,8 @@ def reproduce(
     ----------
     videos : Path, optional
         A folder of own videos to use instead of synthetic ones.
+    fetch : bool
+        See `load_encoder`.
 
     Returns
     -------
@@ -160,12 +170,12 @@ def reproduce(
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
     run = Run(out)
-    latents = out / "latents"
+    latents = run.own(out / "latents")
     run.start(config, videos or out / "videos", latents)
     if videos is None:
-        videos = out / "videos"
+        videos = run.own(out / "videos")
         make_videos(videos, config, show)
-    encode(videos, latents, config, device, show)
+    encode(videos, latents, config, device, show, fetch)
     dataset = prepare(load_latents(latents), config.data)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     train_models(run, names, dataset, config, device, show, say)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConvergenceError, TrainingError, UsageError
-from ..integrators import SymplecticIntegrator
+from ..integrators import SymplecticIntegrator, check_dt
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
@@ -76,6 +76,10 @@ def check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
+    try:
+        check_dt(config.dt, config.dt_bounds, torch.float32)
+    except ValueError as error:
+        raise UsageError(f"{error} (on the command line: --dt-bounds LOW HIGH, or --dt-bounds none)") from error
 
 
 def check_config(config: TrainConfig, dataset: Dataset) -> None:
@@ -129,7 +133,8 @@ def train(
     """
     check_config(config, dataset)
     spec = zoo.spec_of(name, config.integrator)
-    model = zoo.assemble(spec, dataset.latent_dim, config.dt, config.seed, config.backend).to(device)
+    zoo.check_backend(config.backend, device)
+    model = zoo.assemble(spec, dataset.latent_dim, config.dt, config.seed, config.backend, config.dt_bounds).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     facts: dict[str, Any] = {
         "model": name,

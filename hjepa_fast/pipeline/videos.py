@@ -42,6 +42,8 @@ MAX_PIXELS = 2**27
 ATTACHED_PICTURE = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 PQ, HLG = 16, 18  # FFmpeg's AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67
 CYAN, RED = (0, 255, 255), (255, 0, 0)
+MOST_BYTES = 2**34
+"""Of the frames of a synthetic video, which is made in memory."""
 PALETTE = np.array([CYAN, RED, (255, 255, 0), (0, 255, 0), (255, 0, 255), (255, 128, 0), (255, 255, 255), (128, 128, 255)])
 SOURCE = "synthetic: bouncing balls"
 TOUCHING = 1e-9  # overlap in pixels that counts as none; halving at a wall gets below it in 35 passes
@@ -127,6 +129,11 @@ def _check(config: VideoConfig) -> np.ndarray:
         raise UsageError(
             f"size is {config.size}, expected an even number of at least {least + least % 2} "
             f"for {config.n_balls} ball(s) of radius {_text(config.radius)}"
+        )
+    size = config.n_frames * config.size**2 * 3
+    if size > MOST_BYTES:
+        raise UsageError(
+            f"a video of {config.n_frames} frames of size {config.size} has {size:.3g} bytes, at most {MOST_BYTES:.3g}"
         )
     return radii
 
@@ -666,4 +673,11 @@ def load_ground_truth(video_path: Path) -> Trajectories | None:
     names = [field.name for field in dataclasses.fields(Trajectories)]
     if missing := [name for name in names if name not in tensors]:
         raise VideoError(f"{path} is not the ground truth of a video: it has no {', '.join(missing)}")
+    positions, velocities, radii = (tensors[name] for name in names)
+    fits = positions.ndim == 3 and positions.shape[2] == 2 and velocities.shape == positions.shape
+    if not fits or radii.shape != positions.shape[1:2] or not positions.numel():
+        shapes = [list(tensors[name].shape) for name in names]
+        raise VideoError(f"{path} is not the ground truth of a video: expected [T, n, 2], [T, n, 2], [n], found {shapes}")
+    if not all(tensors[name].is_floating_point() and tensors[name].isfinite().all() for name in names):
+        raise VideoError(f"{path} is not the ground truth of a video: its numbers must be finite floating-point ones")
     return Trajectories(**{name: tensors[name].numpy() for name in names})

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..api import choose_backend
 from ..errors import UsageError
-from ..integrators import EulerIntegrator, SymplecticIntegrator
+from ..integrators import DT_BOUNDS, Bounds, EulerIntegrator, SymplecticIntegrator
 from ..models import BaselineMLP, LatentHNN, SeparableHNN
 from ..schemes import SCHEMES, for_separable
 from .config import OWN_INTEGRATOR
@@ -93,13 +94,30 @@ def build(name: str, latent_dim: int, dt: float, seed: int, backend: str = "auto
     return assemble(spec_of(name, integrator), latent_dim, dt, seed, backend)
 
 
-def assemble(spec: ModelSpec, latent_dim: int, dt: float, seed: int, backend: str = "auto") -> Model:
+def check_backend(backend: str, device: torch.device | str) -> None:
+    """A backend that is asked for by name must be there for the device.
+
+    Raises
+    ------
+    UsageError
+        It is not; the message says why.
+    """
+    try:
+        choose_backend(backend, torch.empty(1, 2, device=device))
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
+
+
+def assemble(
+    spec: ModelSpec, latent_dim: int, dt: float, seed: int, backend: str = "auto", dt_bounds: Bounds | None = DT_BOUNDS
+) -> Model:
     """A fresh model of a specification.
 
     Raises
     ------
     UsageError
-        An odd latent size for a Hamiltonian, an unknown kind of H, or an integrator that is not there for it.
+        An odd latent size for a Hamiltonian, an unknown kind of H, an integrator that is not there for it, or a step size
+        outside its bounds.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,9 +136,12 @@ def assemble(spec: ModelSpec, latent_dim: int, dt: float, seed: int, backend: st
             hnn = SeparableHNN(latent_dim, SEPARABLE_WIDTHS, SEPARABLE_WIDTHS)
         else:
             hnn = LatentHNN(latent_dim)
-        if spec.integrator == "euler":
-            return EulerIntegrator(hnn, dt, backend=backend)
-        return SymplecticIntegrator(hnn, dt, integrator=spec.integrator, backend=backend)
+        try:
+            if spec.integrator == "euler":
+                return EulerIntegrator(hnn, dt, dt_bounds=dt_bounds, backend=backend)
+            return SymplecticIntegrator(hnn, dt, dt_bounds=dt_bounds, integrator=spec.integrator, backend=backend)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _usable(hamiltonian: str | None) -> list[str]:
