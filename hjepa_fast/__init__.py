@@ -4,6 +4,7 @@ from . import diagnostics
 from .api import Rollout, Solve, available_backends, energy, leapfrog, rollout
 from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
+from .matching import gradient, step_residual, vector_field
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 
 __version__ = "0.1.0"
@@ -19,6 +20,9 @@ __all__ = [
     "available_backends",
     "diagnostics",
     "energy",
+    "gradient",
     "leapfrog",
     "rollout",
+    "step_residual",
+    "vector_field",
 ]

@@ -151,7 +151,7 @@ def rollout(
     z0 = z0.reshape(-1, mlp.latent_dim)
     if isinstance(mlp, ModuleHamiltonian):
         backend = "reference"
-    backend = choose_backend(_through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
+    backend = choose_backend(through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
     separable = isinstance(mlp, SeparableHamiltonian)
     _check_combination(integrator, separable, memory, backend)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
@@ -183,7 +183,7 @@ def rollout(
     return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
 
 
-def _through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
+def through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
     """ "reference" instead of "auto" under torch.func and dual numbers, which only PyTorch's own operations can follow.
 
     Raises

@@ -21,6 +21,8 @@
 
 #include "features.h"
 
+#include "gradient.h"
+
 namespace hjepa_fast::HJEPA_ISA {
 
 template <class P, class T = typename P::Scalar>
@@ -43,6 +45,10 @@ constexpr Kernels<T> table = {
     separable_forward<P, T>,
     separable_backward_scratch<P, T>,
     separable_backward<P, T>,
+    gradient_scratch<P, T>,
+    gradient<P, T>,
+    gradient_backward_scratch<P, T>,
+    gradient_backward<P, T>,
 };
 
 }  // namespace hjepa_fast::HJEPA_ISA

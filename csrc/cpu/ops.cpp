@@ -489,6 +489,8 @@ void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t
 
 #include "separable_ops.h"
 
+#include "gradient_ops.h"
+
 int64_t isa() { return supported_isa(); }
 
 }  // namespace
@@ -511,6 +513,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
   m.def(SEPARABLE_FORWARD);
   m.def(SEPARABLE_BACKWARD);
+  m.def(GRADIENT);
+  m.def(GRADIENT_BACKWARD);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
@@ -521,6 +525,8 @@ STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
   m.impl("product", TORCH_BOX(&product));
   m.impl("separable_forward", TORCH_BOX(&separable_forward));
   m.impl("separable_backward", TORCH_BOX(&separable_backward));
+  m.impl("gradient", TORCH_BOX(&gradient));
+  m.impl("gradient_backward", TORCH_BOX(&gradient_backward));
 }
 
 }  // namespace hjepa_fast

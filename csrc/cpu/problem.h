@@ -111,6 +111,25 @@ struct SeparableSums {
   T_* N;  // [hV, ld(hT)]
 };
 
+// grad F of a whole network at rows x [B, n], F = what follows a = x W^T + b. Of p only B and what is of the network and its
+// tape [B, tape_width] are used.
+template <class T>
+struct Gradient {
+  Problem<T> p;
+  i64 n;
+  const T *WT_packed, *W_packed, *b;  // right operands: x W^T, x W; b padded
+  const T* x;
+  T *gradient, *value;                // forward: [B, n], [B]
+  const T *g_gradient, *g_value;      // backward: their cotangents, or null
+  T* g_x;                             // [B, n]
+};
+
+template <class T>
+struct GradientSums {
+  T *W, *b;  // [h, ld(n)], [h]
+  Sums<T> tail;
+};
+
 // The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.
 template <class T>
 struct Operand {
@@ -154,6 +173,10 @@ struct Kernels {
   void (*separable_forward)(const Separable<T>&, i64 row, i64 rows, T* scratch);
   i64 (*separable_backward_scratch)(const Separable<T>&, i64 rows, const SeparableSums<T>*);
   void (*separable_backward)(const Separable<T>&, i64 row, i64 last, i64 rows, T* scratch, const SeparableSums<T>*);
+  i64 (*gradient_scratch)(const Gradient<T>&, i64 rows);
+  void (*gradient)(const Gradient<T>&, i64 row, i64 rows, T* scratch);
+  i64 (*gradient_backward_scratch)(const Gradient<T>&, i64 rows, bool with_sums);
+  void (*gradient_backward)(const Gradient<T>&, i64 row, i64 last, i64 rows, T* scratch, const GradientSums<T>*);
 };
 
 }  // namespace hjepa_fast

@@ -201,3 +201,48 @@ def backward(
         if total is not x:
             total.copy_(x)
     return la, lsq, lsp, gdt, residual
+
+
+def _gradient_delegated(x: Tensor, W: Tensor, tail: Tail) -> bool:
+    return not x.numel() or 0 in W.shape or not 0 < len(tail.weights) < MAX_LAYERS
+
+
+def _gradient_operands(x: Tensor, W: Tensor, b: Tensor, tail: Tail) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    weights, biases = (W, *tail.weights), (b, *tail.biases)
+    return x.contiguous(), [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+
+
+def gradient(x: Tensor, W: Tensor, b: Tensor, tail: Tail, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backends.torch.gradient`."""
+    require()
+    if _gradient_delegated(x, W, tail):
+        return torch_backend.gradient(x, W, b, tail, keep)
+    found, value = x.new_empty(x.shape), x.new_empty(x.shape[0])
+    tape = x.new_empty(x.shape[0], tape_width(tail.widths, "store") if keep else 0)
+    options = _options(x, tail, Solver(0.0, 0))
+    torch.ops.hjepa_fast_cpp.gradient(found, value, tape, *_gradient_operands(x, W, b, tail), *options[:4], *options[6:])
+    return found, value, tape
+
+
+def gradient_backward(
+    g_gradient: Tensor | None,
+    g_value: Tensor | None,
+    tape: Tensor,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    tail: Tail,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `backends.torch.gradient_backward`."""
+    require()
+    if _gradient_delegated(x, W, tail):
+        return torch_backend.gradient_backward(g_gradient, g_value, tape, x, W, b, tail, need_weights)
+    none = x.new_empty(0)
+    given = [none if g is None else g.contiguous() for g in (g_gradient, g_value)]
+    parameters = (W, *tail.weights, b, *tail.biases) if need_weights else ()
+    sums = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
+    g_x, options = x.new_empty(x.shape), _options(x, tail, Solver(0.0, 0))
+    operands = _gradient_operands(x, W, b, tail)
+    torch.ops.hjepa_fast_cpp.gradient_backward(g_x, sums, *given, tape.contiguous(), *operands, *options[:4], *options[6:])
+    return g_x, sums

@@ -157,6 +157,25 @@ def _tao(
 
 
 @transforms.outside_graphs("nested autograd is not for graphs; use a fused backend")
+def gradient(H: Hamiltonian, z: Tensor) -> Tensor:
+    """grad H at z [B, 2d], differentiable any number of times where grad mode is on."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return gradient(_ordinary(H), z.clone())
+    if transforms.transform_of((z, *H.tensors)) is not None:
+        return torch.func.grad(lambda x: H.energy(x).sum())(z)
+    record = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *H.tensors))
+    with torch.enable_grad():
+        x = z.view_as(z) if record and z.requires_grad else z.detach().requires_grad_()
+        return torch.autograd.grad(H.energy(x).sum(), x, create_graph=record)[0]
+
+
+def _ordinary(H: Hamiltonian) -> Hamiltonian:
+    """Autograd refuses tensors made in inference mode, and gradients of H are needed even there."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H)
+
+
+@transforms.outside_graphs("nested autograd is not for graphs; use a fused backend")
 def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: str, omega: float = 1.0) -> Tensor:
     """Roll z0 [B, 2d] forward; returns [B, n_steps + 1, 2d], z0 first.
 
@@ -172,11 +191,8 @@ def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: st
     omega : float, of "tao"
     """
     if torch.is_inference_mode_enabled():
-        # autograd refuses tensors made in inference mode, and gradients of H are needed even there
-        with torch.inference_mode(False):
-            ordinary = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H)
-            with torch.no_grad():
-                return rollout(ordinary, z0.clone(), dt.clone(), n_steps, integrator, omega)
+        with torch.inference_mode(False), torch.no_grad():
+            return rollout(_ordinary(H), z0.clone(), dt.clone(), n_steps, integrator, omega)
 
     tensors = (z0, dt, *H.tensors)
     transformed = transforms.transform_of(tensors) is not None

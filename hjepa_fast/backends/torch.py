@@ -437,3 +437,42 @@ def _restore(tail: Tail, saved: Tensor, memory: str) -> Point:
 
 def _delta(tail: Tail, point: Point) -> Tensor:
     return point.g[0] * (tail.activation.derivatives(point.a[0])[1] if tail.weights else 1.0)
+
+
+def gradient(x: Tensor, W: Tensor, b: Tensor, tail: Tail, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """grad F(x W^T + b) with respect to x [B, n].
+
+    Returns
+    -------
+    The gradient [B, n], F itself [B], and every layer's values [B, width] for `gradient_backward`, [B, 0] unless `keep`
+    """
+    point, delta, value = evaluate(tail, F.linear(x, W, b))
+    return delta @ W, value, point.tape() if keep else x.new_empty(x.shape[0], 0)
+
+
+def gradient_backward(
+    g_gradient: Tensor | None,
+    g_value: Tensor | None,
+    tape: Tensor,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    tail: Tail,
+    need_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The adjoint of `gradient`, for cotangents [B, n] and [B] of what it returned.
+
+    Returns
+    -------
+    That of x [B, n], and if they are needed those of W, W_2, ..., b, b_2, ...
+    """
+    point = _restore(tail, tape, "store")
+    v = torch.zeros_like(point.a[0]) if g_gradient is None else g_gradient @ W.T
+    sums = Gradients.zeros(W, tail) if need_weights else None
+    nu = adjoint(tail, point, v, g_value, sums)
+    if sums is None:
+        return nu @ W, []
+    of_W = nu.T @ x
+    if g_gradient is not None:
+        of_W.addmm_(_delta(tail, point).expand_as(v).T, g_gradient)
+    return nu @ W, [of_W, *sums.weights, nu.sum(0), *sums.biases]

@@ -1,0 +1,154 @@
+// The operators of grad F: included by ops.cpp, whose helpers they use.
+#pragma once
+
+#define GRADIENT_ARGUMENTS                                                                                          \
+  "Tensor x, Tensor[] weights, Tensor[] biases, int activation, float beta, float threshold, bool bf16, int n_threads, " \
+  "int isa) -> ()"
+
+constexpr const char* GRADIENT = "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, " GRADIENT_ARGUMENTS;
+constexpr const char* GRADIENT_BACKWARD =
+    "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor g_gradient, Tensor g_value, Tensor tape, " GRADIENT_ARGUMENTS;
+
+struct GradientArguments {
+  const Tensor &tape, &x;
+  const std::vector<Tensor>&weights, &biases;
+  i64 activation;
+  double beta, threshold;
+  bool bf16;
+  i64 n_threads, isa;
+};
+
+// What follows the first layer, and the memory of all of it.
+template <class T>
+struct GradientCall {
+  const GradientArguments& in;
+  const std::vector<Tensor> tail_weights, tail_biases;
+  const Arguments tail;
+  const Kernels<T>& kernels;
+  const Weights<T> weights;
+  Gradient<T> g{};
+
+  explicit GradientCall(const GradientArguments& in)
+      : in(in), tail_weights(in.weights.begin() + 1, in.weights.end()), tail_biases(in.biases.begin() + 1, in.biases.end()),
+        tail{in.x,    in.x, in.x, tail_weights, tail_biases,  0,      1,   in.activation, in.beta, in.threshold,
+             in.bf16, 0,    0,    in.n_threads, in.isa, ROWS},
+        kernels(kernels_for<T>(in.isa, in.bf16)), weights{tail, kernels} {
+    const bool keep = in.tape.size(1) > 0;
+    take_network(g.p, tail_weights, Kind(in.activation), in.beta, in.threshold, keep, true);
+    g.p.tape_layers = keep;
+    g.p.B = in.x.size(0);
+    g.p.tape = data<T>(in.tape);
+    g.n = in.x.size(1);
+    g.x = data<T>(in.x);
+  }
+
+  double work() const {
+    double each = 2.0 * g.n * g.p.width[0];
+    for (int l = 0; l + 1 < g.p.L; ++l) each += 2.0 * g.p.width[l] * g.p.width[l + 1];
+    return each * g.p.B;
+  }
+
+  std::vector<typename Weights<T>::Pack> take(Memory& memory) {
+    weights.take_padded(g.p, memory);
+    auto packs = weights.take_packed(g.p, false, false, memory);
+    const Tensor &W = in.weights[0], &b = in.biases[0];
+    const i64 h = W.size(0), all = kernels.ld(h);
+    T* padded = memory.take<T>(all);
+    if (memory.base) std::fill(std::copy_n(data<T>(b), h, padded), padded + all, T(0));
+    g.b = padded;
+    for (const bool transposed : {true, false}) {
+      const i64 inner = W.size(transposed), columns = W.size(!transposed);
+      T* to = memory.take<T>(kernels.packed_size(inner, columns));
+      packs.push_back({data<T>(W), g.n, transposed, inner, columns, to});
+      (transposed ? g.WT_packed : g.W_packed) = to;
+    }
+    return packs;
+  }
+
+  void forward(Tensor& gradient, Tensor& value) {
+    g.gradient = data<T>(gradient);
+    g.value = data<T>(value);
+    const double work = this->work();
+    Team team(work < WORTH_A_THREAD ? 1 : int(in.n_threads), work);
+    const i64 rounds = (g.p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
+    const i64 n_tiles = std::min(rounds * team.size(), g.p.B), rows = (g.p.B + n_tiles - 1) / n_tiles;
+    std::vector<T*> scratch(team.size());
+    std::vector<typename Weights<T>::Pack> packs;
+    lay_out(team, [&](Memory& memory) {
+      packs = take(memory);
+      for (T*& own : scratch) own = memory.template take<T>(kernels.gradient_scratch(g, rows));
+    });
+    weights.run(packs, team);
+    share_out(team, n_tiles, [&](i64 i, int thread) {
+      const i64 from = g.p.B * i / n_tiles, to = g.p.B * (i + 1) / n_tiles;
+      kernels.gradient(g, from, to - from, scratch[thread]);
+    });
+  }
+
+  // sums: of W, W_2, ..., b, b_2, ..., or none
+  void backward(Tensor& g_x, const std::vector<Tensor>& sums, const Tensor& g_gradient, const Tensor& g_value) {
+    g.g_x = data<T>(g_x);
+    g.g_gradient = data<T>(g_gradient);
+    g.g_value = data<T>(g_value);
+    const double work = this->work();
+    // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
+    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.n_threads, g.p.B), share = (g.p.B + n_tasks - 1) / n_tasks;
+    const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
+    Team team(int(n_tasks), 3 * work);
+    std::vector<T*> scratch(team.size());
+    std::vector<GradientSums<T>> task_sums(sums.empty() ? 0 : n_tasks);
+    std::vector<typename Weights<T>::Pack> packs;
+    std::vector<Part<T>> parts;
+    lay_out(team, [&](Memory& memory) {
+      packs = take(memory);
+      for (T*& own : scratch) own = memory.template take<T>(kernels.gradient_backward_scratch(g, rows, !sums.empty()));
+      if (sums.empty()) return;
+      parts.clear();
+      const int n = int(sums.size() / 2);
+      const auto add = [&](const Tensor& total, auto of) {
+        parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
+      };
+      add(sums[0], [](GradientSums<T>& own) -> T*& { return own.W; });
+      add(sums[n], [](GradientSums<T>& own) -> T*& { return own.b; });
+      for (int l = 0; l + 1 < n; ++l) {
+        add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.W[l]; });
+        add(sums[n + 1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
+      }
+    });
+    weights.run(packs, team);
+    clear(parts, team, kernels);
+    share_out(team, n_tasks, [&](i64 i, int thread) {
+      kernels.gradient_backward(g, g.p.B * i / n_tasks, g.p.B * (i + 1) / n_tasks, rows, scratch[thread],
+                                sums.empty() ? nullptr : &task_sums[i]);
+    });
+    add_up(parts, team, kernels);
+  }
+};
+
+void check(const std::vector<const Tensor*>& tensors, const GradientArguments& in) {
+  STD_TORCH_CHECK(in.weights.size() > 1 && in.weights.size() <= MAX_LAYERS, "hjepa_fast_cpp: unsupported number of layers");
+  const auto dtype = in.x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
+  for (const auto* list : {&in.weights, &in.biases})
+    for (const Tensor& y : *list)
+      STD_TORCH_CHECK(y.scalar_type() == dtype && y.is_contiguous() && y.is_cpu(), "hjepa_fast_cpp: unlike parameters");
+  for (const Tensor* y : tensors)
+    STD_TORCH_CHECK(y->scalar_type() == dtype && y->is_contiguous() && y->is_cpu(), "hjepa_fast_cpp: unlike tensors");
+}
+
+void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+              int64_t activation, double beta, double threshold, bool bf16, int64_t n_threads, int64_t isa) {
+  const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
+  check({&gradient, &value, &tape, &x}, in);
+  const auto run = [&]<class T>(T) { GradientCall<T>(in).forward(gradient, value); };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}
+
+void gradient_backward(Tensor g_x, std::vector<Tensor> sums, Tensor g_gradient, Tensor g_value, Tensor tape, Tensor x,
+                       std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation, double beta,
+                       double threshold, bool bf16, int64_t n_threads, int64_t isa) {
+  const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
+  check({&g_x, &g_gradient, &g_value, &tape, &x}, in);
+  const auto run = [&]<class T>(T) { GradientCall<T>(in).backward(g_x, sums, g_gradient, g_value); };
+  x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}

@@ -1,0 +1,152 @@
+"""The operators `hjepa_fast::gradient` and its backward: grad F of one MLP at given points, differentiable once more.
+
+With the first layer a = x W^T + b and delta(a) = grad_a F of everything after it, the gradient is g = delta W. A cotangent G of
+g gives v = G W^T for delta, and the adjoint of delta (`backends/torch.py`) turns v into that of a, nu = Hessian v: then
+
+    x: nu W        W: delta^T G + nu^T x        b: sum nu
+
+No loop, no coupling, one evaluation and one adjoint. Torch only, like `ops`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import Activation
+from .backends.torch import Tail
+from .hidden_space import work_dtype
+
+_ATTRIBUTES = "str activation, float beta, float threshold, str backend"
+torch.library.define(
+    "hjepa_fast::gradient",
+    f"(Tensor x, Tensor[] weights, Tensor[] biases, bool keep, {_ATTRIBUTES}) -> (Tensor gradient, Tensor value, Tensor tape)",
+)
+torch.library.define(
+    "hjepa_fast::gradient_backward",
+    "(Tensor? g_gradient, Tensor? g_value, Tensor tape, Tensor x, Tensor[] weights, Tensor[] biases, bool need_weights, "
+    f"{_ATTRIBUTES}) -> (Tensor g_x, Tensor[] g_parameters)",
+)
+
+
+def gradient(
+    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], activation: Activation, backend: str
+) -> Tensor:
+    """grad F at each row of x [B, n]: [B, n], differentiable once with respect to x and every parameter."""
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases))
+    return torch.ops.hjepa_fast.gradient(x, weights, biases, keep, *activation, backend)[0]
+
+
+def _loop(backend: str) -> ModuleType:
+    """The GPU kernels have no such operator and leave it to PyTorch's."""
+    return importlib.import_module(f"hjepa_fast.backends.{'cpp' if backend == 'cpp' else 'torch'}")
+
+
+def _in_work_dtype(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], name: str, beta: float, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tail]:
+    work = work_dtype(x.dtype)
+    tail = Tail(weights[1:], biases[1:], Activation(name, beta, threshold)).to(work)
+    return x.to(work), weights[0].to(work), biases[0].to(work), tail
+
+
+@torch.library.impl("hjepa_fast::gradient", "CompositeExplicitAutograd")
+def _gradient(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, beta: float, threshold: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    found, value, tape = _loop(backend).gradient(*_in_work_dtype(x, weights, biases, name, beta, threshold), keep)
+    return found.to(x.dtype), value.to(x.dtype), tape
+
+
+@torch.library.impl("hjepa_fast::gradient_backward", "CompositeExplicitAutograd")
+def _gradient_backward(
+    g_gradient: Tensor | None,
+    g_value: Tensor | None,
+    tape: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    need_weights: bool,
+    name: str,
+    beta: float,
+    threshold: float,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    inputs = _in_work_dtype(x, weights, biases, name, beta, threshold)
+    g_gradient, g_value = (None if g is None else g.to(tape.dtype) for g in (g_gradient, g_value))
+    g_x, g_parameters = _loop(backend).gradient_backward(g_gradient, g_value, tape, *inputs, need_weights)
+    return g_x.to(x.dtype), [g.to(x.dtype) for g in g_parameters]
+
+
+@torch.library.register_fake("hjepa_fast::gradient")
+def _(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, beta: float, threshold: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    widths = [w.shape[0] for w in weights[:-1]] or [1]
+    width = 2 * sum(widths) - widths[-1] if keep else 0
+    return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(x.shape[0], width, dtype=work_dtype(x.dtype))
+
+
+@torch.library.register_fake("hjepa_fast::gradient_backward")
+def _(
+    g_gradient: Tensor | None,
+    g_value: Tensor | None,
+    tape: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    need_weights: bool,
+    *attributes: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    return x.new_empty(x.shape), [p.new_empty(p.shape) for p in (*weights, *biases)] if need_weights else []
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, biases, _, *attributes = inputs
+    ctx.attributes, ctx.n_layers = tuple(attributes), len(weights)
+    ctx.save_for_backward(output[2], x, *weights, *biases)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, g_gradient: Tensor | None, g_value: Tensor | None, _: None) -> tuple[Any, ...]:
+    tape, x, *parameters = ctx.saved_tensors
+    n = ctx.n_layers
+    need_x, need_weights, need_biases, *_rest = ctx.needs_input_grad
+    g_x, g_parameters = torch.ops.hjepa_fast.gradient_backward(
+        g_gradient, g_value, tape, x, parameters[:n], parameters[n:], any(need_weights) or any(need_biases), *ctx.attributes
+    )
+    given = [*g_parameters, *[None] * (2 * n - len(g_parameters))]
+    return (
+        g_x if need_x else None,
+        [g if need else None for g, need in zip(given[:n], need_weights, strict=True)],
+        [g if need else None for g, need in zip(given[n:], need_biases, strict=True)],
+        None,
+        *[None] * len(ctx.attributes),
+    )
+
+
+def _refuse_third_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "hjepa_fast: a gradient of H is differentiable once by the fused operators (hjepa_fast::gradient_backward has no "
+        'derivative); use backend="reference", which is differentiable any number of times'
+    )
+
+
+def _refuse_batches(*_: Any) -> None:
+    raise RuntimeError(
+        "hjepa_fast: the backward pass of a gradient has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
+        'vectorize=True); take them one by one, or use backend="reference"'
+    )
+
+
+torch.library.register_autograd("hjepa_fast::gradient", _differentiate, setup_context=_save)
+torch.library.register_autograd("hjepa_fast::gradient_backward", _refuse_third_derivative)
+torch.library.impl("hjepa_fast::gradient_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
+for _device in ("cpu", "cuda"):
+    # derivatives of a network that was trained in float32 are wanted in float32, as in a rollout
+    torch.library.register_autocast("hjepa_fast::gradient", _device, torch.float32)
+    torch.library.register_autocast("hjepa_fast::gradient_backward", _device, torch.float32)

@@ -1,0 +1,137 @@
+"""What Hamiltonian networks are trained with where no rollout is: gradient, vector field, residuals of single steps.
+
+Each is differentiable once more, with respect to states and every parameter, by a written-out backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import gradient_ops, hamiltonian, validation
+from .api import BACKENDS, choose_backend, rollout, through_transforms
+from .backends import reference
+from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, Term
+
+STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
+"""Schemes of `step_residual`."""
+
+
+def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
+    """grad H = (Hq, Hp) at every state, in one fused pass.
+
+    Parameters
+    ----------
+    hnn : nn.Module
+        As for `hjepa_fast.rollout`.
+    z : Tensor [..., 2d]
+        States: float32, float64 or bfloat16, of the network's dtype and device.
+    backend : str
+        "auto", "cpp", "torch" or "reference" (nested autograd, differentiable any number of times). "triton" and "cuda" have
+        no such kernel and leave it to PyTorch operations.
+
+    Returns
+    -------
+    Tensor [..., 2d], differentiable once more with respect to z and every parameter of `hnn`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument that cannot be used; the message shows it.
+    RuntimeError
+        A backend asked for by name that is not there; a third derivative through one that has none.
+    """
+    validation.check_choice(backend, BACKENDS, "backend")
+    H = hamiltonian.of_any_module(hnn, z, backend)
+    z = validation.as_state(z, H, "z")
+    rows = z.reshape(-1, H.latent_dim)
+    if isinstance(H, ModuleHamiltonian):
+        backend = "reference"
+    backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
+    if backend == "reference":
+        found = reference.gradient(H, rows)
+    elif isinstance(H, MLPHamiltonian):
+        found = gradient_ops.gradient(rows, *H, backend)
+    else:
+        assert isinstance(H, hamiltonian.SeparableHamiltonian)
+        q, p = rows.chunk(2, dim=-1)
+        found = torch.cat((_of_term(H.V, q, backend), _of_term(H.T, p, backend)), dim=-1)
+    return found.reshape(z.shape)
+
+
+def _of_term(term: Term, x: Tensor, backend: str) -> Tensor:
+    """Gradient of an MLP plus (k . x^2) / 2, either of which may be missing."""
+    quadratic = None if term.stiffness is None else term.stiffness.to(x.dtype) * x
+    if not term.weights:
+        return torch.zeros_like(x) if quadratic is None else quadratic
+    found = gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend)
+    return found if quadratic is None else found + quadratic
+
+
+def vector_field(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
+    """J grad H = (Hp, -Hq) at every state: z' of Hamilton's equations q' = Hp, p' = -Hq.
+
+    To match derivatives z' of the data, minimise |z' - vector_field(hnn, z)|^2 (Greydanus et al., 2019).
+
+    Parameters, errors and what is returned are those of `gradient`: [..., 2d].
+    """
+    Hq, Hp = gradient(hnn, z, backend=backend).chunk(2, dim=-1)
+    return torch.cat((Hp, -Hq), dim=-1)
+
+
+def step_residual(
+    hnn: nn.Module, z0: Tensor, z1: Tensor, dt: float | Tensor, *, scheme: str = "implicit-midpoint", backend: str = "auto"
+) -> Tensor:
+    """z1 minus the step from z0: zero where the data follow the network's step. One-step matching minimises its square.
+
+    With both ends known an implicit step needs no solve, and one gradient:
+
+        implicit-midpoint   z1 - z0 - dt J grad H((z0 + z1) / 2)
+        symplectic-euler    the same with grad H at (q0, p1)
+        euler               the same with grad H at z0
+        leapfrog            z1 - (kick, drift, kick from z0), see `hjepa_fast.rollout`
+
+    Parameters
+    ----------
+    hnn : nn.Module
+        As for `hjepa_fast.rollout`.
+    z0, z1 : Tensor [..., 2d]
+        States one step apart, of one shape.
+    dt : float or Tensor
+        Step size; a tensor may require grad. 0-d for all, or [..., 1] per sample.
+    scheme : str
+        One of `STEPS`.
+    backend : str
+        As for `gradient`.
+
+    Returns
+    -------
+    Tensor [..., 2d], differentiable with respect to z0, z1, dt and every parameter of `hnn`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As for `gradient` and `hjepa_fast.rollout`.
+    """
+    validation.check_choice(scheme, STEPS, "scheme")
+    if not isinstance(z0, Tensor) or not isinstance(z1, Tensor):
+        raise TypeError(f"z0 and z1 must be tensors, found {type(z0).__name__} and {type(z1).__name__}")
+    if z0.shape != z1.shape:
+        raise ValueError(f"z0 and z1 must have one shape, found {list(z0.shape)} and {list(z1.shape)}")
+    if z0.dtype != z1.dtype or z0.device != z1.device:
+        raise TypeError(
+            f"z0 and z1 must share one dtype and device, found {z0.dtype} on {z0.device} and {z1.dtype} on {z1.device}"
+        )
+    if scheme == "leapfrog":
+        return z1 - rollout(hnn, z0, dt, 1, states="final", backend=backend).states
+    if z0.ndim == 0:
+        raise ValueError("z0 must be [..., 2d], found a number")
+    step = validation.as_step_sizes(dt, z0, 1)
+    step = step.to(z0.dtype).reshape(*z0.shape[:-1], 1) if step.shape[0] == z0[..., 0].numel() else step.to(z0.dtype).reshape(1)
+    d = z0.shape[-1] // 2
+    where = {
+        "implicit-midpoint": lambda: (z0 + z1) / 2,
+        "symplectic-euler": lambda: torch.cat((z0[..., :d], z1[..., d:]), dim=-1),
+        "euler": lambda: z0,
+    }[scheme]()
+    return z1 - z0 - step * vector_field(hnn, where, backend=backend)
