@@ -46,11 +46,10 @@ struct GradientAdjointTile {
   const GradientSums<T>* sums;
   NetworkAdjoint<P> at;
   i64 ldn;
-  T *x, *G, *converted;
+  T *G, *converted;
 
   GradientAdjointTile(const Gradient<T>& g, Crew& crew, i64 rows, Pieces<T>& pieces, const GradientSums<T>* sums)
       : g(g), crew(crew), sums(sums), at(g.p, crew, rows, pieces, sums ? &sums->tail : nullptr), ldn(ld<T>(g.n)) {
-    x = pieces.take(rows * ldn);
     G = pieces.take(rows * ldn);
     converted = pieces.take(P::DEPTH > 1 ? rows * (ldn > at.widest ? ldn : at.widest) : 0);
   }
@@ -74,17 +73,20 @@ struct GradientAdjointTile {
     product<P>(crew, nu, w, R, h, g.W_packed, n, converted,
                [&](T* y, i64 r, i64 column) { put(g.g_x + (row + r) * n, y, column, n); });
     if (!sums) return;
-    take_rows(x, ldn, g.x + row * n, R, n);
-    if (g.g_gradient) add_outer(crew, at.e[0], w, h, G, ldn, n, R, sums->W, ldn);
-    add_outer(crew, nu, w, h, x, ldn, n, R, sums->W, ldn);
+    copy_rows(g.delta + row * h, h, at.e[0], w, R, h);
+    copy_rows(g.nu + row * h, h, nu, w, R, h);
     // a tile's sum is formed before it is added to those of others: one number after the other would lose a digit
     crew.template over_columns<T>(h, [&](i64 i) {
       Vec<T> db = {};
       for (i64 r = 0; r < R; ++r) db += load(nu + r * w + i);
       store(sums->b + i, load(sums->b + i) + db);
     });
-    ++at.gathered;
-    at.flush(R);
+    for (int l = 0; l + 1 < p.L; ++l)
+      for (const i64 half : {0, 1}) {
+        const i64 m = p.width[l + 1], k = p.width[l], to = half * p.B + row;
+        copy_rows(g.left[l] + to * m, m, at.left[l] + half * R * at.lds[l + 1], at.lds[l + 1], R, m);
+        copy_rows(g.right[l] + to * k, k, at.right[l] + half * R * at.lds[l], at.lds[l], R, k);
+      }
   }
 };
 

@@ -7,7 +7,7 @@
 
 constexpr const char* GRADIENT = "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, " GRADIENT_ARGUMENTS;
 constexpr const char* GRADIENT_BACKWARD =
-    "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor g_gradient, Tensor g_value, Tensor tape, " GRADIENT_ARGUMENTS;
+    "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor(c!)[] factors, Tensor g_gradient, Tensor g_value, Tensor tape, " GRADIENT_ARGUMENTS;
 
 struct GradientArguments {
   const Tensor &tape, &x;
@@ -85,8 +85,17 @@ struct GradientCall {
     });
   }
 
-  // sums: of W, W_2, ..., b, b_2, ..., or none
-  void backward(Tensor& g_x, const std::vector<Tensor>& sums, const Tensor& g_gradient, const Tensor& g_value) {
+  // sums: of b, b_2, ..., the output weights; factors: delta, nu, left and right of each layer between; or none of both
+  void backward(Tensor& g_x, const std::vector<Tensor>& sums, const std::vector<Tensor>& factors, const Tensor& g_gradient,
+                const Tensor& g_value) {
+    if (!factors.empty()) {
+      g.delta = data<T>(factors[0]);
+      g.nu = data<T>(factors[1]);
+      for (int l = 0; l + 1 < g.p.L; ++l) {
+        g.left[l] = data<T>(factors[2 + 2 * l]);
+        g.right[l] = data<T>(factors[3 + 2 * l]);
+      }
+    }
     g.g_x = data<T>(g_x);
     g.g_gradient = data<T>(g_gradient);
     g.g_value = data<T>(g_value);
@@ -104,16 +113,13 @@ struct GradientCall {
       for (T*& own : scratch) own = memory.template take<T>(kernels.gradient_backward_scratch(g, rows, !sums.empty()));
       if (sums.empty()) return;
       parts.clear();
-      const int n = int(sums.size() / 2);
       const auto add = [&](const Tensor& total, auto of) {
         parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
       };
-      add(sums[0], [](GradientSums<T>& own) -> T*& { return own.W; });
-      add(sums[n], [](GradientSums<T>& own) -> T*& { return own.b; });
-      for (int l = 0; l + 1 < n; ++l) {
-        add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.W[l]; });
-        add(sums[n + 1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
-      }
+      add(sums[0], [](GradientSums<T>& own) -> T*& { return own.b; });
+      const int last = g.p.L - 1;
+      for (int l = 0; l <= last; ++l) add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
+      add(sums[2 + last], [=](GradientSums<T>& own) -> T*& { return own.tail.W[last]; });
     });
     weights.run(packs, team);
     clear(parts, team, kernels);
@@ -144,11 +150,11 @@ void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<
   x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 
-void gradient_backward(Tensor g_x, std::vector<Tensor> sums, Tensor g_gradient, Tensor g_value, Tensor tape, Tensor x,
-                       std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation, double beta,
+void gradient_backward(Tensor g_x, std::vector<Tensor> sums, std::vector<Tensor> factors, Tensor g_gradient, Tensor g_value,
+                       Tensor tape, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation, double beta,
                        double threshold, bool bf16, int64_t n_threads, int64_t isa) {
   const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
   check({&g_x, &g_gradient, &g_value, &tape, &x}, in);
-  const auto run = [&]<class T>(T) { GradientCall<T>(in).backward(g_x, sums, g_gradient, g_value); };
+  const auto run = [&]<class T>(T) { GradientCall<T>(in).backward(g_x, sums, factors, g_gradient, g_value); };
   x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }

@@ -122,12 +122,15 @@ struct Gradient {
   T *gradient, *value;                // forward: [B, n], [B]
   const T *g_gradient, *g_value;      // backward: their cotangents, or null
   T* g_x;                             // [B, n]
+  // Factors of the weights' gradients, if these are wanted: W's is delta^T g_gradient + nu^T x, that of the next ones left^T right
+  // with (e_{l+1}; r_{l+1}) on the left and (zd_l; z_l) on the right, [2 B, width] each.
+  T *delta, *nu, *left[MAX_LAYERS], *right[MAX_LAYERS];
 };
 
 template <class T>
 struct GradientSums {
-  T *W, *b;  // [h, ld(n)], [h]
-  Sums<T> tail;
+  T* b;  // [h]
+  Sums<T> tail;  // of these the biases and the output weights
 };
 
 // The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.

@@ -27,6 +27,9 @@ CHUNK = 5e10
 # cache holds are the library's.
 _SOME_ROWS, _MANY_ROWS, _MOST_INNER = 4, 64, 4096
 
+# Rows whose factors of weights' gradients are made before they are multiplied: these stay in the cache until then.
+_CHUNK_ROWS = 1024
+
 # For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
 # (0 by batch size; threads share 1 the rows, 2 the features, 3 the columns of products of all rows).
 isa = -1
@@ -238,11 +241,30 @@ def gradient_backward(
     require()
     if _gradient_delegated(x, W, tail):
         return torch_backend.gradient_backward(g_gradient, g_value, tape, x, W, b, tail, need_weights)
-    none = x.new_empty(0)
-    given = [none if g is None else g.contiguous() for g in (g_gradient, g_value)]
-    parameters = (W, *tail.weights, b, *tail.biases) if need_weights else ()
-    sums = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
-    g_x, options = x.new_empty(x.shape), _options(x, tail, Solver(0.0, 0))
-    operands = _gradient_operands(x, W, b, tail)
-    torch.ops.hjepa_fast_cpp.gradient_backward(g_x, sums, *given, tape.contiguous(), *operands, *options[:4], *options[6:])
-    return g_x, sums
+    operands, options = _gradient_operands(x, W, b, tail), _options(x, tail, Solver(0.0, 0))
+    weights, biases = operands[1], operands[2]
+    g_x, batch = x.new_empty(x.shape), x.shape[0]
+    g_weights = [torch.empty_like(w) for w in weights] if need_weights else []
+    sums = [torch.zeros_like(p) for p in (*biases, weights[-1])] if need_weights else []
+    for start in range(0, batch, _CHUNK_ROWS):
+        rows = slice(start, min(start + _CHUNK_ROWS, batch))
+        of_x, of_gradient, of_value = (
+            x.new_empty(0) if t is None else t[rows].contiguous() for t in (operands[0], g_gradient, g_value)
+        )
+        n = of_x.shape[0]
+        widths = [tail.widths[0]] * 2 if need_weights else []
+        factors = [x.new_empty(n, width) for width in widths]
+        for k, m in pairwise(tail.widths) if need_weights else ():
+            factors += [x.new_empty(2 * n, m), x.new_empty(2 * n, k)]
+        torch.ops.hjepa_fast_cpp.gradient_backward(
+            g_x[rows], sums, factors, of_gradient, of_value, tape[rows], of_x, weights, biases, *options[:4], *options[6:]
+        )
+        if need_weights:
+            beta = 1.0 if start else 0.0
+            delta, nu, *rest = factors
+            g_weights[0].addmm_(nu.T, of_x, beta=beta)
+            if g_gradient is not None:
+                g_weights[0].addmm_(delta.T, of_gradient)
+            for total, left, right in zip(g_weights[1:], rest[::2], rest[1::2], strict=False):
+                total.addmm_(left.T, right, beta=beta)
+    return g_x, [*g_weights[:-1], sums[-1], *sums[:-1]] if need_weights else []
