@@ -84,7 +84,7 @@ assert found == [0, 0], found
     "a pool of forked processes": """
 expected = used()
 signal.alarm(60)
-with multiprocessing.get_context("fork").Pool(2) as pool:
+with multiprocessing.get_context("fork").Pool(2, signal.alarm, (30,)) as pool:
     for found in pool.starmap(results, [("auto", nets[0])] * 4):
         assert same(found, expected)
 """,
@@ -98,7 +98,8 @@ class Rolled(torch.utils.data.Dataset):
         assert torch.get_num_threads() == 1
         with torch.no_grad():
             return hf.rollout(nets[0], z0, 0.1, 4, backend=("auto", "torch", "reference", "cpp")[index]).states
-for found in torch.utils.data.DataLoader(Rolled(), batch_size=None, num_workers=2, multiprocessing_context="fork"):
+options = {"num_workers": 2, "multiprocessing_context": "fork", "worker_init_fn": lambda _: signal.alarm(30)}
+for found in torch.utils.data.DataLoader(Rolled(), batch_size=None, **options):
     assert same([found], [expected])
 """,
 }
