@@ -202,7 +202,7 @@ def draw_network(rng: random.Random) -> tuple[str, Callable[[], Any], int, bool 
         "class": lambda: hf.LatentHNN,
         "function": lambda: torch.sum,
         "Identity": nn.Identity,
-        "LSTM": lambda: nn.LSTM(d, 1),
+        "ZeroPad1d": lambda: nn.ZeroPad1d(1),
         "BaselineMLP": lambda: hf.BaselineMLP(d, (4,)),
         "empty Sequential": nn.Sequential,
         "odd input": lambda: mlp(3, hidden, act),
