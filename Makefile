@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 PIP_FLAGS ?=
+SECONDS ?= 400
+N ?= 2000
+FIRST ?= 0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu lint clean
+.PHONY: help setup demo test bench bench-gpu check-memory fuzz lint clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
 	@echo "make test    install, then every test"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (a few quiet minutes)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
+	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
+	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)"
@@ -42,6 +47,12 @@ bench: setup
 
 bench-gpu: setup
 	$(BIN)/python -m bench.run --device cuda
+
+check-memory: setup
+	$(BIN)/python tests/tools/check_memory.py --seconds $(SECONDS) --first $(FIRST)
+
+fuzz: setup
+	$(BIN)/python tests/tools/fuzz.py $(N) --first $(FIRST)
 
 lint: setup
 	$(BIN)/ruff check .
