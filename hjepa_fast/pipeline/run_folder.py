@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import HJEPAError
+from ..errors import HJEPAError, UsageError
 from . import files, zoo
 from .config import Config
 
@@ -52,6 +54,23 @@ class Run:
         paths = {name: self.model(name) / "best.safetensors" for name in zoo.MODELS}
         return {name: path for name, path in paths.items() if path.is_file()}
 
+    def asked(self) -> list[str]:
+        """Every model that was to be trained here, in the zoo's order: those with a folder, which `start` makes."""
+        return [name for name in zoo.MODELS if self.model(name).is_dir()]
+
+    def owns(self, path: Path) -> bool:
+        """Whether `path` is one of the files that the run consists of, or lies among its videos or latents."""
+        results = {self.config, self.inputs, self.arrays, self.summary, self.table}
+        checkpoint = path.parent.parent == self.root / "models" and path.stem in ("best", "last", "history")
+        return path in results or checkpoint or any(path.is_relative_to(self.root / part) for part in ("videos", "latents"))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other writer out of the run; see `files.locked`."""
+        with files.locked(self.root):
+            files.remove_partial(self.figures)
+            yield
+
     def read_config(self) -> Config:
         """Raises HJEPAError if the folder is no run."""
         if not self.root.is_dir():
@@ -63,8 +82,8 @@ class Run:
         found = files.read_json(self.inputs, "the run's list of inputs")
         return {key: None if value is None else (self.root / value) for key, value in found.items()}
 
-    def start(self, config: Config, videos: Path | None, latents: Path) -> None:
-        """Record configuration and inputs, or check that they are those recorded before.
+    def start(self, config: Config, videos: Path | None, latents: Path, names: Sequence[str] = ()) -> None:
+        """Record configuration, inputs and the models to train, or check that the first two are those recorded before.
 
         Raises
         ------
@@ -74,13 +93,18 @@ class Run:
         recorded = {"videos": None if videos is None else self._relative(videos), "latents": self._relative(latents)}
         if self.config.exists():
             # read as a configuration, so that fields which an older version did not write have their defaults
-            _refuse_difference(self.read_config().to_dict(), config.to_dict(), "settings", self.root)
+            refuse_difference(self.read_config().to_dict(), config.to_dict(), "settings", self.root)
         else:
             files.write_json(self.config, config.to_dict())
         if self.inputs.exists():
-            _refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
+            refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
         else:
             files.write_json(self.inputs, recorded)
+        for name in names:
+            try:
+                self.model(name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise HJEPAError(f"cannot write into {self.model(name)}: {error.strerror or error}") from error
 
     def _relative(self, folder: Path) -> str:
         # a run that holds its inputs can be moved as a whole
@@ -91,7 +115,29 @@ class Run:
         )
 
 
-def _refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
+@contextlib.contextmanager
+def output(stem: Path, suffixes: Sequence[str], sources: Sequence[Path | None]) -> Iterator[None]:
+    """Where `stem` lies in a run, keep every other writer out of that run while the files `stem` + suffix are written.
+
+    Raises
+    ------
+    UsageError
+        A file would take the place of one of `sources`, or of one that the run consists of.
+    HJEPAError
+        Another process writes into the run.
+    """
+    stem = Path(stem).absolute()
+    run = next((Run(folder) for folder in stem.parents if Run(folder).config.is_file() and Run(folder).inputs.is_file()), None)
+    for path in (stem.with_name(f"{stem.name}{suffix}") for suffix in suffixes):
+        if any(source is not None and path.resolve() == Path(source).resolve() for source in sources):
+            raise UsageError(f"--out {stem} would overwrite {path}, which is read: choose another --out")
+        if run is not None and run.owns(path):
+            raise UsageError(f"--out {stem} would write among the run's own files as {path}: choose another --out")
+    with run.locked() if run is not None else contextlib.nullcontext():
+        yield
+
+
+def refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}{name}.").items()}
