@@ -179,6 +179,11 @@ def natural_order(path: Path) -> tuple[list[int | str], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())], path.name
 
 
+def printable(text: str) -> str:
+    """`text` as any UTF-8 file can hold it: a file's name may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -93,11 +93,11 @@ class Run:
         recorded = {"videos": None if videos is None else self._relative(videos), "latents": self._relative(latents)}
         if self.config.exists():
             # read as a configuration, so that fields which an older version did not write have their defaults
-            refuse_difference(self.read_config().to_dict(), config.to_dict(), "settings", self.root)
+            _refuse_difference(self.read_config().to_dict(), config.to_dict(), "settings", self.root)
         else:
             files.write_json(self.config, config.to_dict())
         if self.inputs.exists():
-            refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
+            _refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
         else:
             files.write_json(self.inputs, recorded)
         for name in names:
@@ -116,6 +116,20 @@ class Run:
 
 
 @contextlib.contextmanager
+def inside(path: Path) -> Iterator[None]:
+    """Where `path` is, or lies in, a run, keep every other writer out of that run."""
+    run = _run_around(path)
+    with run.locked() if run is not None else contextlib.nullcontext():
+        yield
+
+
+def _run_around(path: Path) -> Run | None:
+    path = Path(path).absolute()
+    runs = map(Run, (path, *path.parents))
+    return next((run for run in runs if run.config.is_file() and run.inputs.is_file()), None)
+
+
+@contextlib.contextmanager
 def output(stem: Path, suffixes: Sequence[str], sources: Sequence[Path | None]) -> Iterator[None]:
     """Where `stem` lies in a run, keep every other writer out of that run while the files `stem` + suffix are written.
 
@@ -127,17 +141,24 @@ def output(stem: Path, suffixes: Sequence[str], sources: Sequence[Path | None]) 
         Another process writes into the run.
     """
     stem = Path(stem).absolute()
-    run = next((Run(folder) for folder in stem.parents if Run(folder).config.is_file() and Run(folder).inputs.is_file()), None)
+    run = _run_around(stem.parent)
     for path in (stem.with_name(f"{stem.name}{suffix}") for suffix in suffixes):
         if any(source is not None and path.resolve() == Path(source).resolve() for source in sources):
             raise UsageError(f"--out {stem} would overwrite {path}, which is read: choose another --out")
         if run is not None and run.owns(path):
             raise UsageError(f"--out {stem} would write among the run's own files as {path}: choose another --out")
-    with run.locked() if run is not None else contextlib.nullcontext():
+    with inside(stem.parent):
         yield
 
 
-def refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
+def _refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
+    if changes := differences(found, expected):
+        raise HJEPAError(f"{root} holds a run with other {what}: {changes}. Choose another --out, or delete that folder.")
+
+
+def differences(found: Any, expected: Any) -> str:
+    """What differs between two nested dicts, in words: "train.epochs 2 -> 50"; empty if nothing does."""
+
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}{name}.").items()}
@@ -145,6 +166,4 @@ def refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
 
     old, new = flat(found), flat(expected)
     differing = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)
-        raise HJEPAError(f"{root} holds a run with other {what}: {changes}. Choose another --out, or delete that folder.")
+    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)

@@ -21,6 +21,8 @@ from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
+from .encoder_files import file_sha256
+from .run_folder import differences
 from .windows import Dataset
 
 Log = Callable[[dict[str, Any]], None]
@@ -215,6 +217,11 @@ def _train(
     return folder / "best.safetensors"
 
 
+def _recorded(found: Any, default: Any) -> Any:
+    """Recorded settings; fields that an older version did not write have their defaults."""
+    return _plain(default) | found if isinstance(found, dict) else found
+
+
 def _plain(config: Any) -> dict[str, Any]:
     """A configuration as it comes back from JSON."""
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
@@ -340,6 +347,90 @@ def _agree(found: dict[str, Any], facts: dict[str, Any]) -> bool:
     return "history" in found and all(facts.get(key) == value for key, value in found.items() if key != "format")
 
 
+def standing(folder: Path) -> dict[str, Any]:
+    """How far the training in `folder` got.
+
+    Returns
+    -------
+    dict
+        epochs_done, epochs_asked, finished and best_epoch (of `best.safetensors`). Without `last.safetensors`, what was done
+        after the best epoch is not known and not counted.
+
+    Raises
+    ------
+    CheckpointError
+        A checkpoint cannot be read, or the two are not of one training.
+    """
+    best, last = folder / "best.safetensors", folder / "last.safetensors"
+    facts = checkpoints.load(best).facts
+    done = facts["epoch"]
+    if last.exists():
+        newest = checkpoints.load(last).facts
+        common = min(len(facts["history"]), len(newest["history"]))
+        changing = ("epoch", "history", "format")
+        if facts["history"][:common] != newest["history"][:common] or any(
+            facts.get(key) != newest.get(key) for key in facts.keys() | newest.keys() if key not in changing
+        ):
+            raise CheckpointError(
+                f"{best} and {last.name} beside it are of different trainings. Delete {folder} to train again."
+            )
+        done = max(done, newest["epoch"])
+    asked = facts["train"]["epochs"]
+    return {
+        "epochs_done": done,
+        "epochs_asked": asked,
+        "finished": done >= asked,
+        "best_epoch": facts["epoch"],
+    }
+
+
+def how_trained(path: Path, facts: dict[str, Any]) -> str:
+    """A checkpoint's epoch in words, and how far its training got if that is known not to have ended; "" if unknown."""
+    epoch, asked = facts.get("epoch"), facts.get("train", {}).get("epochs")
+    if epoch is None or asked is None:
+        return ""
+    done = epoch
+    with contextlib.suppress(CheckpointError):  # what lies beside it may be of another training
+        done = standing(path.parent)["epochs_done"] if path.name == "best.safetensors" else epoch
+    text = f"epoch {epoch} of {asked}"
+    known = path.name == "last.safetensors" or path.with_name("last.safetensors").exists()
+    return f"{text}, training not finished ({done} epochs done)" if known and done < asked else text
+
+
+def load_identified(path: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint, and the SHA-256 of its file.
+
+    Raises
+    ------
+    CheckpointError
+        As `checkpoints.load`, or it was replaced meanwhile.
+    """
+    path = Path(path)
+    before = path.stat().st_mtime_ns if path.exists() else None
+    loaded, digest = checkpoints.load(path), file_sha256(path)
+    if path.stat().st_mtime_ns != before:
+        raise CheckpointError(f"{path} was replaced while it was read, as training does after an epoch: try again")
+    return loaded, digest
+
+
+def refuse_other_settings(path: Path, facts: dict[str, Any], name: str, config: TrainConfig, data_config: DataConfig) -> None:
+    """A checkpoint that was not trained as a run's configuration says is refused.
+
+    Raises
+    ------
+    CheckpointError
+        The message names what differs.
+    """
+    found = {"model": facts["model"], "train": _recorded(facts["train"], TrainConfig()),
+             "data": _recorded(facts["data"], DataConfig())}  # fmt: skip
+    expected = {"model": name, "train": _plain(config), "data": _plain(data_config)}
+    if changes := differences(found, expected):
+        raise CheckpointError(
+            f"{path} was not trained as the run's configuration says: {changes}. Train again in another folder, or delete "
+            f"{path.parent}."
+        )
+
+
 def best_epoch(history: list[dict[str, Any]]) -> int:
     """The last of the epochs with the lowest test error, from 1."""
     lowest = min(row["test_mse"] for row in history)
@@ -350,8 +441,8 @@ def _resume(last: Path, facts: dict[str, Any], model: zoo.Model, optimizer: torc
     checkpoint = checkpoints.load(last)
     for key, value in facts.items():
         found = checkpoint.facts.get(key)
-        if key == "train" and isinstance(found, dict):
-            found = _plain(TrainConfig()) | found  # fields that an older version did not write
+        if key in ("train", "data"):
+            found = _recorded(found, TrainConfig() if key == "train" else DataConfig())
         if found != value:
             raise TrainingError(
                 f"{last.parent} holds a run with another {key}: found {found!r}, expected {value!r}. "
