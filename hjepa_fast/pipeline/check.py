@@ -141,7 +141,7 @@ def check(
     about += f"; {trained}" if trained else ""
     json_path = out.with_name(f"{out.name}.json")
     of = {
-        "checkpoint": files.printable(checkpoint.name),
+        "checkpoint": checkpoint.name,
         "checkpoint_sha256": digest,
         "model": loaded.facts["model"],
         "trained": trained,

@@ -17,7 +17,6 @@ from . import checkpoints, files, zoo
 from .config import EncodeConfig
 from .encoders import resolve_device
 from .figures import check_available, dream_figure, save
-from .files import printable
 from .latents import Latents, encode_videos, read_latents
 from .run_folder import output
 from .train import how_trained, load_identified
@@ -111,15 +110,14 @@ def dream(
             states = model.rollout(z0[None], n_steps)[0]
     states = states.cpu()
     trained = how_trained(checkpoint, loaded.facts)
-    name = printable(source.name)
-    title = f"{zoo.title(loaded.facts['model'], model)}: {n_steps} steps from {name}, latent {index}"
+    title = f"{zoo.title(loaded.facts['model'], model)}: {n_steps} steps from {source.name}, latent {index}"
     title += f"; {trained}" if trained else ""
     finite = states.isfinite().all(dim=1)
     if not finite.all():
         raise HJEPAError(f"{title}: the rollout is not finite from step {int((~finite).nonzero()[0])} on; take fewer --steps")
     tensors = {"states": states * loaded.std + loaded.mean} | ({} if H is None else {"energy": H})
     tensor_path = out.with_name(f"{out.name}.safetensors")
-    of = {"checkpoint": printable(checkpoint.name), "checkpoint_sha256": digest, "trained": trained, "source": name}
+    of = {"checkpoint": checkpoint.name, "checkpoint_sha256": digest, "trained": trained, "source": source.name}
     with output(out, SUFFIXES, (checkpoint, latents, video)):
         files.save_tensors(tensor_path, tensors, of)
         paths = save(dream_figure(states, H, title), out)

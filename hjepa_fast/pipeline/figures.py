@@ -70,18 +70,16 @@ def check_available() -> None:
 
 def _matplotlib() -> Any:
     """Matplotlib, whatever backend the environment names; for the rest of the process that backend stays."""
-    backend = os.environ.pop("MPLBACKEND", None)  # the import fails with a name that it does not know
+    backend = os.environ.get("MPLBACKEND")
     first = "matplotlib" not in sys.modules
     try:
-        import matplotlib
-        from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401  what savefig would import
+        with _without("MPLBACKEND"):  # the import fails with a name that it does not know
+            import matplotlib
+            from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401  what savefig would import
     except ImportError as error:
         raise MissingDependencyError("figures need matplotlib: pip install 'hjepa_fast[pipeline]'") from error
     except Exception as error:  # such as a matplotlibrc that cannot be read
         raise HJEPAError(f"matplotlib cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     if first and backend is not None:
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = backend
@@ -89,9 +87,21 @@ def _matplotlib() -> Any:
 
 
 @contextlib.contextmanager
+def _without(variable: str) -> Iterator[None]:
+    """The environment without a variable."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@contextlib.contextmanager
 def _defaults() -> Iterator[None]:
     matplotlib = _matplotlib()
-    with matplotlib.rc_context():
+    # the date is left out, and one that is no number is an error
+    with matplotlib.rc_context(), _without("SOURCE_DATE_EPOCH"):
         matplotlib.rcdefaults()
         yield
 
@@ -201,7 +211,7 @@ def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: fl
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.title.set_fontsize(9)
-    figure.suptitle(files.printable(title), parse_math=False)  # a file's name may hold dollar signs
+    figure.suptitle(title, parse_math=False)  # a file's name may hold dollar signs
     return figure, axes
 
 
@@ -370,7 +380,7 @@ def _dataset(run: Run) -> Figure | None:
     for axis, path in zip(axes[0], shown, strict=False):
         frames = read_video(path).frames
         axis.imshow(frames[len(frames) // 2])  # synthetic videos all start alike
-        axis.set_title(files.printable(path.stem), fontsize=8, parse_math=False)
+        axis.set_title(path.stem, fontsize=8, parse_math=False)
         axis.set_axis_off()
     below = axes[-1]
     truths = [truth for truth in map(load_ground_truth, paths) if truth is not None]

@@ -179,11 +179,6 @@ def natural_order(path: Path) -> tuple[list[int | str], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())], path.name
 
 
-def printable(text: str) -> str:
-    """`text` as any UTF-8 file can hold it: a file's name may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -229,6 +224,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
             if found := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
             raise HJEPAError(f"cannot write {path}: {error}") from error
+        except UnicodeError as error:
+            raise HJEPAError(f"cannot write {path}: its name, or a name to write into it, is no UTF-8 text") from error
 
 
 def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -86,7 +86,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         rows = [(row[0], cell, *row[1:]) for row, cell in zip(rows, done, strict=True)]
     epochs = f"{summary['epochs']} epochs"
     if open_ended:
-        epochs = f"at least {epochs} of the {summary['epochs_asked']} that each model was to be trained for"
+        epochs = f"at least {summary['epochs']} of {summary['epochs_asked']} epochs"
     leak = " (windows of one video overlap, so the test set is not new)" if summary["split"] == "window" else ""
     probe = summary["probe"]
     machine = summary["hardware"]
