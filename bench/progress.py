@@ -66,7 +66,8 @@ class Progress:
     def left(self) -> float:
         """Seconds until the last case is done, as far as can be told; more than the limit allows where it cannot be held."""
         scale = self.measured / self.expected if self.expected else 1.0
-        estimate = scale * sum(self.open.values())
+        running = time.perf_counter() - self.case_begin if self.label else 0.0
+        estimate = max(0.0, scale * sum(self.open.values()) - running)
         if self.limit is None or self.elapsed() > self.limit:
             return estimate
         return min(estimate, self.limit - self.elapsed())
@@ -98,7 +99,7 @@ class Progress:
             self.line = line
 
     def done(self, case: Case, measured: bool) -> None:
-        expected = self.open.pop(case.name)
+        expected, self.label = self.open.pop(case.name), ""
         if measured:
             self.measured += time.perf_counter() - self.case_begin
             self.expected += expected

@@ -152,7 +152,10 @@ def introduction(results: dict[str, Any], beside: Iterable[Beside] = ()) -> str:
         "GFLOP/s count the gradients of H in the hidden space, in training three times, for forward and backward pass.\n\n"
     )
     if chip:
-        rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in chip["matrix_gflops_per_s"].items())
+        rates = ", ".join(
+            f"{rate:,.0f} GFLOP/s in {name}" if rate > 9 else f"{rate:.2g} GFLOP/s in {name}"
+            for name, rate in chip["matrix_gflops_per_s"].items()
+        )
         which = "float32" if environment["hardware"]["device"] == "cpu" else "the case's arithmetic"
         sizes = f"{chip['matrix_size']} x {chip['matrix_size']}"
         text += (
@@ -181,6 +184,11 @@ def with_a_cell(entry: Entry) -> list[str]:
     return [*entry["contestants"], *out]
 
 
+def of_device(contestant: str, results: dict[str, Any]) -> bool:
+    """Whether one could take part: on a processor the backends of GPUs have none."""
+    return results["environment"]["hardware"]["device"] != "cpu" or contestant not in ("triton", "cuda")
+
+
 def details(results: dict[str, Any]) -> str:
     """What the table of ratios does not show: who is missing, integrators, memory, first calls."""
     entries = results["cases"]
@@ -188,8 +196,7 @@ def details(results: dict[str, Any]) -> str:
     absent: dict[str, list[str]] = {}
     for name, entry in entries.items():
         for contestant, reason in entry.get("left_out", {}).items():
-            # a processor has no part for the backends of GPUs
-            if results["environment"]["hardware"]["device"] != "cpu" or contestant not in ("triton", "cuda"):
+            if of_device(contestant, results):
                 absent.setdefault(f"{contestant}: {reason}", []).append(name)
     if absent:
         text += "\nLeft out:\n\n"

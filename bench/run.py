@@ -196,8 +196,10 @@ class _Shown(Watch):
         # ratios and reasons come later; a reason that is longer than its column widens its own line only
         self.widths = [max(len(case.name) for case in self.selected), 5, 11, 14, 6, 7, 14, *(6 for _ in self.rivals)]
         self.widths = [max(width, len(cell)) for width, cell in zip(self.widths, header, strict=True)]
-        for line in sorted({f"without {name}: {why}" for _, out in planned.values() for name, why in out.items()}):
-            self.progress.say(line)
+        reasons = {(name, why) for _, out in planned.values() for name, why in out.items()}
+        for name, why in sorted(reasons):
+            if report.of_device(name, results):
+                self.progress.say(f"without {name}: {why}")
         print(report.introduction(results, self.beside.values()), end="")
         self._print([header, ["-" * width for width in self.widths]])
 
