@@ -203,6 +203,9 @@ def details(results: dict[str, Any]) -> str:
         text += "".join(
             f"- {what} ({'every case' if len(names) == len(entries) else ', '.join(names)})\n" for what, names in absent.items()
         )
+    if results.get("not_measured"):
+        names = ", ".join(results["not_measured"])
+        text += f"\nNot measured, since the time was over: {names}. The same command goes on with them.\n"
     busy = [f"{name} ({entry['load']:.1f})" for name, entry in entries.items() if (entry.get("load") or 0.0) > BUSY]
     if busy:
         text += f"\nMeasured on a machine that had other work (load average before the run): {', '.join(busy)}.\n"

@@ -140,6 +140,11 @@ def run(
                 files.write_json(path, results)
             progress.done(case, not keep[case.name])
             watch.case(case, results["cases"][case.name], not keep[case.name])
+        late = {case.name for case in selected} | set(results.get("not_measured", []))
+        late -= results["cases"].keys()
+        if sorted(late) != results.get("not_measured", []):
+            results["not_measured"] = sorted(late)
+            files.write_json(path, results)
     return results
 
 
@@ -357,10 +362,7 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
     )
     progress.clear()
     names = [case.name for case in selected]
-    late = [name for name in names if name not in results["cases"]]
-    print(report.details({**results, "cases": {name: results["cases"][name] for name in names if name not in late}}))
-    if late:
-        print(f"Not measured, since {minutes:g} minutes were over: {', '.join(late)}. The same command goes on with them.\n")
+    print(report.details({**results, "cases": {name: e for name, e in results["cases"].items() if name in names}}))
     report.write(path, results, report.beside_of(path, results))
     progress.say(f"{duration(progress.elapsed())}; results in {path}, table in {path.with_suffix('.md')}")
     if before is None:

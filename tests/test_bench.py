@@ -576,11 +576,14 @@ def test_cases_that_no_time_is_left_for_are_named(checkout, quick_measure, monke
     monkeypatch.setattr(Progress, "elapsed", lambda self: 1e6 * len(quick_measure))
     assert main("--minutes", "5") == 0
     assert quick_measure == ["cheap"]
-    assert "Not measured, since 5 minutes were over: cheap-final. The same command goes on" in capsys.readouterr().out
+    said = "Not measured, since the time was over: cheap-final. The same command goes on"
+    assert said in capsys.readouterr().out
+    (path,) = stored(checkout)
+    assert said in path.with_suffix(".md").read_text()
     monkeypatch.setattr(Progress, "elapsed", lambda self: 0.0)
     assert main("--minutes", "5") == 0
     assert quick_measure == ["cheap", "cheap-final"]
-    assert "Not measured" not in capsys.readouterr().out
+    assert "Not measured" not in capsys.readouterr().out + path.with_suffix(".md").read_text()
 
 
 def test_the_time_left_is_scaled_by_what_cases_took(monkeypatch):
