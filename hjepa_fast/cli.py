@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
-    command.add_argument("videos", type=Path, help="folder of mp4, avi or mov files")
+    command.add_argument("videos", type=Path, help="folder of videos (mp4, mov, avi, mkv, webm, ...)")
     command.add_argument(
         "--out", type=Path, default=Path("latents"), metavar="DIR", help="folder of latents (default: latents)"
     )
