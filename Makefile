@@ -3,20 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 PIP_FLAGS ?=
+SECONDS ?= 400
+N ?= 2000
+FIRST ?= 0
+# options of bench.run, such as BENCH=--full
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu lint clean
+.PHONY: help setup demo test bench bench-gpu check-memory fuzz lint clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
 	@echo "make test    install, then every test"
-	@echo "make bench   install JAX too, then time every backend beside its rivals (a few quiet minutes)"
+	@echo "make bench   install JAX too, then time every backend beside its rivals (five quiet minutes; BENCH=options)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
+	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
+	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
-	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)"
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)  BENCH=$(BENCH)"
 
 setup: $(VENV)/.ready
 
@@ -37,11 +44,17 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(PIP) --no-build-isolation --editable '.[dev,jax]' || echo 'JAX could not be installed; it is left out of the comparison'
-	$(BIN)/python -m bench.run
+	@$(BIN)/python -c 'import jax' 2>/dev/null || $(PIP) 'jax>=0.5' || echo 'JAX could not be installed; it is left out of the comparison'
+	$(BIN)/python -m bench.run $(BENCH)
 
 bench-gpu: setup
-	$(BIN)/python -m bench.run --device cuda
+	$(BIN)/python -m bench.run --device cuda $(BENCH)
+
+check-memory: setup
+	$(BIN)/python tests/tools/check_memory.py --seconds $(SECONDS) --first $(FIRST)
+
+fuzz: setup
+	$(BIN)/python tests/tools/fuzz.py $(N) --first $(FIRST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 The package works without them, so by default a failure to build one is reported and the installation goes on.
 HJEPA_FAST_BUILD=0 leaves the C++ backend out, HJEPA_FAST_BUILD=1 makes a failure fatal; HJEPA_FAST_BUILD_CUDA is the same for
-the CUDA backend, whose GPUs TORCH_CUDA_ARCH_LIST chooses.
+the CUDA backend, whose GPUs TORCH_CUDA_ARCH_LIST chooses. HJEPA_FAST_FLAGS are given to the C++ compiler and linker last.
 """
 
 from __future__ import annotations
@@ -118,13 +118,14 @@ def arguments() -> dict[str, object]:
             "-fno-trapping-math",
             "-fvisibility=hidden",
         ]
+        more = os.environ.get("HJEPA_FAST_FLAGS", "").split()
         extensions.append(
             CppExtension(
                 CPP,
                 [f"csrc/cpu/{name}.cpp" for name in SOURCES],
                 depends=sorted(glob("csrc/cpu/*.h")),
-                extra_compile_args=[*flags, "-Wall", "-Wno-psabi", "-pthread", STABLE],
-                extra_link_args=["-pthread"],
+                extra_compile_args=[*flags, "-Wall", "-Wno-psabi", "-pthread", STABLE, *more],
+                extra_link_args=["-pthread", *more],
                 py_limited_api=True,
             )
         )

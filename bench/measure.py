@@ -18,7 +18,7 @@ from torch import Tensor
 import hjepa_fast as hf
 
 from .cases import Case
-from .rivals import Builder, Contestant, Problem, baseline_rollout, loss, make_problem
+from .rivals import EAGER, Builder, Contestant, Problem, baseline_rollout, is_ours, loss, make_problem
 
 TOLERANCE = {
     ("float64", "rollout"): 1e-10,
@@ -37,6 +37,27 @@ CHECKED_ROWS = 64
 """Rows of a rollout that are compared; in training every sample is, this many at a time."""
 BLOCK_SECONDS = 0.02
 """A timing repeats its call until about this long."""
+FEWEST_ROUNDS = 3
+"""However little time there is."""
+TOO_LARGE = "does not fit into the device's memory"
+NOT_TIMED, FAILED = "not timed: ", "failed: "
+"""Beginnings of the reasons why a rival has no time."""
+Tell = Callable[[str], None]
+"""Takes what is being done at the moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much time a case is given."""
+
+    rounds: int = 9
+    """At least, if `budget` allows."""
+    seconds: float = 5.0
+    """At least, if `budget` allows."""
+    longest_call: float = math.inf
+    """Seconds; a rival that takes longer for one call is not timed."""
+    budget: float = math.inf
+    """Seconds for checks and rounds together. Of the latter there are `FEWEST_ROUNDS` in any case."""
 
 
 def tolerance_of(case: Case) -> float:
@@ -136,28 +157,42 @@ class Stopwatch:
 
 
 def time_interleaved(
-    contestants: Sequence[Contestant], rounds: int, seconds: float, device: torch.device, seed: int = 0
+    contestants: Sequence[Contestant],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    seed: int = 0,
+    most: float = math.inf,
+    tell: Tell = lambda text: None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contestant in each round; the order is drawn anew every round.
 
-    At least `rounds` rounds and `seconds` seconds in all.
+    At least `rounds` rounds and `seconds` seconds in all; fewer, but `FEWEST_ROUNDS`, where they would take longer than
+    `most` seconds. Each contestant has been called before.
     """
     clock, order = Stopwatch(device), random.Random(seed)
     repeats = {}
     for contestant in contestants:
-        clock(contestant.run)
-        repeats[contestant.name] = max(1, math.ceil(BLOCK_SECONDS / max(clock(contestant.run), 1e-7)))
+        duration = clock(contestant.run)
+        if duration < BLOCK_SECONDS or device.type == "cuda":
+            duration = clock(contestant.run)
+        repeats[contestant.name] = max(1, math.ceil(BLOCK_SECONDS / max(duration, 1e-7)))
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    if not contestants:
+        return times
     begin = time.perf_counter()
-    done = 0
-    while done < rounds or time.perf_counter() - begin < seconds:
+    done, elapsed = 0, 0.0
+    while done < rounds or elapsed < seconds:
+        if done >= min(FEWEST_ROUNDS, rounds) and elapsed * (done + 1) / done > most:
+            break
+        tell(f"round {done + 1}")
         for contestant in order.sample(list(contestants), len(contestants)):
             number = repeats[contestant.name]
             if number > 1:
                 # a short call pays for the caches and sleeping threads that the one before it left
                 contestant.run()
             times[contestant.name].append(clock(contestant.run, number) / number)
-        done += 1
+        done, elapsed = done + 1, time.perf_counter() - begin
     return times
 
 
@@ -182,10 +217,20 @@ def kept_bytes(contestant: Contestant, problem: Problem) -> int | None:
     return total
 
 
-def checked(case: Case, builders: dict[str, Builder], device: torch.device) -> tuple[Problem, list[Contestant], dict[str, Any]]:
-    """A case's contestants, each run once and found right: the problem, they, and what is known of each by its name.
+def checked(
+    case: Case,
+    builders: dict[str, Builder],
+    device: torch.device,
+    longest_call: float = math.inf,
+    tell: Tell = lambda text: None,
+) -> tuple[Problem, list[Contestant], dict[str, Any], dict[str, str]]:
+    """A case's contestants, each run once and found right.
 
-    One that a GPU's memory does not hold is not among them.
+    Returns
+    -------
+    tuple
+        The problem; the contestants; by name what is known of each; by name why one is not among them: it does not fit into a
+        GPU's memory, or it is a rival that failed, or that takes more than `longest_call` seconds for a call.
 
     Raises
     ------
@@ -193,18 +238,42 @@ def checked(case: Case, builders: dict[str, Builder], device: torch.device) -> t
         A contestant's states, or in training its loss or a gradient, are not the reference's within `TOLERANCE`.
     """
     problem = make_problem(case, device)
+    one_step = make_problem(dataclasses.replace(case, n_steps=1), device)
     clock = Stopwatch(device)
     tolerance = tolerance_of(case)
     references: dict[str, Expected] = {}
     contestants, facts = [], {}
-    for build in builders.values():
+    left_out: dict[str, str] = {}
+    for name, build in builders.items():
+        tell(f"checking {name}")
         outputs: list[Any] = []
         try:
+            if name in EAGER and case.n_steps > 1 and longest_call < math.inf:
+                # of two: the first may load what every later one has
+                seconds = _call_within(clock, build(one_step).run, longest_call / case.n_steps)
+                if seconds * case.n_steps > longest_call:
+                    whole = f"{case.n_steps} steps about {seconds * case.n_steps:.2g} s"
+                    left_out[name] = f"{NOT_TIMED}one call of 1 step took {seconds:.2g} s, of {whole}"
+                    continue
             contestant = build(problem)
             first_call = clock(lambda run=contestant.run, out=outputs: out.extend(run()))
+            seconds = first_call
+            if not contestant.ours and seconds > longest_call and name not in EAGER:  # it may have compiled
+                seconds = clock(contestant.run)
         except torch.OutOfMemoryError:
+            left_out[name] = TOO_LARGE
+            continue
+        except Exception as error:
+            if is_ours(name):
+                raise
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            left_out[name] = f"{FAILED}{type(error).__name__}: {first_line}"
+            continue
+        if not contestant.ours and seconds > longest_call:
+            left_out[name] = f"{NOT_TIMED}one call took {seconds:.2g} s"
             continue
         if contestant.predicts not in references:
+            tell(f"float64 reference of {contestant.predicts}")
             references[contestant.predicts] = expected(problem, contestant.predicts)
         error = references[contestant.predicts].error(contestant, outputs)
         if not error <= tolerance:
@@ -214,11 +283,21 @@ def checked(case: Case, builders: dict[str, Builder], device: torch.device) -> t
             )
         contestants.append(contestant)
         facts[contestant.name] = {"ours": contestant.ours, "error": error, "first_call_s": first_call}
-    return problem, contestants, facts
+    return problem, contestants, facts, left_out
+
+
+def _call_within(clock: Stopwatch, run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of a first call, or of a second one if that is shorter and the first was longer than `seconds`."""
+    first = clock(run)
+    return first if first <= seconds else min(first, clock(run))
 
 
 def measure(
-    case: Case, builders: dict[str, Builder], device: torch.device, rounds: int = 9, seconds: float = 5.0
+    case: Case,
+    builders: dict[str, Builder],
+    device: torch.device,
+    effort: Effort,
+    tell: Tell = lambda text: None,
 ) -> dict[str, Any]:
     """Check and time one case.
 
@@ -228,23 +307,30 @@ def measure(
         The case, the contestants' times with what else is known of each, and for each of ours by rival the ratio
         rival / ours: the median over rounds of the ratio within a round.
     """
+    begin = time.perf_counter()
     with matmul_precision(case.precision):
-        problem, contestants, facts = checked(case, builders, device)
-        times = time_interleaved(contestants, rounds, seconds, device)
+        problem, contestants, facts, left_out = checked(case, builders, device, effort.longest_call, tell)
+        most = effort.budget - (time.perf_counter() - begin)
+        times = time_interleaved(contestants, effort.rounds, effort.seconds, device, most=most, tell=tell)
     for contestant in contestants:
         fact = facts[contestant.name]
         fact |= _percentiles(times[contestant.name])
-        if contestant.ours and case.kind == "rollout":
-            flops = case.gradients_a_step * case.n_steps * case.batch * case.gradient_flops
-            fact["gflops_per_s"] = flops / fact["median_s"] / 1e9
+        if contestant.ours and contestant.predicts == "hamiltonian:leapfrog":
+            fact["gflops_per_s"] = case.flops / fact["median_s"] / 1e9
         if problem.training:
             fact["kept_bytes"] = kept_bytes(contestant, problem)
     return {
         "case": dataclasses.asdict(case),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rounds": len(next(iter(times.values()))),
+        "rounds": len(next(iter(times.values()), [])),
+        "asked": {
+            name: value if math.isfinite(value) else None
+            for name, value in dataclasses.asdict(effort).items()
+            if name != "budget"
+        },
         "tolerance": tolerance_of(case),
         "contestants": facts,
+        "left_out": left_out,
         "ratios": {
             ours.name: {
                 rival.name: statistics.median(b / a for a, b in zip(times[ours.name], times[rival.name], strict=True))

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hjepa_fast.errors import HJEPAError
 from hjepa_fast.pipeline import files
 
-from .cases import SLOPE_STEPS
+from . import machine
+from .cases import SLOPE_STEPS, Case
 from .chip import matrix_rate
+from .measure import FAILED, NOT_TIMED
+from .progress import prepare_streams
+from .rivals import is_ours
 
 RIVALS = ("eager", "jax", "compiled", "baseline", "manual", "func", "eager-float32")
 Entry = dict[str, Any]
 Curves = dict[str, list[tuple[float, float]]]
+BUSY = 0.5
+"""Load average from which times are said to be disturbed."""
 
 
 def ours(entry: Entry) -> str | None:
@@ -33,37 +43,172 @@ def _graphed(entry: Entry) -> str | None:
     return _fastest(entry, lambda name: name.endswith(":graphed") and name.count(":") == 1)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Environment, a row a case with ratios, a row a case with memory."""
-    hardware, versions = results["environment"]["hardware"], results["environment"]["versions"]
-    entries = results["cases"]
-    rivals = [*RIVALS, *sorted({n for e in entries.values() for n, f in e["contestants"].items() if not f["ours"]} - {*RIVALS})]
-    rivals = [name for name in rivals if any(name in e["contestants"] for e in entries.values())]
-    rows = []
-    chip = results.get("chip")
-    shown = [(name, e, chosen) for name, e in entries.items() for chosen in (ours(e), _graphed(e)) if chosen is not None]
-    for name, entry, chosen in shown:
+@dataclass(frozen=True)
+class Beside:
+    """A committed measurement of a case, shown for comparison."""
+
+    file: str
+    environment: dict[str, Any]
+    chip: dict[str, Any] | None
+    entry: Entry
+
+    @property
+    def label(self) -> str:
+        hardware = self.environment["hardware"]
+        return f"committed: {hardware['gpu'] or hardware['processor']}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises
+    ------
+    HJEPAError
+        It is missing, unreadable, or not one of `bench.run`.
+    """
+    try:
+        results = files.read_json(path, "results file")
+        for entry in results["cases"].values():
+            Case.of(entry["case"])
+        table(results)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise HJEPAError(f"{path} is no results file of this version of bench.run ({found})") from error
+    checked: dict[str, Any] = results
+    return checked
+
+
+def committed(found: dict[str, Any], wanted: Iterable[Case], name: str, folder: Path | None = None) -> dict[str, Beside]:
+    """By case, what the repository holds of the same problem on the same kind of device: of the same processor if there
+    is any, with the same number of threads, and of the file that is called `name`."""
+    beside: dict[str, tuple[tuple[bool, ...], Beside]] = {}
+    cases = {case.name: case for case in wanted}
+    for path in sorted((folder or machine.COMMITTED).glob("*.json")):
+        try:
+            results = read(path)
+        except HJEPAError as error:
+            print(f"warning: left out of the comparison: {error}", file=sys.stderr)
+            continue
+        theirs, ours = results["environment"]["hardware"], found["hardware"]
+        if theirs["device"] != ours["device"]:
+            continue
+        rank = (
+            *(theirs[key] != ours[key] for key in ("gpu", "processor", "threads", "instruction_set")),
+            path.stem != name,
+        )
+        for entry in results["cases"].values():
+            case = Case.of(entry["case"])
+            mine = cases.get(case.name)
+            if mine is None or mine.problem != case.problem or (case.name in beside and beside[case.name][0] <= rank):
+                continue
+            beside[case.name] = rank, Beside(path.name, results["environment"], entry.get("chip", results.get("chip")), entry)
+    return {name: kept for name, (_, kept) in beside.items()}
+
+
+def rivals_of(names: Iterable[str]) -> list[str]:
+    """Columns of the table, in their order: those of the contestants that are not ours."""
+    found = {name for name in names if not is_ours(name)}
+    return [name for name in RIVALS if name in found] + sorted(found - {*RIVALS})
+
+
+def header(rivals: Sequence[str]) -> list[str]:
+    return ["case", "ours", "ms per step", "20 to 80 %", "rounds", "GFLOP/s", "of matrix rate", *rivals]
+
+
+def rows(
+    name: str, entry: Entry, rivals: Sequence[str], device: str, chip: dict[str, Any] | None, beside: Beside | None = None
+) -> list[list[str]]:
+    """A case's lines of the table: of our fastest backend, of our fastest graphed call, and of the committed result."""
+    found = []
+    chip = entry.get("chip", chip)
+    for chosen in (ours(entry), _graphed(entry)):
+        if chosen is None:
+            continue
         fact, ratios, n_steps = entry["contestants"][chosen], entry["ratios"][chosen], entry["case"]["n_steps"]
         spread = f"{_ms(fact['p20_s'] / n_steps)} to {_ms(fact['p80_s'] / n_steps)}"
         rate = f"{fact['gflops_per_s']:.0f}" if "gflops_per_s" in fact else ""
-        most = matrix_rate(chip, entry["case"])
+        most = matrix_rate(chip, entry["case"], device)
         share = f"{100 * fact['gflops_per_s'] / most:.0f} %" if most and "gflops_per_s" in fact else ""
-        faster = [f"{ratios[rival]:.2f}x" if rival in ratios else "" for rival in rivals]
-        rows.append([name, chosen, _ms(fact["median_s"] / n_steps), spread, rate, share, *faster])
-    device = hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instruction_set']}"
-    text = (
-        f"{device}; torch {versions['torch']}, JAX {versions['jax'] or 'absent'}, Python {versions['python']}, "
-        f"hjepa_fast {versions['hjepa_fast']} ({versions['source']})\n\n"
+        faster = [f"{ratios[rival]:.2f}x" if rival in ratios else _instead(entry, rival) for rival in rivals]
+        found.append([name, chosen, _ms(fact["median_s"] / n_steps), spread, str(entry["rounds"]), rate, share, *faster])
+    if beside is not None:
+        found += [[beside.label, *row[1:]] for row in rows(name, beside.entry, rivals, device, beside.chip)]
+    return found
+
+
+def _instead(entry: Entry, rival: str) -> str:
+    """What stands in the place of a ratio: nothing for a rival that the case has not."""
+    reason: str = entry.get("left_out", {}).get(rival, "")
+    return reason if reason.startswith(NOT_TIMED) else "failed" if reason.startswith(FAILED) else "left out" if reason else ""
+
+
+def introduction(results: dict[str, Any], beside: Iterable[Beside] = ()) -> str:
+    """What was measured by what, and what stands beside it."""
+    environment, chip = results["environment"], results.get("chip")
+    text = f"{machine.described(environment)}\n\n"
+    text += (
         "How many times as long each rival takes as ours: the median over rounds of the ratio within a round. Times are\n"
-        "medians, with 20th and 80th percentiles. A training step is forward, loss with energy term, and backward.\n\n"
+        "medians, with 20th and 80th percentiles. A training step is forward, loss with energy term, and backward.\n"
+        "GFLOP/s count the gradients of H in the hidden space, in training three times, for forward and backward pass.\n\n"
     )
     if chip:
-        rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in chip["matrix_gflops_per_s"].items())
-        text += (
-            f"Measured in the same run: products of two {chip['matrix_size']} x {chip['matrix_size']} matrices at {rates}; "
-            f"memory copied at {chip['memory_gb_per_s']:,.0f} GB/s, read and written.\n\n"
+        rates = ", ".join(
+            f"{rate:,.0f} GFLOP/s in {name}" if rate > 9 else f"{rate:.2g} GFLOP/s in {name}"
+            for name, rate in chip["matrix_gflops_per_s"].items()
         )
-    text += _markdown(["case", "ours", "ms per step", "20 to 80 %", "GFLOP/s", "of matrix rate", *rivals], rows)
+        which = "float32" if environment["hardware"]["device"] == "cpu" else "the case's arithmetic"
+        sizes = f"{chip['matrix_size']} x {chip['matrix_size']}"
+        text += (
+            f"Measured in the same run, at {chip['date']}: products of two {sizes} matrices at {rates};\n"
+            f"memory copied at {chip['memory_gb_per_s']:,.0f} GB/s, read and written. The matrix rate is that of {which}.\n\n"
+        )
+    for label, file, theirs in sorted({(b.label, b.file, machine.described(b.environment)) for b in beside}):
+        text += f'"{label}" was not measured here. It is of bench/results/{file}: {theirs}.\n\n'
+    return text
+
+
+def table(results: dict[str, Any], beside: dict[str, Beside] | None = None) -> str:
+    """Environment, a row a case with ratios, a row a case with memory."""
+    beside = beside or {}
+    entries, device = results["cases"], results["environment"]["hardware"]["device"]
+    beside = {name: kept for name, kept in beside.items() if name in entries}
+    shown_entries = [*entries.values(), *(kept.entry for kept in beside.values())]
+    rivals = rivals_of(name for entry in shown_entries for name in with_a_cell(entry))
+    shown = [row for name, e in entries.items() for row in rows(name, e, rivals, device, results.get("chip"), beside.get(name))]
+    return introduction(results, beside.values()) + _markdown(header(rivals), shown) + details(results)
+
+
+def with_a_cell(entry: Entry) -> list[str]:
+    """Contestants with a time, or with a reason in its place."""
+    out = [name for name, reason in entry.get("left_out", {}).items() if reason.startswith((NOT_TIMED, FAILED))]
+    return [*entry["contestants"], *out]
+
+
+def of_device(contestant: str, results: dict[str, Any]) -> bool:
+    """Whether one could take part: on a processor the backends of GPUs have none."""
+    return results["environment"]["hardware"]["device"] != "cpu" or contestant not in ("triton", "cuda")
+
+
+def details(results: dict[str, Any]) -> str:
+    """What the table of ratios does not show: who is missing, integrators, memory, first calls."""
+    entries = results["cases"]
+    text = ""
+    absent: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        for contestant, reason in entry.get("left_out", {}).items():
+            if of_device(contestant, results):
+                absent.setdefault(f"{contestant}: {reason}", []).append(name)
+    if absent:
+        text += "\nLeft out:\n\n"
+        text += "".join(
+            f"- {what} ({'every case' if len(names) == len(entries) else ', '.join(names)})\n" for what, names in absent.items()
+        )
+    if results.get("not_measured"):
+        names = ", ".join(results["not_measured"])
+        text += f"\nNot measured, since the time was over: {names}. The same command goes on with them.\n"
+    busy = [f"{name} ({entry['load']:.1f})" for name, entry in entries.items() if (entry.get("load") or 0.0) > BUSY]
+    if busy:
+        text += f"\nMeasured on a machine that had other work (load average before the run): {', '.join(busy)}.\n"
     methods = [
         [name, contestant, _ms(fact["median_s"] / entry["case"]["n_steps"]), *_against(entry, contestant)]
         for name, entry in entries.items()
@@ -98,8 +243,8 @@ def table(results: dict[str, Any]) -> str:
 def _against(entry: Entry, contestant: str) -> list[str]:
     facts, ratios = entry["contestants"], entry["ratios"][contestant]
     plain = contestant.partition(":")[0]
-    of_leapfrog = facts[contestant]["median_s"] / facts[plain]["median_s"]
-    return [f"{of_leapfrog:.2f}", f"{ratios['eager']:.2f}x" if "eager" in ratios else ""]
+    of_leapfrog = f"{facts[contestant]['median_s'] / facts[plain]['median_s']:.2f}" if plain in facts else ""
+    return [of_leapfrog, f"{ratios['eager']:.2f}x" if "eager" in ratios else ""]
 
 
 def _sample_steps(entry: Entry) -> int:
@@ -170,39 +315,60 @@ def plots(results: dict[str, Any]) -> dict[str, tuple[str, str, Curves]]:
     return {name: plot for name, plot in found.items() if any(len(points) > 1 for points in plot[2].values())}
 
 
-def write(path: Path, results: dict[str, Any]) -> str:
+def write(path: Path, results: dict[str, Any], beside: dict[str, Beside] | None = None) -> str:
     """Write `<name>.md` and `<name>-<plot>.png` beside the results; returns the table."""
-    text = table(results)
-    shown = text
-    drawn = plots(results)
-    if drawn:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        for name, (x, y, curves) in drawn.items():
-            figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-            for contestant, points in curves.items():
-                axes.loglog(*zip(*points, strict=True), marker="o", label=contestant)
-            axes.set(xlabel=x, ylabel=y)
-            axes.legend(fontsize="small")
-            axes.grid(alpha=0.3)
+    shown = text = table(results, beside)
+    try:
+        for name, plot in plots(results).items():
             image = path.with_name(f"{path.stem}-{name}.png")
-            with files.atomic_path(image) as temporary:
-                figure.savefig(temporary, dpi=150)
-            plt.close(figure)
-            text += f"\n![{y} against {x}]({image.name})\n"
+            _draw(image, *plot)
+            text += f"\n![{plot[1]} against {plot[0]}]({image.name})\n"
+    except HJEPAError:
+        raise
+    except Exception as error:  # matplotlib is optional, and what it reads of its surroundings may be broken
+        print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     files.write_text(path.with_suffix(".md"), text)
     return shown
 
 
-def main() -> None:
+def _draw(image: Path, x: str, y: str, curves: Curves) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for contestant, points in curves.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=contestant)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    with files.atomic_path(image) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def beside_of(path: Path, results: dict[str, Any], wanted: Iterable[Case] | None = None) -> dict[str, Beside]:
+    """The committed results to show with those of `path`, by case; none if it is itself one of them."""
+    if path.resolve().parent == machine.COMMITTED:
+        return {}
+    if wanted is None:
+        wanted = [Case.of(entry["case"]) for entry in results["cases"].values()]
+    return committed(results["environment"], wanted, re.sub(r"-[0-9a-f]{8}$", "", path.stem))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and plots of a results file.")
     parser.add_argument("file", type=Path)
-    path = parser.parse_args().file
-    print(write(path, files.read_json(path, "results file")))
+    path = parser.parse_args(arguments).file
+    prepare_streams()
+    if path.suffix != ".json":
+        parser.error(f"{path}: a results file ends in .json, and the table is written beside it")
+    try:
+        results = read(path)
+        print(write(path, results, beside_of(path, results)))
+    except HJEPAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

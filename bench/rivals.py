@@ -357,7 +357,7 @@ def _jax(problem: Problem) -> Contestant:
 
 def _import_jax() -> Any:
     """JAX with torch's number of threads."""
-    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
+    os.environ["NPROC"] = str(torch.get_num_threads())
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -374,6 +374,13 @@ _BUILDERS: dict[str, Builder] = {
     "jax": _jax,
     "baseline": _baseline,
 }
+EAGER = ("eager", "eager-float32", "func", "manual", "baseline")
+"""Rivals whose steps each take the same time from the first call on."""
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant's name is that of one of the library's backends, under whatever integrator or memory."""
+    return name.partition(":")[0] in api.BACKENDS
 
 
 def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[dict[str, Builder], dict[str, str]]:
@@ -426,7 +433,10 @@ def _why_not(name: str, device: torch.device, compile: bool) -> str | None:
     if name == "jax":
         if importlib.util.find_spec("jax") is None:
             return "not installed: pip install jax"
-        platform = _import_jax().devices()[0].platform
+        try:
+            platform = _import_jax().devices()[0].platform
+        except Exception as error:  # what it needs of the processor, its driver or its other packages
+            return f"JAX does not start: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if (platform == "cpu") != (device.type == "cpu"):
             return f"JAX runs on {platform}, the benchmark on {device.type}"
     return None

@@ -3,73 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
+import contextlib
+import math
 import os
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import hjepa_fast as hf
+from hjepa_fast.errors import HJEPAError
 from hjepa_fast.pipeline import files
-from hjepa_fast.pipeline.evaluate import processor_name
 
-from . import cases, report
+from . import against, cases, machine, report
 from .cases import Case
-from .chip import measure_chip
-from .measure import WrongResultError, measure
-from .rivals import entrants
+from .chip import beside_case, measure_chip
+from .machine import environment
+from .measure import FAILED, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
+from .progress import Progress, duration, prepare_streams
+from .rivals import Builder, entrants
 
-BUSY = 0.5
-"""Load average from which a run warns."""
-TOO_LARGE = "does not fit into the device's memory"
+QUICK_MINUTES = 5.0
+"""A quick run on a processor is planned to end in."""
+QUICK_LONGEST_CALL, LONGEST_CALL = 5.0, 30.0
+"""Seconds of a call, up to which a rival is timed."""
+AFTER = 10.0
+"""Seconds of those that are left for the start and for plots."""
 
 
-class ResultsError(Exception):
+class ResultsError(HJEPAError):
     """A results file that cannot be continued."""
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What must be the same for two measurements to stand in one table."""
-    return {
-        "hardware": {
-            "processor": processor_name(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-            "device": device.type,
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        },
-        "versions": {
-            "hjepa_fast": hf.__version__,
-            "source": _source_hash(),
-            "torch": torch.__version__,
-            "jax": _version("jax"),
-            "python": platform.python_version(),
-        },
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _source_hash() -> str:
-    """Of everything that a rollout runs: the library without its pipeline, and the C++ and CUDA sources."""
-    package = Path(hf.__file__).parent
-    sources = [*package.glob("*.py"), *package.glob("backends/*.py"), *package.parent.glob("csrc/**/*.*")]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in sources if path.is_file()):
-        digest.update(path.relative_to(package.parent).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def load(path: Path, found: dict[str, Any], again: bool) -> dict[str, Any]:
@@ -78,34 +42,48 @@ def load(path: Path, found: dict[str, Any], again: bool) -> dict[str, Any]:
     Raises
     ------
     ResultsError
-        It was measured on other hardware or with other versions, and `again` does not say to start over.
+        It cannot be read, or was measured on other hardware or with other versions, and `again` does not say to start over.
     """
-    if path.exists():
-        results = files.read_json(path, "results file")
-        differences = _differences(results["environment"], found)
-        if not differences:
-            return results
-        if not again:
-            raise ResultsError(
-                f"{path} was measured elsewhere: {'; '.join(differences)}. "
-                "Pass --again to replace it, or another name with --out."
-            )
-    return {"environment": found, "cases": {}}
+    fresh = {"environment": found, "cases": {}}
+    if not path.exists():
+        return fresh
+    remedy = "Pass --again to replace it, or another name with --out."
+    try:
+        results = report.read(path)
+    except HJEPAError as error:
+        if again:
+            return fresh
+        raise ResultsError(f"{error}. {remedy}") from error
+    differences = machine.differences(results["environment"], found)
+    if not differences:
+        return results
+    if not again:
+        raise ResultsError(f"{path} was measured elsewhere: {'; '.join(differences)}. {remedy}")
+    return fresh
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(a.keys() | b.keys()):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += _differences(x, y, f"{key}.")
-        elif x != y:
-            found.append(f"{prefix}{key} was {x}, is {y}")
-    return found
+def kept(known: dict[str, Any] | None, case: Case, builders: dict[str, Builder], effort: Effort) -> bool:
+    """Whether a case need not be measured: it was, as the same problem, as thoroughly, with every contestant."""
+    if known is None or Case.of(known["case"]).problem != case.problem:
+        return False
+    asked = known.get("asked", {})
+    if any(asked.get(key, 0) < value for key, value in (("rounds", effort.rounds), ("seconds", effort.seconds))):
+        return False
+    limit = asked.get("longest_call")
+    same_limit = limit is None or effort.longest_call <= limit
+    reasons = (TOO_LARGE, FAILED, *([NOT_TIMED] if same_limit else []))
+    settled = {name for name, reason in known.get("left_out", {}).items() if reason.startswith(reasons)}
+    return builders.keys() <= known["contestants"].keys() | settled
 
 
-def _too_large(known: dict[str, Any]) -> set[str]:
-    return {name for name, reason in known["left_out"].items() if reason == TOO_LARGE}
+class Watch:
+    """What `run` says on its way; here nothing."""
+
+    def begin(self, results: dict[str, Any], planned: dict[Case, tuple[dict[str, Builder], dict[str, str]]]) -> None:
+        """Nothing is measured yet but the chip's rates."""
+
+    def case(self, case: Case, entry: dict[str, Any], measured: bool) -> None:
+        """A case is in the file."""
 
 
 def run(
@@ -117,38 +95,146 @@ def run(
     again: bool = False,
     rounds: int = 9,
     seconds: float = 5.0,
+    longest_call: float = math.inf,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Measure the cases that `path` does not hold yet, writing it after each one; returns all it holds.
 
+    No case begins after `progress.limit`, when at least one was measured.
+
     Raises
     ------
-    ResultsError, WrongResultError
-        See `load` and `measure`.
+    ResultsError, HJEPAError, WrongResultError
+        See `load`, `files.write_json` and `measure`; or another run writes the file.
     """
-    results = load(path, environment(device), again)
-    if again or "chip" not in results:
-        results["chip"] = measure_chip(device)
-    for index, case in enumerate(selected, start=1):
-        builders, left_out = entrants(case, device, compile)
-        label = f"[{index}/{len(selected)}] {case.name}"
-        known = results["cases"].get(case.name)
-        if known and not again and builders.keys() <= known["contestants"].keys() | _too_large(known):
-            print(f"{label}: kept, measured {known['date']}")
-            continue
-        print(f"{label}: {', '.join(builders)}", flush=True)
-        for name, reason in left_out.items():
-            print(f"    without {name}: {reason}")
-        entry = measure(case, builders, device, rounds, seconds)
-        left_out |= dict.fromkeys(builders.keys() - entry["contestants"].keys(), TOO_LARGE)
-        results["cases"][case.name] = {**entry, "left_out": left_out}
-        files.write_json(path, results)
+    progress, watch = progress or Progress({}), watch or Watch()
+    with _alone(path):
+        results = load(path, environment(device), again)
+        if again:
+            for case in selected:
+                results["cases"].pop(case.name, None)
+        planned = {case: entrants(case, device, compile) for case in selected}
+        effort = Effort(rounds, seconds, longest_call)
+        keep = {case.name: kept(results["cases"].get(case.name), case, planned[case][0], effort) for case in selected}
+        load_average = _load_average()
+        if not all(keep.values()):
+            results["chip"] = measure_chip(device)
+        rate = results["chip"]["matrix_gflops_per_s"]["float32"] if "chip" in results else 1.0
+        progress.plan(
+            {case.name: 0.0 if keep[case.name] else _expected(case, planned[case][0], effort, rate) for case in selected}
+        )
+        watch.begin(results, planned)
+        for case in selected:
+            builders, left_out = planned[case]
+            if not keep[case.name]:
+                if progress.late():
+                    continue
+                progress.start(case, list(builders))
+                budget = progress.share(case.name)
+                entry = measure(case, builders, device, Effort(rounds, seconds, longest_call, budget), progress.tell)
+                if device.type == "cpu":
+                    results["chip"] = beside_case(results["chip"], device)
+                extra = {"chip": results["chip"], "load": load_average}
+                results["cases"][case.name] = {**entry, "left_out": left_out | entry["left_out"], **extra}
+                files.write_json(path, results)
+            progress.done(case, not keep[case.name])
+            watch.case(case, results["cases"][case.name], not keep[case.name])
+        late = {case.name for case in selected} | set(results.get("not_measured", []))
+        late -= results["cases"].keys()
+        if sorted(late) != results.get("not_measured", []):
+            results["not_measured"] = sorted(late)
+            files.write_json(path, results)
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _expected(case: Case, builders: dict[str, Builder], effort: Effort, gflops_per_s: float) -> float:
+    """Seconds, roughly: products at a third of the chip's rate, two calls and two checks besides the rounds."""
+    every_round = len(builders) * case.flops / (gflops_per_s * 1e9 / 3)
+    return max(effort.seconds, effort.rounds * every_round) + 4 * every_round
+
+
+def _load_average() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # not every system has one
+        return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a results file: two runs at once would lose each other's cases, and disturb each other's times."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ResultsError(
+            f"another run is writing {path}. Wait until it has ended, or pass another name with --out."
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}. Pass another name with --out.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Shown(Watch):
+    """The table, printed as it grows."""
+
+    def __init__(self, path: Path, selected: Sequence[Case], progress: Progress) -> None:
+        self.path, self.selected, self.progress = path, selected, progress
+
+    def begin(self, results: dict[str, Any], planned: dict[Case, tuple[dict[str, Builder], dict[str, str]]]) -> None:
+        self.results, cases_of = results, results["cases"]
+        self.beside = report.beside_of(self.path, results, self.selected)
+        names = [name for builders, _ in planned.values() for name in builders]
+        stored = [cases_of[case.name] for case in self.selected if case.name in cases_of]
+        names += [name for entry in (*stored, *(b.entry for b in self.beside.values())) for name in report.with_a_cell(entry)]
+        self.rivals = report.rivals_of(names)
+        header = report.header(self.rivals)
+        # ratios and reasons come later; a reason that is longer than its column widens its own line only
+        self.widths = [max(len(case.name) for case in self.selected), 5, 11, 14, 6, 7, 14, *(6 for _ in self.rivals)]
+        self.widths = [max(width, len(cell)) for width, cell in zip(self.widths, header, strict=True)]
+        reasons = {(name, why) for _, out in planned.values() for name, why in out.items()}
+        for name, why in sorted(reasons):
+            if report.of_device(name, results):
+                self.progress.say(f"without {name}: {why}")
+        print(report.introduction(results, self.beside.values()), end="")
+        self._print([header, ["-" * width for width in self.widths]])
+
+    def case(self, case: Case, entry: dict[str, Any], measured: bool) -> None:
+        self.progress.clear()
+        if not measured:
+            self.progress.say(f"{case.name}: kept, measured {entry['date']}; --again measures it anew")
+        device, chip = self.results["environment"]["hardware"]["device"], self.results.get("chip")
+        self._print(report.rows(case.name, entry, self.rivals, device, chip, self.beside.get(case.name)))
+
+    def _print(self, rows: list[list[str]]) -> None:
+        for row in rows:
+            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, self.widths, strict=True)) + " |", flush=True)
+
+
+def _number(kind: type, least: float, strict: bool = False) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (math.isfinite(value) and (value > least if strict else value >= least)):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {least:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its messages
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time hjepa_fast against its rivals.")
     subset = parser.add_mutually_exclusive_group()
-    subset.add_argument("--quick", action="store_true", help="the table of ratios, a few minutes (default without --only)")
+    subset.add_argument("--quick", action="store_true", help="the table of ratios, five minutes (default without --only)")
     subset.add_argument("--full", action="store_true", help="every case, with --compile")
     parser.add_argument(
         "--compile",
@@ -156,41 +242,150 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also torch.compile, which takes minutes a case to compile (default: with --full, and on CUDA)",
     )
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains it or matches it as a shell pattern")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/quick-cpu.json and the like")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .json file, or a folder for quick-cpu.json and the like (default: a file of this machine, these sources and "
+        "versions in bench/local, which git ignores)",
+    )
+    where.add_argument(
+        "--commit-results", action="store_true", help="write bench/results/quick-cpu.json and the like, to be committed"
+    )
     parser.add_argument("--again", action="store_true", help="measure again what the file already holds")
-    parser.add_argument("--rounds", type=int, default=9, help="at least so many rounds a case (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="at least so long a case (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch and JAX (default: torch's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--rounds", type=_number(int, 1), default=9, help="at least so many rounds a case (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=_number(float, 0), default=5.0, help="at least so long a case (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=_number(float, 0),
+        help="fewer rounds, but three, so that the run ends in so many minutes if it can; 0: no limit "
+        f"(default: {QUICK_MINUTES:g} for the quick set on a processor without --compile, else 0)",
+    )
+    parser.add_argument(
+        "--longest-call",
+        type=_number(float, 0, strict=True),
+        metavar="SECONDS",
+        help=f"a rival whose call takes longer is not timed (default: {QUICK_LONGEST_CALL:g} for the quick set, "
+        f"else {LONGEST_CALL:g})",
+    )
+    parser.add_argument("--threads", type=_number(int, 1), help="of torch and JAX (default: torch's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--against", type=Path, metavar="FILE", help=against.HELP)
+    parser.add_argument(
+        "--tolerance", type=_number(float, 0), help="how much slower is allowed by --against (default: 0.1, a tenth)"
+    )
+    return parser
 
+
+def _device(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device {name}: there is no such device; cpu, cuda and cuda:N are measured")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {name}: only cpu and cuda are measured")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"--device {name}: PyTorch finds no CUDA device")
+        if device.index is not None:
+            if device.index >= torch.cuda.device_count():
+                parser.error(f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices, from 0 on")
+            torch.cuda.set_device(device)  # events and graphs are those of the current device
+    return device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 (failure, or slower than --against), 2 (usage) or 130 (interrupted)."""
+    prepare_streams()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    progress = Progress({}, stream=sys.stderr)
+    try:
+        return _main(options, parser, progress)
+    except (HJEPAError, WrongResultError) as error:
+        progress.say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        same = "the same command without --again" if options.again else "the same command"
+        progress.say(f"\ninterrupted; {same} goes on with what was measured")
+        return 130
+    except OSError as error:
+        # standard output was closed or its disk is full; Python would complain once more at its end
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        progress.say(f"error: stopped: {error}; the same command goes on with what was measured")
+        return 1
+
+
+def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress: Progress) -> int:
+    if options.tolerance is not None and options.against is None:
+        parser.error("--tolerance is that of --against, which is missing")
+    device = _device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device")
-    full = options.full or (options.only and not options.quick)
+    full = bool(options.full or (options.only and not options.quick))
     quick, every = cases.of_device(device.type)
     selected = cases.select(every if full else quick, options.only)
     if not selected:
         parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in every)}")
-    name = f"{'full' if full else 'quick'}-{device.type}.json"
-    path = options.out or Path(__file__).parent / "results" / name
     compile = options.full or device.type == "cuda" if options.compile is None else options.compile
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}: with other work on its cores, threaded code loses most")
-    try:
-        results = run(
-            selected, path, device, compile=compile, again=options.again, rounds=options.rounds, seconds=options.seconds
+    minutes = options.minutes
+    if minutes is None:
+        minutes = 0.0 if full or compile or device.type == "cuda" else QUICK_MINUTES
+    progress.limit = max(1.0, minutes * 60 - AFTER) if minutes else None
+    path = _path(options, f"{'full' if full else 'quick'}-{device.type}", device, parser)
+    before = report.read(options.against) if options.against else None
+
+    load_average = _load_average()
+    if load_average is not None and load_average > report.BUSY:
+        progress.say(f"warning: load average {load_average:.1f}: with other work on its cores, threaded code loses most")
+    newer = machine.newer_sources()
+    if newer:
+        progress.say(
+            f"warning: {newer[0].name} is newer than the extension that is measured: build it again for times of these sources"
         )
-    except (ResultsError, WrongResultError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on with {path}", file=sys.stderr)
-        return 130
-    print(report.write(path, results))
-    return 0
+    progress.say(f"results: {path}")
+    results = run(
+        selected,
+        path,
+        device,
+        compile=compile,
+        again=options.again,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        longest_call=options.longest_call or (LONGEST_CALL if full else QUICK_LONGEST_CALL),
+        progress=progress,
+        watch=_Shown(path, selected, progress),
+    )
+    progress.clear()
+    names = [case.name for case in selected]
+    print(report.details({**results, "cases": {name: e for name, e in results["cases"].items() if name in names}}))
+    report.write(path, results, report.beside_of(path, results))
+    progress.say(f"{duration(progress.elapsed())}; results in {path}, table in {path.with_suffix('.md')}")
+    if before is None:
+        return 0
+    text, holds = against.told(
+        against.compare(before, results, names), 0.1 if options.tolerance is None else options.tolerance, str(options.against)
+    )
+    print(text)
+    return 0 if holds else 1
+
+
+def _path(options: argparse.Namespace, name: str, device: torch.device, parser: argparse.ArgumentParser) -> Path:
+    """The results file of a run."""
+    if options.commit_results:
+        return machine.COMMITTED / f"{name}.json"
+    if options.out is None:
+        return machine.own_file(name, environment(device))
+    out: Path = options.out
+    if out.is_dir():
+        return out / f"{name}.json"
+    if out.suffix != ".json":
+        parser.error(f"--out {out}: a results file ends in .json, and the table is written beside it")
+    return out
 
 
 if __name__ == "__main__":

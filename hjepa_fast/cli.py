@@ -3,27 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
+import os
+import signal
 import sys
+import threading
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, TextIO
 
 from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
 from .pipeline.config import Config, EncodeConfig
-from .pipeline.run_folder import Run
+from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
+GOES_ON = "the same command goes on from here"
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that asks the process to end, which is done as after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    """Run a command.
+
+    Standard output and standard error may be closed, broken, or unable to show what is written: work goes on.
+
+    Returns
+    -------
+    int
+        The exit code: 0, 1 (failure), 2 (usage), or 128 and the number of the signal that ended it (130 for Ctrl-C).
+    """
+    _lost.clear()
+    _prepare_streams()
+    try:
+        with _ended_by_signals():
+            code = _run(arguments)
+    except KeyboardInterrupt as end:  # between the command and here
+        code = _interrupted(end)
+    _print("")  # help, which argparse left unwritten
+    if _lost and not code:
+        _complain(f"error: standard output cannot be written: {_lost[0]}; all files are")
+        code = EXIT_FAILURE
+    _write(sys.stderr, "")
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(arguments)
@@ -31,17 +66,101 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     try:
         with warnings.catch_warnings():
+            if any(action == "error" for action, *_ in warnings.filters):  # PYTHONWARNINGS; a warning ends no training
+                warnings.simplefilter("default")
             warnings.showwarning = _show_warning
             options.command(options)
     except HJEPAError as error:
         if options.debug:
             raise
-        print(f"hjepa-fast: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        print("hjepa-fast: interrupted; the same command goes on from here", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as end:
+        return _interrupted(end)
+    except Exception as error:
+        if options.debug:
+            raise
+        _complain(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
+        return EXIT_FAILURE
     return 0
+
+
+def _interrupted(end: KeyboardInterrupt) -> int:
+    number = end.args[0] if isinstance(end, Ended) else signal.SIGINT
+    _complain(f"{f'ended by {signal.Signals(number).name}' if isinstance(end, Ended) else 'interrupted'}; {GOES_ON}")
+    return EXIT_SIGNAL + number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End as after Ctrl-C when a terminal closes or a scheduler stops the process; what ignores them (nohup) still does."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: tidying up is not interrupted
+        raise Ended(number)
+
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+                if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                    previous[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_ASCII = {"±": "+-", "²": "^2"}
+_lost: list[OSError | ValueError] = []
+"""Why results could not be printed; a reader that has seen enough, such as `head`, does not count."""
+
+
+def _as_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For `codecs.register_error`: what a stream's encoding has not, in characters that every one has."""
+    if isinstance(error, UnicodeEncodeError):
+        text = "".join(
+            _ASCII.get(c, c.encode("ascii", "backslashreplace").decode()) for c in error.object[error.start : error.end]
+        )
+        return text, error.end
+    raise error
+
+
+def _prepare_streams() -> None:
+    codecs.register_error("hjepa_fast", _as_ascii)
+    for name in ("stdin", "stdout", "stderr"):  # a closed one leaves its number to the next file that is opened
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="hjepa_fast")
+
+
+def _say(text: object = "") -> None:
+    """Print a result."""
+    _print(f"{text}\n")
+
+
+def _print(text: str) -> None:
+    if (error := _write(sys.stdout, text)) and not isinstance(error, BrokenPipeError):
+        _lost.append(error)
+
+
+def _complain(text: str) -> None:
+    _write(sys.stderr, f"hjepa-fast: {text}\n")
+
+
+def _write(stream: TextIO, text: str) -> OSError | ValueError | None:
+    """Write and flush. A stream that fails is silent from then on, so that neither the work nor the exit fails as well."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError) as error:  # a ValueError: it was closed
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
-    command.add_argument("videos", type=Path, help="folder of mp4, avi or mov files")
+    command.add_argument("videos", type=Path, help="folder of videos (mp4, mov, avi, mkv, webm, ...)")
     command.add_argument(
         "--out", type=Path, default=Path("latents"), metavar="DIR", help="folder of latents (default: latents)"
     )
@@ -71,10 +190,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "evaluate", "evaluate a run's trained models and write its table", _evaluate)
     command.add_argument("run", type=Path, help="a run's folder")
+    _add_partial(command)
     _add_device(command)
 
     command = _command(commands, "figures", "draw a run's figures again", _figures)
     command.add_argument("run", type=Path, help="a run's folder")
+    _add_partial(command)
 
     command = _command(commands, "dream", "roll out freely from one latent or one video clip", _dream)
     command.add_argument("checkpoint", type=Path, help="a trained model, such as RUN/models/hnn/best.safetensors")
@@ -130,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         "gradient background, 3 epochs, 100 extended steps; other options override these",
     )
     _add_models(command)
+    _add_partial(command)
     _add_device(command)
     return parser
 
@@ -195,6 +317,12 @@ def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)")
 
 
+def _add_partial(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--partial", action="store_true", help="exit with 0 even if the training of a model in the run is not finished"
+    )
+
+
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("runs/hjepa"), metavar="DIR", help="the run's folder (default: runs/hjepa)"
@@ -236,42 +364,62 @@ def _may_fetch(options: argparse.Namespace) -> bool:
 def _generate(options: argparse.Namespace) -> None:
     from .pipeline.runs import make_videos
 
-    paths = make_videos(options.out, config_of(options), not options.quiet)
-    print(f"{len(paths)} videos in {options.out}")
+    with inside(options.out):
+        paths = make_videos(options.out, config_of(options), not options.quiet)
+    _say(f"{len(paths)} videos in {options.out}")
 
 
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
-    print(f"latents of {len(paths)} videos in {options.out}")
+    with inside(options.out):
+        paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
+    _say(f"latents of {len(paths)} videos in {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .pipeline.encoders import resolve_device
     from .pipeline.latents import load_latents
     from .pipeline.runs import check_settings, train_models
     from .pipeline.windows import prepare
 
     run, config = Run(options.out), config_of(options)
     check_settings(config, options.models)
+    resolve_device(options.device)
+    files.refuse_if_locked(options.latents)
     dataset = prepare(load_latents(options.latents), config.data)
-    run.start(config, options.videos, options.latents)
-    train_models(run, options.models, dataset, config, options.device, not options.quiet, print)
+    with run.locked():
+        run.start(config, options.videos, options.latents, options.models)
+        train_models(run, options.models, dataset, config, options.device, not options.quiet, _say)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .pipeline.runs import evaluate_run
+    from .pipeline.tables import summary_table
 
     run = Run(options.run)
-    evaluate_run(run, options.device, not options.quiet)
-    print(run.table.read_text(encoding="utf-8"))
+    summary = evaluate_run(run, options.device, not options.quiet)
+    _say(summary_table(summary))
+    _refuse_unfinished(run, summary, options)
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from .pipeline.figures import draw
+    from .pipeline.figures import draw, read_summary
 
-    for path in draw(Run(options.run)):
-        print(path)
+    run = Run(options.run)
+    for path in draw(run):
+        _say(path)
+    _refuse_unfinished(run, read_summary(run), options)
+
+
+def _refuse_unfinished(run: Run, summary: Mapping[str, Any], options: argparse.Namespace) -> None:
+    from .pipeline.tables import unfinished
+
+    if (found := unfinished(summary)) and not options.partial:
+        raise HJEPAError(
+            f"the training in {run.root} is not finished: {'; '.join(found)}. Run the command that trains again, which goes on "
+            "from there, or delete the folders of models that are not wanted, or allow this with --partial."
+        )
 
 
 def _dream(options: argparse.Namespace) -> None:
@@ -287,9 +435,9 @@ def _dream(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         device=options.device,
     )
-    print(result.text)
+    _say(result.text)
     for path in result.paths:
-        print(path)
+        _say(path)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -305,9 +453,9 @@ def _check(options: argparse.Namespace) -> None:
         latents=options.latents,
         backend=options.backend,
     )
-    print(result.text)
+    _say(result.text)
     for path in result.paths:
-        print(path)
+        _say(path)
     if options.strict and result.failed:
         raise HJEPAError(f"claimed, and does not hold: {'; '.join(result.failed)}")
 
@@ -316,18 +464,17 @@ def _reproduce(options: argparse.Namespace) -> None:
     from .pipeline.runs import QUICK, reproduce
 
     config = config_of(options, QUICK if options.quick else None)
-    reproduce(
-        config, options.out, options.videos, options.models, options.device, not options.quiet, print, _may_fetch(options)
+    summary = reproduce(
+        config, options.out, options.videos, options.models, options.device, not options.quiet, _say, _may_fetch(options)
     )
     run = Run(options.out)
-    print()
-    print(run.table.read_text(encoding="utf-8"))
-    print(f"figures: {run.figures}")
+    _say(f"figures: {run.figures}")
+    _refuse_unfinished(run, summary, options)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"hjepa-fast: warning: {message}", file=sys.stderr)
+        _complain(f"warning: {message}")
 
 
 if __name__ == "__main__":

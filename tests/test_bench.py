@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, report, run
+from bench import against, cases, machine, report, run
 from bench import chip as chips
 from bench.cases import Case
-from bench.measure import TOLERANCE, WrongResultError, checked, expected, kept_bytes, time_interleaved, tolerance_of
+from bench.measure import (
+    FEWEST_ROUNDS,
+    TOLERANCE,
+    Effort,
+    WrongResultError,
+    checked,
+    expected,
+    kept_bytes,
+    time_interleaved,
+    tolerance_of,
+)
 from bench.measure import measure as measure_case
+from bench.progress import Progress, prepare_streams
 from bench.rivals import Contestant, eager_rollout, entrants, loss, make_problem, manual_rollout
 from hjepa_fast import api
 
@@ -42,19 +57,23 @@ TINY = (
 CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))
 
 
-def fast(case, builders, *args):
-    return measure_case(case, builders, CPU, 2, 0.0)
+FAST = Effort(rounds=2, seconds=0.0)
+
+
+def fast(case, builders, effort=FAST):
+    return measure_case(case, builders, CPU, effort)
 
 
 @pytest.fixture
 def quick_measure(monkeypatch):
     """Measure ours as plain PyTorch only, in two rounds of single calls; returns the names of the cases that were."""
     measured = []
-    monkeypatch.setattr(api, "backends", lambda: {"torch": "available"})
+    monkeypatch.setattr(api, "available_backends", lambda: {"torch": "available"})
 
-    def spy(case, builders, device, rounds, seconds):
+    def spy(case, builders, device, effort, tell):
         measured.append(case.name)
-        return fast(case, builders)
+        entry = fast(case, builders, dataclasses.replace(effort, rounds=2, seconds=0.0))
+        return entry | {"asked": {**entry["asked"], "rounds": effort.rounds, "seconds": effort.seconds}}
 
     monkeypatch.setattr("bench.measure.BLOCK_SECONDS", 0.0)
     monkeypatch.setattr(chips, "SIZE", {"cpu": 16})
@@ -72,8 +91,9 @@ def test_the_reference_is_computed_in_float64(case, network):
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_every_contestant_agrees_with_the_float64_reference(case):
     builders, _ = entrants(case, CPU)
-    _, contestants, facts = checked(case, builders, CPU)
+    _, contestants, facts, left_out = checked(case, builders, CPU)
     assert [contestant.name for contestant in contestants] == list(builders)
+    assert not left_out
     assert all(facts[name]["error"] <= tolerance_of(case) for name in builders)
     assert any(contestant.ours for contestant in contestants)
     assert {*case.rivals} - {"jax"} <= builders.keys()
@@ -144,14 +164,16 @@ def test_the_chips_rates_stand_in_the_same_file_and_the_report(quick_measure, mo
     assert min(*found["matrix_gflops_per_s"].values(), found["memory_gb_per_s"]) > 0
     assert run.run([CHEAP], path, CPU)["chip"] == found, "measured again"
 
-    results["chip"] = {**found, "matrix_gflops_per_s": {"float32": 200.0, "tf32": 400.0}}
-    facts = results["cases"]["cheap"]["contestants"]["torch"]
-    facts["gflops_per_s"] = 50.0
+    entry = results["cases"]["cheap"]
+    entry["chip"] = {**found, "matrix_gflops_per_s": {"float32": 200.0, "tf32": 400.0}}
+    entry["contestants"]["torch"]["gflops_per_s"] = 50.0
     assert "| 50 | 25 % |" in report.table(results)
-    results["cases"]["cheap"]["case"]["precision"] = "high"
+    entry["case"]["dtype"] = "bfloat16"
+    assert "| 50 | 25 % |" in report.table(results), "a processor's rate is that of float32"
+    results["environment"]["hardware"]["device"] = "cuda"
+    assert "| 50 |  |" in report.table(results), "no rate of that arithmetic was measured"
+    entry["case"] |= {"dtype": "float32", "precision": "high"}
     assert "| 50 | 12 % |" in report.table(results)
-    results["cases"]["cheap"]["case"]["dtype"] = "bfloat16"
-    assert "| 50 |  |" in report.table(results)
 
 
 def test_our_graphed_call_has_a_row_of_its_own(quick_measure, tmp_path):
@@ -167,7 +189,7 @@ def test_our_graphed_call_has_a_row_of_its_own(quick_measure, tmp_path):
 @pytest.mark.parametrize("kind", ["rollout", "training", "backward"])
 def test_who_takes_part_on_a_gpu(kind, monkeypatch):
     """Graphs of what is a whole call; without torch.compile and JAX where a backward pass is timed alone."""
-    monkeypatch.setattr(api, "backends", lambda: {"reference": "available", "torch": "available", "triton": "available"})
+    monkeypatch.setattr(api, "available_backends", lambda: {"reference": "available", "torch": "available", "triton": "available"})
     monkeypatch.setattr(api, "choose_backend", lambda name, z0: name)
     rivals = tuple(name for name in cases.EXTENDED if name != "jax")
     case = dataclasses.replace(ROLLOUT, kind=kind, rivals=rivals if kind != "backward" else ("eager", "manual", "baseline"))
@@ -190,11 +212,7 @@ def test_cases_of_a_gpu():
     assert all(tolerance_of(case) > 0 for case in every)
     # a name means the same problem wherever it stands
     for case in quick:
-        assert all(
-            dataclasses.replace(other, rivals=()) == dataclasses.replace(case, rivals=())
-            for other in cases.FULL
-            if other.name == case.name
-        )
+        assert all(other.problem == case.problem for other in cases.FULL if other.name == case.name)
 
 
 def test_a_gpu_that_is_not_there_is_said(capsys):
@@ -343,3 +361,475 @@ def test_a_pattern_without_a_case_says_what_there_is(capsys):
     with pytest.raises(SystemExit):
         run.main(["--only", "nonsense"])
     assert "rollout-b1-t15" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(quick_measure, monkeypatch, tmp_path):
+    """`main` with two cheap cases as the quick set, and with folders for results that are the test's own."""
+    monkeypatch.setattr(machine, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(machine, "COMMITTED", tmp_path / "committed")
+    monkeypatch.setattr(cases, "QUICK", (CHEAP, dataclasses.replace(CHEAP, name="cheap-final", states="final")))
+    return tmp_path
+
+
+def main(*arguments):
+    return run.main(["--device", "cpu", *arguments])
+
+
+def stored(folder):
+    return sorted(folder.rglob("*.json"))
+
+
+def test_a_users_results_are_kept_apart_by_machine_and_ignored_by_git(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("platform.node", lambda: "host")
+    assert main() == 0
+    (path,) = stored(checkout)
+    assert path.parent == machine.LOCAL / "host"
+    assert path.with_suffix(".md").exists()
+    assert str(path) in capsys.readouterr().err
+    ignored = (machine.HERE.parent / ".gitignore").read_text().split()
+    assert "bench/local/" in ignored
+    assert not machine.COMMITTED.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "folder"),
+    [
+        ("box.example.org", "box.example.org"), ("", "unnamed"), ("..", "unnamed"), ("a/b\\c", "a-b-c"), ("Ünï 机器", "n"),
+        ("机器", "unnamed"), (".hidden", "hidden"), ("x\n\0y", "x-y"), ("a" * 300, "a" * 64), ("--out", "out"),
+    ],
+)  # fmt: skip
+def test_a_hosts_name_becomes_a_folders(host, folder):
+    assert machine.folder_name(host) == folder
+
+
+def test_other_sources_have_a_file_of_their_own(checkout, quick_measure, monkeypatch):
+    """Neither refused nor mixed; going back to the first sources goes on with theirs."""
+    found = run.environment(CPU)
+
+    def other(device):
+        return {**found, "versions": {**found["versions"], "source": "other"}}
+
+    assert main() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "environment", other)
+        assert main() == 0
+    assert main() == 0
+    assert quick_measure == ["cheap", "cheap-final"] * 2
+    sources = {json.loads(path.read_text())["environment"]["versions"]["source"] for path in stored(checkout)}
+    assert sources == {"other", found["versions"]["source"]}
+
+
+def test_what_changes_a_time_is_part_of_the_environment(monkeypatch):
+    before = run.environment(CPU)
+    assert run.environment(CPU) == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run.environment(CPU) == before, "the number of threads says that"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("LD_PRELOAD", "/home/somebody/lib/libjemalloc.so")
+    assert machine.differences(before, run.environment(CPU)) == [
+        "variables.LD_PRELOAD was None, is libjemalloc.so",
+        "variables.ONEDNN_MAX_CPU_ISA was None, is AVX2",
+    ]
+
+
+def test_committed_results_are_written_only_when_asked_for(checkout, quick_measure, capsys):
+    path = machine.COMMITTED / "quick-cpu.json"
+    assert main("--commit-results") == 0
+    assert stored(checkout) == [path]
+    results = json.loads(path.read_text())
+    results["environment"]["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(results))
+    before = path.read_bytes()
+    assert main("--commit-results") == 1
+    assert "torch was 1.0" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main("--commit-results", "--again") == 0
+    assert json.loads(path.read_text())["environment"]["versions"]["torch"] == torch.__version__
+    (checkout / "elsewhere").mkdir()
+    assert main("--out", str(checkout / "elsewhere")) == 0
+    assert (checkout / "elsewhere" / "quick-cpu.json").exists()
+
+
+def test_the_table_grows_and_an_interrupted_run_goes_on(checkout, quick_measure, monkeypatch, capsys):
+    measure = run.measure
+
+    def interrupted(case, *args):
+        if case.name == "cheap-final":
+            raise KeyboardInterrupt
+        return measure(case, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure", interrupted)
+        assert main() == 130
+    out, err = capsys.readouterr()
+    assert "| cheap " in out
+    assert "| cheap-final" not in out
+    assert "[1/2] cheap: torch, eager, baseline;" in err
+    assert " left\n[2/2] cheap-final" in err.replace("warning", "")
+    assert "\r" not in err, "it is no terminal"
+
+    quick_measure.clear()
+    assert main() == 0
+    out, err = capsys.readouterr()
+    assert quick_measure == ["cheap-final"]
+    assert "cheap: kept, measured" in err
+    assert "| cheap-final" in out
+
+
+@pytest.mark.parametrize("change", [{"batch": 4}, {"n_steps": 5}, {"precision": "high"}])
+def test_another_problem_of_the_same_name_is_measured_again(quick_measure, tmp_path, change):
+    path = tmp_path / "r.json"
+    run.run([CHEAP], path, CPU)
+    run.run([dataclasses.replace(CHEAP, **change)], path, CPU)
+    assert quick_measure == ["cheap"] * 2
+
+
+@pytest.mark.parametrize("more", [{"rounds": 10}, {"seconds": 6.0}])
+def test_what_was_measured_less_thoroughly_is_measured_again(quick_measure, tmp_path, more):
+    path = tmp_path / "r.json"
+    run.run([CHEAP], path, CPU)
+    run.run([CHEAP], path, CPU, rounds=5, seconds=1.0)
+    assert quick_measure == ["cheap"]
+    run.run([CHEAP], path, CPU, **more)
+    assert quick_measure == ["cheap"] * 2
+
+
+class Slow:
+    """A stopwatch under which a call of a rival takes 2 s a step, or what `seconds` says of it next."""
+
+    seconds: list[float] | None = None
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, call, number=1):
+        for _ in range(number):
+            out = call()
+        steps = out[0].shape[1] - 1 if isinstance(out, list) and out and out[0].ndim == 3 else 1
+        return self.seconds.pop(0) if self.seconds else 2.0 * steps
+
+
+def test_a_rival_that_is_too_slow_is_not_timed_and_says_so(quick_measure, monkeypatch, tmp_path):
+    """One step tells, before a whole call; ours is timed however long it takes."""
+    monkeypatch.setattr("bench.measure.Stopwatch", Slow)
+    case = dataclasses.replace(CHEAP, rivals=("eager",))
+    path = tmp_path / "r.json"
+    results = run.run([case], path, CPU, longest_call=5.0)
+    entry = results["cases"]["cheap"]
+    reason = "not timed: one call of 1 step took 2 s, of 4 steps about 8 s"
+    assert entry["left_out"]["eager"] == reason
+    assert list(entry["contestants"]) == ["torch"]
+    text = report.table(results)
+    assert f"| {reason} |" in text
+    assert f"- eager: {reason} (every case)" in text
+
+    run.run([case], path, CPU, longest_call=5.0)
+    assert quick_measure == ["cheap"], "measured again for what is known"
+    run.run([case], path, CPU, longest_call=9.0)
+    assert quick_measure == ["cheap"] * 2
+    assert list(json.loads(path.read_text())["cases"]["cheap"]["contestants"]) == ["torch", "eager"]
+
+
+@pytest.mark.parametrize(("calls", "timed"), [((60.0, 1.0), True), ((60.0, 20.0), False)])
+def test_a_rival_that_compiles_is_judged_by_its_second_call(quick_measure, monkeypatch, calls, timed):
+    builders = entrants(CHEAP, CPU)[0]
+
+    def compiled(problem):
+        return dataclasses.replace(builders["eager"](problem), name="compiled")
+
+    monkeypatch.setattr("bench.measure.Stopwatch", Slow)
+    monkeypatch.setattr(Slow, "seconds", list(calls))
+    entry = fast(CHEAP, {"compiled": compiled}, dataclasses.replace(FAST, longest_call=5.0))
+    assert ("compiled" in entry["contestants"]) is timed
+    assert entry["left_out"] == ({} if timed else {"compiled": "not timed: one call took 20 s"})
+
+
+def test_a_rival_that_fails_is_left_out_by_name_and_ours_is_not(quick_measure, monkeypatch, tmp_path):
+    def broken(problem):
+        raise RuntimeError("no compiler\nand more")
+
+    real = entrants
+
+    def with_broken(case, *_):
+        return {**real(dataclasses.replace(CHEAP, rivals=("eager",)), CPU)[0], "broken": broken}, {}
+
+    monkeypatch.setattr(run, "entrants", with_broken)
+    results = run.run([CHEAP], tmp_path / "r.json", CPU)
+    assert results["cases"]["cheap"]["left_out"] == {"broken": "failed: RuntimeError: no compiler"}
+    assert "| failed |" in report.table(results)
+    run.run([CHEAP], tmp_path / "r.json", CPU)
+    assert quick_measure == ["cheap"]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        fast(CHEAP, {"cpp": broken})
+
+
+def test_a_budget_cuts_rounds_and_whole_cases():
+    contestants = [Contestant(name, lambda: []) for name in "ab"]
+    times = time_interleaved(contestants, 9, 60.0, CPU, most=0.0)
+    assert {len(t) for t in times.values()} == {FEWEST_ROUNDS}
+    assert {len(t) for t in time_interleaved(contestants, 2, 0.0, CPU, most=0.0).values()} == {2}
+    assert time_interleaved([], 9, 60.0, CPU) == {}
+
+
+def test_cases_that_no_time_is_left_for_are_named(checkout, quick_measure, monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "elapsed", lambda self: 1e6 * len(quick_measure))
+    assert main("--minutes", "5") == 0
+    assert quick_measure == ["cheap"]
+    said = "Not measured, since the time was over: cheap-final. The same command goes on"
+    assert said in capsys.readouterr().out
+    (path,) = stored(checkout)
+    assert said in path.with_suffix(".md").read_text()
+    monkeypatch.setattr(Progress, "elapsed", lambda self: 0.0)
+    assert main("--minutes", "5") == 0
+    assert quick_measure == ["cheap", "cheap-final"]
+    assert "Not measured" not in capsys.readouterr().out + path.with_suffix(".md").read_text()
+
+
+def test_the_time_left_is_scaled_by_what_cases_took(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress({}, limit=50.0, stream=io.StringIO())
+    progress.plan({"cheap": 2.0, "b": 4.0, "c": 4.0})
+    assert progress.share("cheap") == 10.0
+    progress.start(CHEAP, ["torch"])
+    now[0] += 6
+    progress.done(CHEAP, measured=True)
+    assert progress.left() == 24.0
+    now[0] += 30
+    assert progress.left() == 14.0, "no more than planned"
+    assert not progress.late()
+    now[0] += 20
+    assert progress.late()
+    assert progress.times() == "56 s gone, longer than planned, about 24 s left"
+
+
+def test_a_terminals_line_is_taken_away_before_the_next_whole_one(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("bench.progress.TICK", -1.0)
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = Progress({"cheap": 1.0}, stream=stream)
+    progress.start(CHEAP, ["torch"])
+    progress.tell("checking torch, which is a long text for a narrow terminal")
+    progress.say("done")
+    first, rest = stream.getvalue().split("\n", 1)
+    assert first.startswith("[1/1] cheap: torch")
+    _, line, blank, last = rest.split("\r")
+    assert len(line) == len(blank) == 39
+    assert not blank.strip()
+    assert last == "done\n"
+
+
+def another(results, **hardware):
+    """The results as if measured elsewhere."""
+    copy = json.loads(json.dumps(results))
+    copy["environment"]["hardware"] |= hardware
+    return copy
+
+
+def test_the_committed_result_stands_beside_with_its_machine(checkout, capsys):
+    path = checkout / "r.json"
+    results = run.run([CHEAP], path, CPU)
+    machine.COMMITTED.mkdir()
+
+    def commit(name, found):
+        (machine.COMMITTED / name).write_text(json.dumps(found))
+
+    commit("a.json", another(results, processor="Alpha"))
+    commit("quick-cpu.json", another(results, processor="Beta"))
+    commit("gpu.json", another(results, device="cuda", gpu="Card"))
+    commit("broken.json", {})
+    wanted = dict(name="quick-cpu", folder=machine.COMMITTED)
+    beside = report.committed(results["environment"], [CHEAP], **wanted)
+    assert beside["cheap"].label == "committed: Beta", "the file of the same name"
+    assert "broken.json is no results file" in capsys.readouterr().err
+    commit("z.json", another(results))
+    beside = report.committed(results["environment"], [CHEAP], **wanted)
+    assert beside["cheap"].file == "z.json", "the same processor"
+    assert not report.committed(results["environment"], [dataclasses.replace(CHEAP, batch=4)], **wanted)
+
+    beside = {"cheap": dataclasses.replace(beside["cheap"], environment=another(results, processor="Beta")["environment"])}
+    text = report.table(results, beside)
+    assert "| cheap | torch |" in text
+    assert "| committed: Beta | torch |" in text
+    assert '"committed: Beta" was not measured here. It is of bench/results/z.json: Beta, ' in text
+    assert report.beside_of(path, results)
+    assert not report.beside_of(machine.COMMITTED / "z.json", results), "it stands in its own table"
+
+
+def test_every_committed_result_can_be_read_and_compared():
+    paths = sorted((Path(report.__file__).parent / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        results = report.read(path)
+        for comparison in against.compare(results, json.loads(json.dumps(results)) | {"chip": None}, results["cases"]):
+            assert comparison.reason == "it is the same measurement"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"environment": {}, "cases": {}}', '{"environment": 1, "cases": 2}', "\0", "9" * 5000,
+     "[" * 100_000, '{"cases": {"x": {"case": {"flavour": 1}}}}'],
+)  # fmt: skip
+def test_a_file_that_is_no_result_is_refused_with_a_message(checkout, content, capsys):
+    path = checkout / "r.json"
+    path.write_text(content)
+    assert main("--out", str(path)) == 1
+    assert "error: " in capsys.readouterr().err
+    assert path.read_text() == content
+    assert main("--against", str(path)) == 1
+    assert report.main([str(path)]) == 1
+    assert main("--out", str(path), "--again") == 0
+    assert report.main([str(path)]) == 0
+
+
+def test_two_runs_do_not_write_one_file(checkout, capsys):
+    path = checkout / "r.json"
+    with run._alone(path):
+        assert main("--out", str(path)) == 1
+    assert "another run is writing" in capsys.readouterr().err
+    assert main("--out", str(path)) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(checkout, quick_measure, capsys):
+    (checkout / "file").write_text("")
+    assert main("--out", str(checkout / "file" / "r.json")) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert not quick_measure
+
+
+def test_a_closed_output_loses_nothing(checkout, quick_measure, monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    path = checkout / "r.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert main("--out", str(path)) == 1
+    assert "Broken pipe; the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main("--out", str(path)) == 0
+    assert quick_measure == ["cheap", "cheap-final"]
+
+
+def test_an_output_that_lacks_characters_gets_others(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    prepare_streams()
+    print("Intel\u00ae", flush=True)
+    assert raw.getvalue() == b"Intel?\n"
+
+
+def test_without_matplotlib_there_is_the_table(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(cases, "QUICK", (CHEAP, dataclasses.replace(CHEAP, name="more", batch=4, n_steps=15),
+                                         dataclasses.replace(CHEAP, name="most", batch=5, n_steps=15)))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main() == 0
+    assert "no plots: " in capsys.readouterr().err
+    assert "| cheap |" in stored(checkout)[0].with_suffix(".md").read_text()
+    assert not list(checkout.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rounds", "0"], ["--rounds", "x"], ["--seconds", "nan"], ["--seconds", "-1"], ["--threads", "0"],
+        ["--minutes", "inf"], ["--longest-call", "0"], ["--tolerance", "0.1"], ["--tolerance", "-1", "--against", "x"],
+        ["--device", "nonsense"], ["--device", "meta"], ["--out", "table.md"], ["--out", "a.json", "--commit-results"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_options_that_cannot_be_used(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def entry_of(**ratios):
+    """An entry in which each rival takes so many times as long as cpp."""
+    return {"case": dataclasses.asdict(CHEAP), "ratios": {"cpp": ratios}, "left_out": {}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "factor"),
+    [
+        ({"eager": 4.0}, {"eager": 2.0}, 2.0),
+        ({"eager": 2.0}, {"eager": 4.0}, 0.5),
+        # one rival that has become another is outvoted
+        ({"eager": 2.0, "manual": 3.0, "jax": 4.0}, {"eager": 2.0, "manual": 3.0, "jax": 1.0}, 1.0),
+        # contestants of our own are no yardstick, nor is a rival of one run only
+        ({"eager": 2.0, "torch": 9.0, "func": 9.0}, {"eager": 2.0, "torch": 3.0, "jax": 1.0}, 1.0),
+    ],
+)
+def test_what_is_compared_with_an_earlier_run(before, now, factor):
+    (found,) = against.compare({"cases": {"cheap": entry_of(**before)}}, {"cases": {"cheap": entry_of(**now)}}, ["cheap"])
+    assert found.factor == factor
+    assert found.slower(0.1) is (factor > 1.1)
+    _, holds = against.told([found], 0.1, "FILE")
+    assert holds is (factor <= 1.1)
+
+
+def test_nothing_compared_is_no_success():
+    old = entry_of(eager=2.0)
+    other = entry_of(eager=3.0) | {"case": dataclasses.asdict(dataclasses.replace(CHEAP, batch=9))}
+    for now in (old, other, entry_of(jax=2.0)):
+        text, holds = against.told(against.compare({"cases": {"cheap": old}}, {"cases": {"cheap": now}}, ["cheap"]), 0.1, "F")
+        assert not holds
+        assert "nothing could be compared" in text
+    assert against.told([], 0.1, "F")[1] is False
+    lost = entry_of() | {"ratios": {"torch": {"eager": 1.0}}, "left_out": {"cpp": "was not built"}}
+    for now in ({"cheap": lost}, {}):
+        found = against.compare({"cases": {"cheap": old}}, {"cases": now}, ["cheap"])
+        good = against.Comparison("b", "cpp", 1.0, "relative to eager")
+        assert not against.told([good, *found], 0.1, "F")[1]
+
+
+def test_against_a_file_exits_with_1_on_a_regression(checkout, capsys):
+    assert main() == 0
+    (path,) = stored(checkout)
+    results = json.loads(path.read_text())
+    for name, scale in (("same", 1.0), ("better", 2.0)):
+        for entry in results["cases"].values():
+            entry["ratios"]["torch"] = {rival: ratio * scale for rival, ratio in entry["ratios"]["torch"].items()}
+            entry["date"] = "earlier"
+        (checkout / f"{name}.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert main("--against", str(checkout / "same.json")) == 0
+    assert "ok           cheap torch: 1.00, relative to eager, baseline" in capsys.readouterr().out
+    assert main("--against", str(checkout / "better.json")) == 1
+    assert "SLOWER       cheap torch: 2.00" in capsys.readouterr().out
+    assert main("--against", str(checkout / "better.json"), "--tolerance", "1.01") == 0
+    assert main("--against", str(path)) == 1
+    assert "it is the same measurement" in capsys.readouterr().out
+    assert main("--against", str(checkout / "absent.json")) == 1
+    assert "results file not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rollout", "training", "backward"])
+def test_arithmetic_is_counted_as_pytorch_counts_it(kind):
+    """Of the steps alone, in the hand-written code: its products with the first layer, of 32 and 16 columns a gradient, are
+    as large as ours with K, of 48."""
+
+    def counted(n_steps):
+        case = dataclasses.replace(ROLLOUT, kind=kind, n_steps=n_steps, latent_dim=32, hidden_dims=(48, 32, 16))
+        problem = make_problem(case)
+        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with forward, torch.set_grad_enabled(kind != "rollout"):
+            states = manual_rollout(problem)[0]
+        total = 0 if kind == "backward" else forward.get_total_flops()
+        if kind != "rollout":
+            with backward:
+                torch.autograd.grad(states[:, -1].sum(), problem.parameters, allow_unused=True)
+            total += backward.get_total_flops()
+        # H at each gradient, of which it is no part
+        energies = n_steps * 3 * 2 * case.batch * 16 if kind == "training" else 0
+        return case.flops, total - energies
+
+    (few, few_counted), (many, many_counted) = counted(3), counted(6)
+    assert many - few == many_counted - few_counted

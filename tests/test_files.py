@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +102,73 @@ class TestConfig:
     def test_what_does_not_fit_is_named(self, values, message):
         with pytest.raises(UsageError, match=message.replace("(", r"\(")):
             Config.from_dict(values, "x")
+
+
+class TestLocks:
+    def test_the_content_is_on_the_disk_before_the_name(self, tmp_path, monkeypatch):
+        done = []
+        fsync, replace = os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+        monkeypatch.setattr(Path, "replace", lambda self, target: done.append("renamed") or replace(self, target))
+        files.write_text(tmp_path / "x.txt", "text")
+        written, renamed, folder = done
+        assert Path(written).name.startswith(files.PARTIAL)
+        assert renamed == "renamed"
+        assert Path(folder) == tmp_path
+
+    def test_one_holder_at_a_time(self, tmp_path):
+        folder = tmp_path / "deep" / "folder"
+        message = f"{folder} is in use: process {os.getpid()} on .* writes into it. Wait until that has ended"
+        with files.locked(folder):
+            files.write_text(folder / "x", "")
+            with pytest.raises(HJEPAError, match=message), files.locked(folder):
+                pass
+            with pytest.raises(HJEPAError, match=message):
+                files.refuse_if_locked(folder)
+        files.refuse_if_locked(folder)
+        files.refuse_if_locked(tmp_path)
+        with files.locked(folder):
+            pass
+        assert sorted(path.name for path in folder.iterdir()) == [files.LOCK, "x"]
+
+    def test_a_new_folder_that_nothing_was_written_into_goes_again(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), files.locked(tmp_path / "new"):
+            raise KeyboardInterrupt
+        assert not list(tmp_path.iterdir())
+
+    def test_only_unfinished_files_of_this_package_are_removed(self, tmp_path):
+        names = {".partial-a1b2c3_z.json", ".partial-abcdefgh"}
+        kept = {".partial-report.json", "x.partial-abcdefgh", ".partial-abcdefgh.tar.gz", "partial-abcdefgh.json"}
+        for name in names | kept:
+            (tmp_path / name).write_text("")
+        (tmp_path / ".partial-folder__").mkdir()
+        with files.locked(tmp_path):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == kept | {".partial-folder__", files.LOCK}
+
+    def test_a_place_that_cannot_be_written(self):
+        for folder in ("/proc", "/proc/none"):
+            with pytest.raises(HJEPAError, match=f"cannot write into {folder}: "), files.locked(folder):
+                pass
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        import filelock
+
+        def no_locks(*_, **__):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+        with pytest.warns(UserWarning, match="without locks: see that nothing else writes there"), files.locked(tmp_path):
+            files.write_text(tmp_path / "x", "")
+
+    def test_a_folder_that_only_is_read_perhaps(self, tmp_path, monkeypatch):
+        import filelock
+
+        def refused(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+        with files.locked(tmp_path, needed=False):
+            pass
+        with pytest.raises(HJEPAError, match="cannot write into .*: Read-only file system"), files.locked(tmp_path):
+            pass

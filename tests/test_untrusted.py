@@ -570,6 +570,9 @@ class TestRunFolders:
                 with pytest.raises(HJEPAError, match=f"x: expected floating-point numbers .* in '{name}'"):
                     schemas.check_arrays(summary, changed, zoo.MODELS.keys() | {"persistence"}, "x")
         files.save_tensors(run.arrays, {"x": torch.zeros(1)}, metadata)
+        with pytest.raises(HJEPAError, match="is not what .*summary.json was made with"):
+            draw(run)
+        files.write_text(run.summary, json.dumps(summary | {"arrays_sha256": None}))  # as an older version wrote it
         with pytest.raises(HJEPAError, match="'true/example', found absent"):
             draw(run)
 

@@ -157,6 +157,8 @@ struct Memory {
   T* take(i64 n) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += (n * i64(sizeof(T)) + 63) / 64 * 64;
+    if (base) HJEPA_FORBID(base + used);
+    used += FORBIDDEN;
     return piece;
   }
 };
@@ -167,6 +169,7 @@ void lay_out(Team& team, F f) {
   Memory counted;
   f(counted);
   Memory memory{static_cast<char*>(team.scratch(counted.used))};
+  HJEPA_ALLOW(memory.base, counted.used);
   f(memory);
 }
 

@@ -108,7 +108,7 @@ void dismiss_if_slow(Barrier& barrier, i64 step) {
 bool dismissed(Barrier& barrier, i64 step) { return step >= barrier.last_step.load(std::memory_order_relaxed); }
 
 struct Pool {
-  const bool forked;
+  const bool own_threads;
   std::mutex in_use;
   void* memory = nullptr;
   std::size_t bytes = 0;
@@ -150,8 +150,15 @@ struct Pool {
 
 namespace {
 
+// A thread sanitizer does not see how the threads of an OpenMP that was built without it wait for each other.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool OWN_THREADS = true;
+#else
+constexpr bool OWN_THREADS = false;
+#endif
+
 // Never destroyed: workers may still wait when the process ends.
-std::atomic<Pool*> the_pool{new Pool{false}};
+std::atomic<Pool*> the_pool{new Pool{OWN_THREADS}};
 
 // A forked child has none of the threads, and perhaps a lock that nobody will release. Known from the moment the library
 // is loaded, so that it holds for children of a process that has not used it yet.
@@ -173,7 +180,7 @@ Team::Team(int n_threads, double work) : short_(work < SHORT_CALL) {
   Pool& shared = *the_pool;
   if (!shared.in_use.try_lock()) return;
   pool_ = &shared;
-  size_ = n_threads > 1 && shared.forked ? shared.grow(n_threads) : n_threads;
+  size_ = n_threads > 1 && shared.own_threads ? shared.grow(n_threads) : n_threads;
 }
 
 Team::~Team() {
@@ -210,7 +217,7 @@ void* Team::scratch(std::size_t bytes) {
 
 void Team::run(void (*f)(void*, int), void* context) {
   if (size_ == 1) return f(context, 0);
-  if (!pool_->forked) {
+  if (!pool_->own_threads) {
     using Clock = std::chrono::steady_clock;
     const auto caller = std::this_thread::get_id();
     Clock::time_point finished = Clock::now();

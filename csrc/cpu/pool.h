@@ -11,7 +11,7 @@ namespace hjepa_fast {
 // one thread: the caller's own, which then does every task in turn.
 //
 // These are PyTorch's threads: after an operation of PyTorch they keep spinning for milliseconds, and any others would
-// compete with them for the cores. In a forked child, where PyTorch's wait for ever, they are this library's own.
+// compete with them for the cores. In a forked child, where PyTorch's may wait for ever, they are this library's own.
 //
 // PyTorch returns only when all its threads have been there, even to find nothing left. Where other processes want the cores
 // that takes as long as the system lets those run, often longer than a short call. After such a call the next short ones go

@@ -3,10 +3,25 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace hjepa_fast {
 
 using i64 = std::int64_t;
+
+// A call's memory is one block, in which an address sanitizer sees no pieces: there each is followed by some bytes, of which it
+// reports any use until the block is laid out anew.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr i64 FORBIDDEN = 64;
+#define HJEPA_FORBID(from) __asan_poison_memory_region(from, FORBIDDEN)
+#define HJEPA_ALLOW(from, bytes) __asan_unpoison_memory_region(from, bytes)
+#else
+constexpr i64 FORBIDDEN = 0;
+#define HJEPA_FORBID(from) (void)0
+#define HJEPA_ALLOW(from, bytes) (void)0
+#endif
 
 constexpr int MAX_LAYERS = 32;
 // Rows of a weight matrix are divided into this many blocks, whatever the number of threads, so that sums over blocks do

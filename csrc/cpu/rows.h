@@ -349,6 +349,7 @@ i64 forward_scratch(const Problem<T>& p, i64 rows, int crew_size) {
 
 template <class P, class T>
 void forward(const Problem<T>& p, i64 row, i64 rows, int thread, int crew_size, Barrier* barrier, T* scratch) {
+  HJEPA_ALLOW(scratch, (forward_scratch<P>(p, rows, crew_size) * sizeof(T)));  // an earlier tile had other rows
   Pieces<T> pieces{scratch};
   Crew crew{barrier, thread, crew_size};
   ForwardTile<P>(p, crew, rows, pieces).run(row, rows);

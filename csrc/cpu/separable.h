@@ -302,6 +302,7 @@ i64 separable_forward_scratch(const Separable<T>& p, i64 rows) {
 
 template <class P, class T>
 void separable_forward(const Separable<T>& p, i64 row, i64 rows, T* scratch) {
+  HJEPA_ALLOW(scratch, (separable_forward_scratch<P>(p, rows) * sizeof(T)));  // as in rows.h
   Pieces<T> pieces{scratch};
   SeparableForward<P>(p, rows, pieces).run(row, rows);
 }

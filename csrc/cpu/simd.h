@@ -118,6 +118,8 @@ struct Pieces {
   T* take(i64 n) {
     T* piece = base ? base + used : nullptr;
     used += round_up(n, 64 / sizeof(T));
+    if (base) HJEPA_FORBID(base + used);
+    used += FORBIDDEN / sizeof(T);
     return piece;
   }
 };

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forks  # noqa: F401  (keeps PyTorch's threads usable in a forked child)
 from ..activations import Activation
 from ..schemes import SubStep
 

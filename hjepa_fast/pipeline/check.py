@@ -18,8 +18,10 @@ from ..errors import LatentError, UsageError
 from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
-from .figures import COLORS, new_figure, save
+from .figures import COLORS, check_available, new_figure, own_style, save
 from .latents import read_latents
+from .run_folder import output
+from .train import how_trained, load_identified
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +44,8 @@ _LEGEND = (
     "order: slope of the error against dt; energy growth: the energy error of the last tenth of the steps over that of the\n"
     "second tenth; gradients: difference from finite differences."
 )
+SUFFIXES = (".json", ".png", ".pdf")
+"""Of the files that a check writes."""
 _POINTS = 200
 """Steps of the energy drift that the JSON file holds."""
 
@@ -100,7 +104,10 @@ def check(
         Latents of another size, or of another encoder than the model's.
     CheckpointError
         The checkpoint cannot be read.
+    HJEPAError
+        Another process writes into the run that `out` lies in, or a file cannot be written.
     """
+    check_available()
     if n_states < 1:
         raise UsageError(f"a check needs at least 1 state, found {n_states}")
     if n_steps < diagnostics.PIECES:
@@ -110,7 +117,9 @@ def check(
     for name in integrators or ():
         if name not in api.INTEGRATORS:
             raise UsageError(f"integrator must be one of {', '.join(api.INTEGRATORS)}; found {name!r}")
-    loaded = checkpoints.load(checkpoint)
+    with output(out, SUFFIXES, (checkpoint, latents)):
+        pass  # refused before anything is measured
+    loaded, digest = load_identified(checkpoint)
     model = checkpoints.restore(loaded, checkpoint).eval()
     title = zoo.title(loaded.facts["model"], model)
     if not isinstance(model, SymplecticIntegrator):
@@ -128,9 +137,18 @@ def check(
         raise UsageError(f"{checkpoint} cannot be checked so: {error}") from error
 
     about = f"{title}, {loaded.facts['latent_dim']} dimensions, dt {reports[0].dt:.4g}, {len(z0)} {source}"
+    trained = how_trained(checkpoint, loaded.facts)
+    about += f"; {trained}" if trained else ""
     json_path = out.with_name(f"{out.name}.json")
-    files.write_json(json_path, {"checkpoint": checkpoint.name, "states": f"{len(z0)} {source}"} | summary(reports))
-    paths = [json_path, *save(check_figure(reports, about), out)]
+    of = {
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": digest,
+        "model": loaded.facts["model"],
+        "trained": trained,
+    }
+    with output(out, SUFFIXES, (checkpoint, latents)):
+        files.write_json(json_path, of | {"states": f"{len(z0)} {source}"} | summary(reports))
+        paths = [json_path, *save(check_figure(reports, about), out)]
     text = "\n\n".join((about, f"{table(reports)}\n{_LEGEND}", *map(diagnostics.plain_words, reports)))
     return Check(text, reports, paths)
 
@@ -149,6 +167,7 @@ def summary(reports: Sequence[Report]) -> dict[str, Any]:
     return {"integrators": [_plain(report) for report in reports]}
 
 
+@own_style
 def check_figure(reports: Sequence[Report], title: str) -> Figure:
     """Energy drift against steps, errors against step size with their slopes, and the defects beside what is let pass."""
     figure, axes = new_figure(title, 1, 3, 14, 4.2)

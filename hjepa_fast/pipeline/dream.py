@@ -16,8 +16,13 @@ from ..integrators import SymplecticIntegrator
 from . import checkpoints, encoder_files, files, zoo
 from .config import OFFLINE_ENCODER, EncodeConfig, shown
 from .encoders import resolve_device
-from .figures import dream_figure, save
+from .figures import check_available, dream_figure, save
 from .latents import Latents, encode_videos, read_latents
+from .run_folder import output
+from .train import how_trained, load_identified
+
+SUFFIXES = (".safetensors", ".png", ".pdf")
+"""Of the files that a dream writes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ def dream(
     """
     if n_steps < 1:
         raise UsageError(f"a dream needs at least 1 step, found {n_steps}")
-    loaded = checkpoints.load(checkpoint)
+    check_available()
+    with output(out, SUFFIXES, (checkpoint, latents, video)):
+        pass  # refused before anything is computed
+    loaded, digest = load_identified(checkpoint)
     model = checkpoints.restore(loaded, checkpoint).eval()
     if video is not None:
         source = video
@@ -102,14 +110,18 @@ def dream(
         else:
             states = model.rollout(z0[None], n_steps)[0]
     states = states.cpu()
+    trained = how_trained(checkpoint, loaded.facts)
     title = f"{zoo.title(loaded.facts['model'], model)}: {n_steps} steps from {source.name}, latent {index}"
+    title += f"; {trained}" if trained else ""
     finite = states.isfinite().all(dim=1)
     if not finite.all():
         raise HJEPAError(f"{title}: the rollout is not finite from step {int((~finite).nonzero()[0])} on; take fewer --steps")
-    paths = save(dream_figure(states, H, title), out)
     tensors = {"states": states * loaded.std + loaded.mean} | ({} if H is None else {"energy": H})
     tensor_path = out.with_name(f"{out.name}.safetensors")
-    files.save_tensors(tensor_path, tensors, {"checkpoint": str(checkpoint.name), "source": source.name})
+    of = {"checkpoint": checkpoint.name, "checkpoint_sha256": digest, "trained": trained, "source": source.name}
+    with output(out, SUFFIXES, (checkpoint, latents, video)):
+        files.save_tensors(tensor_path, tensors, of)
+        paths = save(dream_figure(states, H, title), out)
     text = f"{title}; mean step length {states.diff(dim=0).norm(dim=1).mean():.4g}"
     if H is not None:
         text += f", largest energy drift {(H - H[0]).abs().max():.4g}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +16,11 @@ from torch import Tensor
 
 from ..errors import HJEPAError, MissingDependencyError
 from . import checkpoints, files, zoo
+from .encoder_files import file_sha256
 from .evaluate import PERSISTENCE
 from .latents import load_latents
+from .tables import unfinished
+from .train import standing
 from .videos import find_videos, load_ground_truth, middle_frame
 
 if TYPE_CHECKING:
@@ -21,6 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .run_folder import Run
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Okabe and Ito's palette, distinguishable with any colour vision
 COLORS = {
@@ -45,25 +55,131 @@ LARGEST = 1e30
 """What a rollout that diverges goes on to is not drawn."""
 
 
+def check_available() -> None:
+    """Refuse at once what would fail when figures are drawn, perhaps after hours.
+
+    Raises
+    ------
+    MissingDependencyError
+        Matplotlib is not installed.
+    HJEPAError
+        It cannot be imported.
+    """
+    _matplotlib()
+
+
+def _matplotlib() -> Any:
+    """Matplotlib, whatever backend the environment names; for the rest of the process that backend stays."""
+    backend = os.environ.get("MPLBACKEND")
+    first = "matplotlib" not in sys.modules
+    try:
+        with _without("MPLBACKEND"):  # the import fails with a name that it does not know
+            import matplotlib
+            from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401  what savefig would import
+    except ImportError as error:
+        raise MissingDependencyError("figures need matplotlib: pip install 'hjepa_fast[pipeline]'") from error
+    except Exception as error:  # such as a matplotlibrc that cannot be read
+        raise HJEPAError(f"matplotlib cannot be imported: {type(error).__name__}: {error}") from error
+    if first and backend is not None:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
+
+
+@contextlib.contextmanager
+def _without(variable: str) -> Iterator[None]:
+    """The environment without a variable."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@contextlib.contextmanager
+def _defaults() -> Iterator[None]:
+    matplotlib = _matplotlib()
+    # the date is left out, and one that is no number is an error
+    with matplotlib.rc_context(), _without("SOURCE_DATE_EPOCH"):
+        matplotlib.rcdefaults()
+        yield
+
+
+def own_style(function: Callable[P, T]) -> Callable[P, T]:
+    """Let `function` draw with matplotlib's own defaults: a user's matplotlibrc changes no figure, nor does it see a change."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _defaults():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def draw(run: Run) -> list[Path]:
     """Draw every figure that the run has data for, as PNG and PDF in its folder `figures`.
+
+    Labels say which models' training did not end.
 
     Raises
     ------
     HJEPAError
-        The run was not evaluated, or by a version whose evaluation held less.
+        The run was not evaluated, or by a version whose evaluation held less, or it was trained since; or another process
+        writes into it.
     MissingDependencyError
         Matplotlib is not installed.
     """
+    read_summary(run)  # a folder that is no run is left as it is
+    with run.locked():
+        return draw_locked(run)
+
+
+def read_summary(run: Run) -> dict[str, Any]:
+    """The run's `summary.json`, if it is of the models that the run holds now.
+
+    An older version did not say how far each model got; what the checkpoints say is added then.
+
+    Raises
+    ------
+    HJEPAError
+        It is missing, of an older version that measured less, or not of these models.
+    """
     from . import schemas
 
-    summary = files.read_json(run.summary, "the run's summary (run 'hjepa-fast evaluate' first)")
-    arrays, _ = files.load_tensors(run.arrays, "the run's evaluation (run 'hjepa-fast evaluate' first)")
+    summary: dict[str, Any] = files.read_json(run.summary, "the run's summary (run 'hjepa-fast evaluate' first)")
+    again = f"run 'hjepa-fast evaluate {run.root}' again"
     if isinstance(summary, dict) and "integrators" not in summary:
-        raise HJEPAError(f"{run.root} was evaluated by an older version: run 'hjepa-fast evaluate {run.root}' again")
+        raise HJEPAError(f"{run.root} was evaluated by an older version: {again}")
     summary = schemas.check(schemas.Summary, summary, str(run.summary))
-    schemas.check_arrays(summary, arrays, COLORS, str(run.arrays))
     rows = {row["name"]: row for row in summary["models"]}
+    for name, path in run.trained().items():
+        found, digest = standing(run.model(name)), summary["checkpoints"].get(name)
+        same = name in rows and all(rows[name].setdefault(key, value) == value for key, value in found.items())
+        if not same or digest not in (None, file_sha256(path)):
+            raise HJEPAError(f"{name} was trained after {run.summary} was written: {again}")
+    missing = [name for name in run.asked() if name not in run.trained() and name not in rows]
+    if summary["missing"] is None:  # of an older version
+        summary["missing"] = missing
+    if summary["missing"] != missing:
+        raise HJEPAError(f"other models were to be trained since {run.summary} was written: {again}")
+    return summary
+
+
+@own_style
+def draw_locked(run: Run) -> list[Path]:
+    """`draw` for who holds the run's lock."""
+    from . import schemas
+
+    summary = read_summary(run)
+    arrays, _ = files.load_tensors(run.arrays, "the run's evaluation (run 'hjepa-fast evaluate' first)")
+    if summary["arrays_sha256"] not in (None, file_sha256(run.arrays)):
+        raise HJEPAError(f"{run.arrays} is not what {run.summary} was made with: run 'hjepa-fast evaluate {run.root}' again")
+    schemas.check_arrays(summary, arrays, COLORS, str(run.arrays))
+    rows = {
+        row["name"]: row | {"title": row["title"] + ("" if row.get("finished", True) else f" ({row['epochs_done']} epochs)")}
+        for row in summary["models"]
+    }
     arrays = {name: torch.where(values.abs() < LARGEST, values, torch.nan) for name, values in arrays.items()}
     written = []
     for name, figure in (
@@ -75,37 +191,39 @@ def draw(run: Run) -> list[Path]:
         ("dataset", _dataset(run)),
     ):
         if figure is not None:
-            figure.suptitle(f"{figure.get_suptitle()}\n{_caption(summary)}", fontsize=10)
+            figure.suptitle(f"{figure.get_suptitle()}\n{_caption(summary)}", fontsize=10, parse_math=False)
             written += save(figure, run.figures / name)
     return written
 
 
+@own_style
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as PNG and PDF, atomically."""
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".pdf")]
     for path in paths:
         with files.atomic_path(path) as temporary:
+            pdf = path.suffix == ".pdf"
             # no creation date: the same run gives the same file
-            figure.savefig(temporary, dpi=130, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+            metadata = {"CreationDate": None} if pdf else None
+            figure.savefig(temporary, dpi=130, metadata=metadata, backend="pdf" if pdf else "agg")
     return paths
 
 
 def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure without pyplot's global state, and its axes [n_rows, n_columns]."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("figures need matplotlib: pip install 'hjepa_fast[pipeline]'") from error
+    """A figure without pyplot's global state, and its axes [n_rows, n_columns]; for a function with `own_style`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.title.set_fontsize(9)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a file's name may hold dollar signs
     return figure, axes
 
 
+@own_style
 def dream_figure(states: Tensor, energy: Tensor | None, title: str) -> Figure:
     """A free rollout [n + 1, d]: its path in the plane of its two largest components, step lengths, energy [n + 1]."""
     figure, axes = new_figure(title, 1, 2 if energy is None else 3, 10.5, 3.6)
@@ -123,7 +241,9 @@ def dream_figure(states: Tensor, energy: Tensor | None, title: str) -> Figure:
 
 def _caption(summary: dict[str, Any]) -> str:
     scale = "standardised" if summary["standardized"] else "raw"
-    return f"encoder: {summary['encoder']}; {scale} latents; split by {summary['split']}; {summary['n_test']} test windows"
+    about = f"encoder: {summary['encoder']}; {scale} latents; split by {summary['split']}; {summary['n_test']} test windows"
+    open_ended = unfinished(summary)
+    return about + (f"\nTRAINING IS NOT FINISHED: {'; '.join(open_ended)}" if open_ended else "")
 
 
 def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-") -> None:
@@ -233,8 +353,7 @@ def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Fi
         last = path.with_name("last.safetensors")
         history = checkpoints.load(last if last.exists() else path).facts["history"]
         epochs = [row["epoch"] for row in history]
-        # a model may have been trained since the evaluation
-        title = rows[name]["title"] if name in rows else zoo.MODELS[name].title
+        title = rows[name]["title"]
         axes[1, 1].semilogy(epochs, [row["test_mse"] for row in history], color=COLORS[name], label=title, lw=1.4)
         axes[1, 1].semilogy(epochs, [row["train_mse"] for row in history], ":", color=COLORS[name], lw=1)
     axes[1, 1].set(xlabel="epoch", ylabel="MSE", title="training (dotted) and test error")
@@ -268,7 +387,7 @@ def _dataset(run: Run) -> Figure | None:
     figure, axes = new_figure("Dataset diversity", 2 if shown else 1, max(len(shown), 2), 11, 5.8 if shown else 3.4)
     for axis, path in zip(axes[0], shown, strict=False):
         axis.imshow(middle_frame(path))  # synthetic videos all start alike
-        axis.set_title(path.stem, fontsize=8)
+        axis.set_title(path.stem, fontsize=8, parse_math=False)
         axis.set_axis_off()
     below = axes[-1]
     truths = [truth for truth in map(load_ground_truth, paths) if truth is not None]

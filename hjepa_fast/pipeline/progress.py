@@ -1,9 +1,12 @@
-"""Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: a bar on a terminal, a line now and then elsewhere. Where it cannot be shown, work goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -35,13 +38,24 @@ class Progress:
                 return self
             self._tqdm = tqdm
             self._start = self._last = time.monotonic()
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=self.total, desc=self.description, unit=self.unit, file=sys.stderr, dynamic_ncols=True)
+            if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
+                with self._shown_if_possible():
+                    self._bar = tqdm(
+                        total=self.total, desc=self.description, unit=self.unit, file=sys.stderr, dynamic_ncols=True
+                    )
         return self
+
+    @contextlib.contextmanager
+    def _shown_if_possible(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # the terminal or pipe is gone, or closed
+            self._bar = self._tqdm = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._shown_if_possible():
+                self._bar.close()
         elif self._tqdm is not None:
             self._print_line()
         self._tqdm = self._bar = None
@@ -52,8 +66,9 @@ class Progress:
         shown = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items())
         self._fields = ", ".join(shown)
         if self._bar is not None:
-            self._bar.set_postfix_str(self._fields, refresh=False)
-            self._bar.update(n)
+            with self._shown_if_possible():
+                self._bar.set_postfix_str(self._fields, refresh=False)
+                self._bar.update(n)
         elif self._tqdm is not None and time.monotonic() - self._last >= LINE_INTERVAL:
             self._print_line()
 
@@ -70,4 +85,5 @@ class Progress:
         line = self._tqdm.format_meter(
             self.done, self.total, elapsed, ncols=0, prefix=self.description, unit=self.unit, postfix=self._fields or None
         )
-        print(line, file=sys.stderr, flush=True)
+        with self._shown_if_possible():
+            print(line, file=sys.stderr or io.StringIO(), flush=True)

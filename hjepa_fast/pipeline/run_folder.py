@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import HJEPAError
+from ..errors import HJEPAError, UsageError
 from . import files, zoo
 from .config import Config
 
@@ -66,6 +68,23 @@ class Run:
                 raise HJEPAError(f"{item} is a link that leads out of the run's folder, to {os.path.realpath(item)}: delete it")
         return path
 
+    def asked(self) -> list[str]:
+        """Every model that was to be trained here, in the zoo's order: those with a folder, which `start` makes."""
+        return [name for name in zoo.MODELS if self.model(name).is_dir()]
+
+    def owns(self, path: Path) -> bool:
+        """Whether `path` is one of the files that the run consists of, or lies among its videos or latents."""
+        results = {self.config, self.inputs, self.arrays, self.summary, self.table}
+        checkpoint = path.parent.parent == self.root / "models" and path.stem in ("best", "last", "history")
+        return path in results or checkpoint or any(path.is_relative_to(self.root / part) for part in ("videos", "latents"))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other writer out of the run; see `files.locked`."""
+        with files.locked(self.root):
+            files.remove_partial(self.figures)
+            yield
+
     def read_config(self) -> Config:
         """Raises HJEPAError if the folder is no run."""
         if not self.root.is_dir():
@@ -84,8 +103,8 @@ class Run:
         # what `start` records without a root lies in the run's folder
         return recorded if recorded.is_absolute() else self.own(self.root / recorded)
 
-    def start(self, config: Config, videos: Path | None, latents: Path) -> None:
-        """Record configuration and inputs, or check that they are those recorded before.
+    def start(self, config: Config, videos: Path | None, latents: Path, names: Sequence[str] = ()) -> None:
+        """Record configuration, inputs and the models to train, or check that the first two are those recorded before.
 
         Raises
         ------
@@ -102,6 +121,11 @@ class Run:
             _refuse_difference(files.read_json(self.inputs, "the run's inputs"), recorded, "inputs", self.root)
         else:
             files.write_json(self.inputs, recorded)
+        for name in names:
+            try:
+                self.model(name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise HJEPAError(f"cannot write into {self.model(name)}: {error.strerror or error}") from error
 
     def _relative(self, folder: Path) -> str:
         # a run that holds its inputs can be moved as a whole
@@ -112,7 +136,50 @@ class Run:
         )
 
 
+@contextlib.contextmanager
+def inside(path: Path) -> Iterator[None]:
+    """Where `path` is, or lies in, a run, keep every other writer out of that run."""
+    run = _run_around(path)
+    with run.locked() if run is not None else contextlib.nullcontext():
+        yield
+
+
+def _run_around(path: Path) -> Run | None:
+    path = Path(path).absolute()
+    runs = map(Run, (path, *path.parents))
+    return next((run for run in runs if run.config.is_file() and run.inputs.is_file()), None)
+
+
+@contextlib.contextmanager
+def output(stem: Path, suffixes: Sequence[str], sources: Sequence[Path | None]) -> Iterator[None]:
+    """Where `stem` lies in a run, keep every other writer out of that run while the files `stem` + suffix are written.
+
+    Raises
+    ------
+    UsageError
+        A file would take the place of one of `sources`, or of one that the run consists of.
+    HJEPAError
+        Another process writes into the run.
+    """
+    stem = Path(stem).absolute()
+    run = _run_around(stem.parent)
+    for path in (stem.with_name(f"{stem.name}{suffix}") for suffix in suffixes):
+        if any(source is not None and path.resolve() == Path(source).resolve() for source in sources):
+            raise UsageError(f"--out {stem} would overwrite {path}, which is read: choose another --out")
+        if run is not None and run.owns(path):
+            raise UsageError(f"--out {stem} would write among the run's own files as {path}: choose another --out")
+    with inside(stem.parent):
+        yield
+
+
 def _refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None:
+    if changes := differences(found, expected):
+        raise HJEPAError(f"{root} holds a run with other {what}: {changes}. Choose another --out, or delete that folder.")
+
+
+def differences(found: Any, expected: Any) -> str:
+    """What differs between two nested dicts, in words: "train.epochs 2 -> 50"; empty if nothing does."""
+
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}{name}.").items()}
@@ -120,6 +187,4 @@ def _refuse_difference(found: Any, expected: Any, what: str, root: Path) -> None
 
     old, new = flat(found), flat(expected)
     differing = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)
-        raise HJEPAError(f"{root} holds a run with other {what}: {changes}. Choose another --out, or delete that folder.")
+    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in differing)

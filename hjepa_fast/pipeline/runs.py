@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HJEPAError
-from . import checkpoints, evaluate, files, zoo
+from . import checkpoints, evaluate, figures, files, zoo
 from .config import OFFLINE_ENCODER, Config
+from .encoder_files import file_sha256
 from .encoders import resolve_device
-from .figures import draw
 from .latents import encode_videos, load_latents, probe
 from .progress import Progress
 from .run_folder import Run
 from .tables import summary_table
-from .train import check_numbers, train
+from .train import check_numbers, refuse_other_settings, settle, standing, train
 from .videos import find_videos, generate, load_ground_truth
 from .windows import Dataset, prepare
 
@@ -33,14 +33,15 @@ QUICK: dict[str, dict[str, Any]] = {
 
 def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
     """Generate the synthetic videos of a configuration; what is already there is kept."""
-    with Progress("videos", config.videos.n_videos, unit="video", enabled=show) as progress:
+    with files.locked(folder, needed=False), Progress("videos", config.videos.n_videos, unit="video", enabled=show) as progress:
         return generate(folder, config.videos, progress.callback)
 
 
 def encode(videos: Path, latents: Path, config: Config, device: str, show: bool, fetch: bool = True) -> list[Path]:
     """Encode a folder of videos; what is already there with the same provenance is kept. `fetch`: see `load_encoder`."""
     paths = find_videos(videos)
-    with Progress("latents", 0, unit="clip", enabled=show) as progress:
+    files.refuse_if_locked(videos)
+    with files.locked(latents, needed=False), Progress("latents", 0, unit="clip", enabled=show) as progress:
         return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
@@ -87,22 +88,40 @@ def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Confi
 def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
     """Evaluate every trained model of a run and write its summary, table and arrays.
 
+    Models whose training was interrupted are evaluated as they are; the summary says how far each got: for each row
+    `train.standing`'s values, and `epochs` (the fewest that a model has done), `epochs_asked`, `finished`, `missing`, the
+    models that were to be trained and have no checkpoint, and `checkpoints`, the SHA-256 of each file.
+
     Raises
     ------
     HJEPAError
-        The run has no trained model, or its checkpoints and latents do not belong together.
+        The run has no trained model, its configuration, checkpoints and latents do not belong together, or another process
+        writes into it.
     """
+    run.read_config()  # a folder that is no run is left as it is
+    with run.locked():
+        return _evaluate(run, device, show)
+
+
+def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     config, inputs = run.read_config(), run.read_inputs()
     latents, videos = inputs["latents"], inputs["videos"]
     assert latents is not None
+    asked = run.asked()
+    for name in asked:
+        if (run.model(name) / "last.safetensors").exists():
+            settle(run.model(name))  # a kill may have come between an epoch and what follows from it
     trained = run.trained()
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
+    files.refuse_if_locked(latents)
     dataset = prepare(load_latents(latents), config.data)
     resolved = resolve_device(device)
-    models = {}
+    models, standings = {}, {}
     for name, path in trained.items():
         checkpoint = checkpoints.load(path)
+        refuse_other_settings(path, checkpoint.facts, name, config.train, config.data)
+        standings[name] = standing(run.model(name))
         if checkpoint.facts["data_fingerprint"] != dataset.fingerprint():
             raise HJEPAError(f"{path} was trained on other data than {latents} now holds; train again in another folder")
         models[name] = checkpoints.restore(checkpoint, path).to(resolved).eval()
@@ -118,13 +137,19 @@ def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
         "n_steps": config.data.window - 1,
         "extended_steps": config.evaluate.extended_steps,
         "extended_windows": evaluation.extended_windows,
-        "epochs": config.train.epochs,
+        "epochs": min(found["epochs_done"] for found in standings.values()),
+        "epochs_asked": config.train.epochs,
+        "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
+        "missing": [name for name in asked if name not in trained],
         "probe": _probe(videos, latents),
         "hardware": evaluate.hardware(resolved),
-        "models": evaluation.rows,
+        "checkpoints": {name: file_sha256(path) for name, path in trained.items()},
+        "models": [row | standings.get(row["name"], {}) for row in evaluation.rows],
         "integrators": evaluation.integrators,
     }
     files.save_tensors(run.arrays, evaluation.arrays, {"encoder": dataset.label})
+    summary["arrays_sha256"] = file_sha256(run.arrays)
+    run.table.unlink(missing_ok=True)  # the table of an earlier summary never stands beside a new one
     files.write_json(run.summary, summary)
     files.write_text(run.table, summary_table(summary))
     return summary
@@ -166,12 +191,20 @@ def reproduce(
     """
     check_settings(config, names)
     target = resolve_device(device)
+    figures.check_available()
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
     run = Run(out)
-    latents = run.own(out / "latents")
-    run.start(config, videos or out / "videos", latents)
+    with run.locked():
+        return _reproduce(run, config, videos, names, device, show, say, fetch)
+
+
+def _reproduce(
+    run: Run, config: Config, videos: Path | None, names: Sequence[str], device: str, show: bool, say: Say, fetch: bool
+) -> dict[str, Any]:
+    out, latents = run.root, run.own(run.root / "latents")
+    run.start(config, videos or out / "videos", latents, names)
     if videos is None:
         videos = run.own(out / "videos")
         make_videos(videos, config, show)
@@ -179,6 +212,7 @@ def reproduce(
     dataset = prepare(load_latents(latents), config.data)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     train_models(run, names, dataset, config, device, show, say)
-    summary = evaluate_run(run, device, show)
-    draw(run)
+    summary = _evaluate(run, device, show)
+    say(f"\n{summary_table(summary)}")  # before a figure can fail
+    figures.draw_locked(run)
     return summary

@@ -106,6 +106,9 @@ class SummaryRow(_Schema):
     mse_std: Number | None
     drift_mean: Number | None
     drift_std: Number | None
+    epochs_done: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    epochs_asked: Positive | None = None
+    finished: bool = True
 
 
 class IntegratorRow(_Schema):
@@ -127,6 +130,9 @@ class Summary(_Schema):
     extended_windows: Positive
     models: Annotated[list[SummaryRow], Field(min_length=1, max_length=1000)]
     integrators: Annotated[list[IntegratorRow], Field(max_length=1000)]
+    missing: Annotated[list[Line], Field(max_length=1000)] | None = None
+    checkpoints: dict[str, Line] = Field(default_factory=dict)
+    arrays_sha256: Line | None = None
 
 
 class EncoderConfig(_Schema):

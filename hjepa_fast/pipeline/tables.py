@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import zoo
+
 
 def _number(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else format(value, form)
@@ -32,9 +34,23 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
+def unfinished(summary: Mapping[str, Any]) -> list[str]:
+    """The models of a `summary.json` whose training did not end, and how far each got, in words."""
+    trained = [
+        f"{row['title']}: {row['epochs_done']} of {row['epochs_asked']} epochs"
+        for row in summary["models"]
+        if not row.get("finished", True)
+    ]
+    return trained + [f"{zoo.MODELS[name].title}: not trained" for name in summary.get("missing", ())]
+
+
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """Markdown of a `summary.json`: the table, what its numbers were measured on, and the comparison of integrators."""
+    """Markdown of a `summary.json`: the table, what its numbers were measured on, and the comparison of integrators.
+
+    Where the training of a model did not end, the table has a column that says how far each one got.
+    """
     extended = summary["extended_steps"]
+    open_ended = unfinished(summary)
     rows: list[tuple[str, ...]] = [
         (
             "model",
@@ -65,6 +81,12 @@ def summary_table(summary: Mapping[str, Any]) -> str:
                 _number(row["ms_per_step"], ".3f"),
             )
         )
+    if open_ended:
+        done = ["epochs", *(_epochs(row) for row in summary["models"])]
+        rows = [(row[0], cell, *row[1:]) for row, cell in zip(rows, done, strict=True)]
+    epochs = f"{summary['epochs']} epochs"
+    if open_ended:
+        epochs = f"at least {summary['epochs']} of {summary['epochs_asked']} epochs"
     leak = " (windows of one video overlap, so the test set is not new)" if summary["split"] == "window" else ""
     probe = summary["probe"]
     machine = summary["hardware"]
@@ -72,7 +94,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         f"Encoder: {summary['encoder']}; latents of {summary['latent_dim']} dimensions, "
         + ("standardised with training statistics." if summary["standardized"] else "not standardised."),
         f"{summary['n_train']} training and {summary['n_test']} test windows, split by {summary['split']}{leak}; "
-        f"{summary['epochs']} epochs; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
+        f"{epochs}; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
         f"Energy drift: max |H(z_t) - H(z_0)| of a rollout; over {extended} steps, the mean over {summary['extended_windows']} "
         "test windows, evenly spread. Diverged: some rollout leaves the finite numbers.",
         "The checkpoint with the best test MSE is kept, as published, so MSE is optimistic. "
@@ -80,6 +102,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         f"ms/step: batch 1, {summary['n_steps']} steps, on {machine['device']}, {machine['threads']} threads, "
         f"torch {machine['torch']}.",
     ]
+    if open_ended:
+        notes.insert(0, f"**Training is not finished.** {'; '.join(open_ended)}.")
     if probe:
         notes.append(
             "Linear probe of the latents on held-out videos: "
@@ -88,6 +112,12 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     notes += [f"{row['title']}: {_solved(row['converged'])}" for row in summary["models"] if _unsolved(row)]
     text = _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
     return text + _integrators_table(summary) if summary["integrators"] else text
+
+
+def _epochs(row: Mapping[str, Any]) -> str:
+    if "epochs_done" not in row:
+        return "-"
+    return f"{row['epochs_done']} of {row['epochs_asked']}"
 
 
 def _integrators_table(summary: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConvergenceError, TrainingError, UsageError
+from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
+from .encoder_files import file_sha256
+from .run_folder import differences
 from .windows import Dataset
 
 Log = Callable[[dict[str, Any]], None]
@@ -109,9 +112,10 @@ def train(
 ) -> Path:
     """Train one model of the zoo and keep the checkpoint with the best test error.
 
-    Writes into `folder`, each atomically: `best.safetensors` and `last.safetensors` (with the facts beside them as
-    JSON) and `history.csv`, one row an epoch. If `last.safetensors` is there with the same settings and data, training goes
-    on after its epoch, to the same losses as an uninterrupted run.
+    Writes into `folder`, each atomically: `last.safetensors`, which is what an epoch leaves, and all that follows from it,
+    `best.safetensors` (both with their facts beside them as JSON) and `history.csv`, one row an epoch. If `last.safetensors`
+    is there with the same settings and data, training goes on after its epoch, to the same losses as an uninterrupted run,
+    and what was interrupted before it followed is written. No other process may write into `folder` meanwhile.
 
     Parameters
     ----------
@@ -130,8 +134,23 @@ def train(
     TrainingError
         The loss is not finite, or an implicit step could not be solved (the message names the epoch), or `folder` holds a
         run with other settings. The last complete epoch's checkpoint stays.
+    HJEPAError
+        Another process trains in `folder`, or a file cannot be written.
     """
     check_config(config, dataset)
+    with files.locked(folder):
+        return _train(name, dataset, Path(folder), config, data_config, device, log)
+
+
+def _train(
+    name: str,
+    dataset: Dataset,
+    folder: Path,
+    config: TrainConfig,
+    data_config: DataConfig,
+    device: torch.device | str,
+    log: Log | None,
+) -> Path:
     spec = zoo.spec_of(name, config.integrator)
     zoo.check_backend(config.backend, device)
     model = zoo.assemble(spec, dataset.latent_dim, config.dt, config.seed, config.backend, config.dt_bounds).to(device)
@@ -143,8 +162,8 @@ def train(
         "latent_dim": dataset.latent_dim,
         "encoder": dataset.label,
         "encoding": dataset.encoding,
-        "train": dataclasses.asdict(config),
-        "data": dataclasses.asdict(data_config),
+        "train": _plain(config),
+        "data": _plain(data_config),
         "data_fingerprint": dataset.fingerprint(),
     }
     history: list[dict[str, Any]] = []
@@ -203,6 +222,16 @@ def train(
     return folder / "best.safetensors"
 
 
+def _recorded(found: Any, default: Any) -> Any:
+    """Recorded settings; fields that an older version did not write have their defaults."""
+    return _plain(default) | json.loads(json.dumps(found)) if isinstance(found, dict) else found
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as it comes back from JSON."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
 @contextlib.contextmanager
 def _explained(name: str, spec: zoo.ModelSpec, model: zoo.Model, epoch: int) -> Iterator[None]:
     """Turn an implicit step that was not solved into an error that says where it happened and what to do."""
@@ -254,29 +283,177 @@ def _save(folder: Path, model: zoo.Model, optimizer: torch.optim.Optimizer, data
         for index, values in optimizer.state_dict()["state"].items()
         for key, tensor in values.items()
     }
-    history = facts["history"]
-    # best first: whatever interrupts, last.safetensors never claims an epoch whose best was not kept
-    if history[-1]["test_mse"] <= min(row["test_mse"] for row in history):
-        checkpoints.save(folder / "best.safetensors", Checkpoint(facts, state, dataset.mean, dataset.std, {}))
-    checkpoints.save(folder / "last.safetensors", Checkpoint(facts, state, dataset.mean, dataset.std, moments))
+    last = Checkpoint(facts, state, dataset.mean, dataset.std, moments)
+    # the rename of this one file is what makes the epoch count: whatever interrupts, all else can be made from it
+    checkpoints.save(folder / "last.safetensors", last)
+    settle(folder, last)
+
+
+def settle(folder: Path, last: Checkpoint | None = None) -> None:
+    """Write what follows from `last.safetensors` and is not there yet: the best checkpoint, facts as JSON, `history.csv`.
+
+    Parameters
+    ----------
+    last : Checkpoint, optional
+        What `last.safetensors` holds; read if not given.
+
+    Raises
+    ------
+    CheckpointError
+        A checkpoint cannot be read, or the best one is of another training than the last one.
+    HJEPAError
+        A file cannot be written.
+    """
+    if last is None:
+        last = checkpoints.load(folder / "last.safetensors")
+    history = last.facts["history"]
+    best, wanted = folder / "best.safetensors", best_epoch(history)
+    facts = _facts(best)
+    if wanted == len(history):
+        if not _agree(facts, last.facts):
+            checkpoints.save(best, dataclasses.replace(last, optimizer={}))
+            facts = last.facts
+    # earlier versions wrote the best checkpoint first, so that it may be one epoch ahead
+    elif facts.get("epoch") not in (wanted, len(history) + 1):
+        found = f"of epoch {facts['epoch']}" if "epoch" in facts else "missing or unreadable"
+        raise CheckpointError(
+            f"{best} is {found}; by last.safetensors beside it, epoch {wanted} of {len(history)} was the best. "
+            f"Delete {folder} to train again."
+        )
+    for path, written in ((best, facts), (folder / "last.safetensors", last.facts)):
+        if not _agree(_read_facts(path.with_suffix(".json")), written):
+            files.write_json(path.with_suffix(".json"), {"format": checkpoints.FORMAT} | written)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    files.write_text(folder / "history.csv", table.getvalue())
+    path = folder / "history.csv"
+    if not path.is_file() or path.read_bytes() != table.getvalue().encode():
+        files.write_text(path, table.getvalue())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The facts in a checkpoint's metadata; empty if it is missing or unreadable."""
+    try:
+        return dict(json.loads((files.read_metadata(path) or {}).get("hjepa_fast", "{}")))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        return dict(files.read_json(path, "facts"))
+    except (HJEPAError, ValueError, TypeError):
+        return {}
+
+
+def _agree(found: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether `found` says what `facts` says, as far as the version that wrote it said it."""
+    return "history" in found and all(facts.get(key) == value for key, value in found.items() if key != "format")
+
+
+def standing(folder: Path) -> dict[str, Any]:
+    """How far the training in `folder` got.
+
+    Returns
+    -------
+    dict
+        epochs_done, epochs_asked, finished and best_epoch (of `best.safetensors`). Without `last.safetensors`, what was done
+        after the best epoch is not known and not counted.
+
+    Raises
+    ------
+    CheckpointError
+        A checkpoint cannot be read, or the two are not of one training.
+    """
+    best, last = folder / "best.safetensors", folder / "last.safetensors"
+    facts = checkpoints.load(best).facts
+    done = facts["epoch"]
+    if last.exists():
+        newest = checkpoints.load(last).facts
+        common = min(len(facts["history"]), len(newest["history"]))
+        changing = ("epoch", "history", "format")
+        if facts["history"][:common] != newest["history"][:common] or any(
+            facts.get(key) != newest.get(key) for key in facts.keys() | newest.keys() if key not in changing
+        ):
+            raise CheckpointError(
+                f"{best} and {last.name} beside it are of different trainings. Delete {folder} to train again."
+            )
+        done = max(done, newest["epoch"])
+    asked = facts["train"]["epochs"]
+    return {
+        "epochs_done": done,
+        "epochs_asked": asked,
+        "finished": done >= asked,
+        "best_epoch": facts["epoch"],
+    }
+
+
+def how_trained(path: Path, facts: dict[str, Any]) -> str:
+    """A checkpoint's epoch in words, and how far its training got if that is known not to have ended; "" if unknown."""
+    epoch, asked = facts.get("epoch"), facts.get("train", {}).get("epochs")
+    if epoch is None or asked is None:
+        return ""
+    done = epoch
+    with contextlib.suppress(CheckpointError):  # what lies beside it may be of another training
+        done = standing(path.parent)["epochs_done"] if path.name == "best.safetensors" else epoch
+    text = f"epoch {epoch} of {asked}"
+    known = path.name == "last.safetensors" or path.with_name("last.safetensors").exists()
+    return f"{text}, training not finished ({done} epochs done)" if known and done < asked else text
+
+
+def load_identified(path: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint, and the SHA-256 of its file.
+
+    Raises
+    ------
+    CheckpointError
+        As `checkpoints.load`, or it was replaced meanwhile.
+    """
+    path = Path(path)
+    before = path.stat().st_mtime_ns if path.exists() else None
+    loaded, digest = checkpoints.load(path), file_sha256(path)
+    if path.stat().st_mtime_ns != before:
+        raise CheckpointError(f"{path} was replaced while it was read, as training does after an epoch: try again")
+    return loaded, digest
+
+
+def refuse_other_settings(path: Path, facts: dict[str, Any], name: str, config: TrainConfig, data_config: DataConfig) -> None:
+    """A checkpoint that was not trained as a run's configuration says is refused.
+
+    Raises
+    ------
+    CheckpointError
+        The message names what differs.
+    """
+    found = {"model": facts["model"], "train": _recorded(facts["train"], TrainConfig()),
+             "data": _recorded(facts["data"], DataConfig())}  # fmt: skip
+    expected = {"model": name, "train": _plain(config), "data": _plain(data_config)}
+    if changes := differences(found, expected):
+        raise CheckpointError(
+            f"{path} was not trained as the run's configuration says: {changes}. Train again in another folder, or delete "
+            f"{path.parent}."
+        )
+
+
+def best_epoch(history: list[dict[str, Any]]) -> int:
+    """The last of the epochs with the lowest test error, from 1."""
+    lowest = min(row["test_mse"] for row in history)
+    return max(row["epoch"] for row in history if row["test_mse"] == lowest)
 
 
 def _resume(last: Path, facts: dict[str, Any], model: zoo.Model, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     checkpoint = checkpoints.load(last)
     for key, value in facts.items():
         found = checkpoint.facts.get(key)
-        if key == "train" and isinstance(found, dict):
-            found = dataclasses.asdict(TrainConfig()) | found  # fields that an older version did not write
+        if key in ("train", "data"):
+            found = _recorded(found, TrainConfig() if key == "train" else DataConfig())
         if found != value:
             raise TrainingError(
                 f"{last.parent} holds a run with another {key}: found {found!r}, expected {value!r}. "
                 "Choose another folder, or delete this one to start again."
             )
+    settle(last.parent, checkpoint)
     checkpoints.load_state(model, checkpoint.model, last)
     state = optimizer.state_dict()
     for index, (name, parameter) in enumerate(model.named_parameters()):
