@@ -34,11 +34,73 @@ torch.library.define(
 
 
 def gradient(
-    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], activation: Activation, backend: str
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...],
+    activation: Activation,
+    backend: str,
+    rotated: bool = False,
 ) -> Tensor:
-    """grad F at each row of x [B, n]: [B, n], differentiable once with respect to x and every parameter."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases))
-    return torch.ops.hjepa_fast.gradient(x, weights, biases, keep, *activation, backend)[0]
+    """grad F at each row of x [B, n]: [B, n], differentiable once with respect to x and every parameter.
+
+    If `rotated`, J grad F: its second half, then its first half negated.
+    """
+    tensors = (x, *weights, *biases)
+    if _is_plain(tensors):
+        return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    found = torch.ops.hjepa_fast.gradient(x, weights, biases, keep, *activation, backend)[0]
+    return _rotate(found) if rotated else found
+
+
+def _rotate(g: Tensor) -> Tensor:
+    Hq, Hp = g.chunk(2, dim=-1)
+    return torch.cat((Hp, -Hq), dim=-1)
+
+
+def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether nothing watches or rewrites operators: then a call may go past PyTorch's dispatcher, whose rules in Python take
+    as long as a small network does."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch.jit.is_tracing()
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and tensors[0].device.type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The operators' own functions, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, activation: Activation, rotated: bool, n: int, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), keep, *activation, backend)
+        if keep:
+            ctx.backend, ctx.activation, ctx.rotated, ctx.n = backend, activation, rotated, n
+            ctx.save_for_backward(tape, x, *parameters)
+        return _rotate(found) if rotated else found
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        tape, x, *parameters = ctx.saved_tensors
+        if ctx.rotated:
+            g = -_rotate(g)  # J^T = -J
+        need_x, *needs = ctx.needs_input_grad[4:]
+        # where the backward pass is itself watched or to be differentiated, the operator has the say
+        run: Any = (
+            _gradient_backward if not torch.is_grad_enabled() and _is_plain((g,)) else torch.ops.hjepa_fast.gradient_backward
+        )
+        g_x, g_parameters = run(
+            g, None, tape, x, parameters[: ctx.n], parameters[ctx.n :], any(needs), *ctx.activation, ctx.backend
+        )
+        wanted = [g if need else None for g, need in zip(g_parameters or [None] * len(needs), needs, strict=True)]
+        return None, None, None, None, g_x if need_x else None, *wanted
 
 
 def _loop(backend: str) -> ModuleType:
@@ -54,7 +116,6 @@ def _in_work_dtype(
     return x.to(work), weights[0].to(work), biases[0].to(work), tail
 
 
-@torch.library.impl("hjepa_fast::gradient", "CompositeExplicitAutograd")
 def _gradient(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, beta: float, threshold: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +123,6 @@ def _gradient(
     return found.to(x.dtype), value.to(x.dtype), tape
 
 
-@torch.library.impl("hjepa_fast::gradient_backward", "CompositeExplicitAutograd")
 def _gradient_backward(
     g_gradient: Tensor | None,
     g_value: Tensor | None,
@@ -80,6 +140,10 @@ def _gradient_backward(
     g_gradient, g_value = (None if g is None else g.to(tape.dtype) for g in (g_gradient, g_value))
     g_x, g_parameters = _loop(backend).gradient_backward(g_gradient, g_value, tape, *inputs, need_weights)
     return g_x.to(x.dtype), [g.to(x.dtype) for g in g_parameters]
+
+
+torch.library.impl("hjepa_fast::gradient", "CompositeExplicitAutograd", _gradient)
+torch.library.impl("hjepa_fast::gradient_backward", "CompositeExplicitAutograd", _gradient_backward)
 
 
 @torch.library.register_fake("hjepa_fast::gradient")

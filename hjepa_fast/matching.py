@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import gradient_ops, hamiltonian, validation
 from .api import BACKENDS, choose_backend, rollout, through_transforms
 from .backends import reference
-from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, Term
+from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, SeparableHamiltonian, Term
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -41,6 +41,10 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     RuntimeError
         A backend asked for by name that is not there; a third derivative through one that has none.
     """
+    return _gradient(hnn, z, backend, rotated=False)
+
+
+def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
     validation.check_choice(backend, BACKENDS, "backend")
     H = hamiltonian.of_any_module(hnn, z, backend)
     z = validation.as_state(z, H, "z")
@@ -48,15 +52,14 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
     backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
-    if backend == "reference":
-        found = reference.gradient(H, rows)
-    elif isinstance(H, MLPHamiltonian):
-        found = gradient_ops.gradient(rows, *H, backend)
-    else:
-        assert isinstance(H, hamiltonian.SeparableHamiltonian)
+    if isinstance(H, MLPHamiltonian) and backend != "reference":
+        return gradient_ops.gradient(rows, *H, backend, rotated).reshape(z.shape)
+    if isinstance(H, SeparableHamiltonian) and backend != "reference":
         q, p = rows.chunk(2, dim=-1)
-        found = torch.cat((_of_term(H.V, q, backend), _of_term(H.T, p, backend)), dim=-1)
-    return found.reshape(z.shape)
+        Hq, Hp = _of_term(H.V, q, backend), _of_term(H.T, p, backend)
+    else:
+        Hq, Hp = reference.gradient(H, rows).chunk(2, dim=-1)
+    return torch.cat((Hp, -Hq) if rotated else (Hq, Hp), dim=-1).reshape(z.shape)
 
 
 def _of_term(term: Term, x: Tensor, backend: str) -> Tensor:
@@ -75,8 +78,7 @@ def vector_field(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
 
     Parameters, errors and what is returned are those of `gradient`: [..., 2d].
     """
-    Hq, Hp = gradient(hnn, z, backend=backend).chunk(2, dim=-1)
-    return torch.cat((Hp, -Hq), dim=-1)
+    return _gradient(hnn, z, backend, rotated=True)
 
 
 def step_residual(
