@@ -22,11 +22,12 @@ class Case:
     name: str
     kind: str
     """"rollout" (no gradients), "training" (forward, loss with energy term, backward), or "backward", which is that of
-    "training" alone."""
+    "training" alone; "matching" is a training step on the vector field at every state, with no rollout."""
     batch: int
     n_steps: int = 15
     latent_dim: int = 1024
     hidden_dims: tuple[int, ...] = (512, 512, 256)
+    activation: str = "softplus"
     separable: bool = False
     """H = T(p) + V(q), two networks of these widths, instead of one of q and p."""
     dtype: str = "float32"
@@ -65,6 +66,8 @@ class Case:
     def flops(self) -> int:
         """Of one call under the published leapfrog, by count: the gradients in the hidden space, and in training their
         backward pass, of which each product has two. What surrounds the steps, and what is computed twice, is not counted."""
+        if self.kind == "matching":  # forward and back through all layers, and twice that in the backward pass
+            return 3 * self.batch * 2 * 2 * sum(a * b for a, b in pairwise((self.latent_dim, *self.hidden_dims)))
         passes = {"rollout": 1, "training": 3, "backward": 2}[self.kind]
         return passes * self.gradients_a_step * self.n_steps * self.batch * self.gradient_flops
 
@@ -111,6 +114,16 @@ def _separable(kind: str, batch: int) -> Case:
     return Case(f"separable-{kind}-b{batch}-t15", kind, batch, separable=True, rivals=("eager",))
 
 
+def _matching(batch: int, latent_dim: int, *hidden_dims: int) -> Case:
+    """Networks of public repositories that learn from derivatives, and the published one."""
+    name = f"matching-{'-'.join(map(str, (latent_dim, *hidden_dims)))}-b{batch}"
+    activation = "softplus" if latent_dim == 1024 else "tanh"
+    return Case(name, "matching", batch, 1, latent_dim, hidden_dims, activation, rivals=("eager", "manual", "jax"))
+
+
+MATCHING = (_matching(750, 2, 200, 200), _matching(200, 8, 200, 200), _matching(32, 1024, 512, 512, 256))
+
+
 def _bfloat16(batch: int) -> Case:
     return Case(f"bfloat16-b{batch}-t15", "rollout", batch, dtype="bfloat16", rivals=("eager", "eager-float32", "manual"))
 
@@ -125,6 +138,7 @@ QUICK = (
     _integrators("training", ("leapfrog", "implicit-leapfrog")),
     _separable("rollout", 32),
     _separable("training", 32),
+    *MATCHING,
 )
 """The table of ratios."""
 FULL = (
@@ -140,6 +154,10 @@ FULL = (
     ),
     _bfloat16(1024),
     *(_memory(n) for n in (50, 150)),
+    _matching(1, 2, 200, 200),
+    _matching(10000, 2, 200, 200),
+    _matching(1000, 64, 256, 256),
+    _matching(256, 1024, 512, 512, 256),
     *(_reversible(n) for n in (32, 128)),
 )
 

@@ -56,7 +56,7 @@ class Problem:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [*self.hnn.parameters(), self.dt]
+        return [*self.hnn.parameters(), *([] if self.case.kind == "matching" else [self.dt])]
 
     def to(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Problem:
         """A copy in another dtype, of some samples."""
@@ -77,7 +77,7 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
         hnn = make_two_networks(case.latent_dim, case.hidden_dims, case.hidden_dims)
         outputs = [hnn.potential[-1], hnn.kinetic[-1]]
     else:
-        hnn = make_hnn(case.latent_dim, case.hidden_dims)
+        hnn = make_hnn(case.latent_dim, case.hidden_dims, case.activation)
         outputs = [hnn.net[-1]]
     with torch.no_grad():
         for layer in outputs:
@@ -153,8 +153,11 @@ def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Conte
 
 
 def _leapfrog(problem: Problem, gradient: Callable[..., tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Kick, drift, kick with `gradient(q, p, half)`, which may return H at (q, p) too."""
+    """Kick, drift, kick with `gradient(q, p, half)`, which may return H at (q, p) too; in matching the vector field alone."""
     d = problem.z0.shape[-1] // 2
+    if problem.case.kind == "matching":
+        g = gradient(problem.z0[:, :d], problem.z0[:, d:], slice(None))[0]
+        return torch.cat((g[:, d:], -g[:, :d]), dim=-1), None
     in_q, in_p = slice(0, d), slice(d, 2 * d)
     dt, every_state = problem.dt, problem.case.states == "all"
     q, p = problem.z0[:, in_q], problem.z0[:, in_p]
@@ -197,15 +200,19 @@ def func_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 
 def manual_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """A hand-written gradient of the softplus MLP, only the half that is needed; H costs nothing more."""
+    """A hand-written gradient of the MLP, only the half that is needed; H costs nothing more."""
     *hidden, out = [layer for layer in problem.hnn.net if isinstance(layer, nn.Linear)]
 
     def gradient(q: Tensor, p: Tensor, half: slice) -> tuple[Tensor, Tensor | None]:
         x, slopes = torch.cat((q, p), dim=-1), []
         for layer in hidden:
             a = layer(x)
-            x = F.softplus(a)
-            slopes.append(torch.sigmoid(a))
+            if problem.case.activation == "tanh":
+                x = torch.tanh(a)
+                slopes.append(1 - x * x)
+            else:
+                x = F.softplus(a)
+                slopes.append(torch.sigmoid(a))
         g = out.weight * slopes[-1]
         for layer, slope in zip(hidden[:0:-1], slopes[-2::-1], strict=True):
             g = (g @ layer.weight) * slope
@@ -248,6 +255,8 @@ def _baseline(problem: Problem) -> Contestant:
 
 def _ours(problem: Problem, backend: str, memory: str, integrator: str) -> Contestant:
     def roll() -> tuple[Tensor, Tensor | None]:
+        if problem.case.kind == "matching":
+            return hf.vector_field(problem.hnn, problem.z0, backend=backend), None
         return hf.rollout(
             problem.hnn, problem.z0, problem.dt, problem.case.n_steps, energy=problem.training, integrator=integrator,
             states=problem.case.states, memory=memory, backend=backend,
@@ -311,7 +320,7 @@ def _jax(problem: Problem) -> Contestant:
     def H(params: Any, z: Any) -> Any:
         *hidden, (w_out, b_out) = zip(params[::2], params[1::2], strict=True)
         for w, b in hidden:
-            z = jax.nn.softplus(z @ w + b)
+            z = (jnp.tanh if problem.case.activation == "tanh" else jax.nn.softplus)(z @ w + b)
         return (z @ w_out + b_out)[..., 0]
 
     def step(params: Any, dt: Any, z: Any) -> Any:
@@ -332,6 +341,10 @@ def _jax(problem: Problem) -> Contestant:
         final, path = jax.lax.scan(body, z0, None, length=problem.case.n_steps)
         return jnp.concatenate((z0[None], path)) if every_state else final
 
+    def matching_loss(params: Any, z0: Any, target: Any) -> Any:
+        g = jax.grad(lambda z: H(params, z).sum())(z0)
+        return ((jnp.concatenate((g[:, d:], -g[:, :d]), -1) - target) ** 2).mean()
+
     def loss_of(params: Any, dt: Any, z0: Any, target: Any) -> Any:
         states = roll(params, dt, z0)
         energy = H(params, states)
@@ -339,7 +352,14 @@ def _jax(problem: Problem) -> Contestant:
         return mse + ENERGY_WEIGHT * ((energy[1:] - energy[1:2]) ** 2).mean()
 
     params, dt, z0 = [layer(p) for p in problem.hnn.parameters()], array(problem.dt), array(problem.z0)
-    if problem.training:
+    if problem.case.kind == "matching":
+        target = array(problem.target[:, -1])
+        matching = jax.jit(jax.value_and_grad(matching_loss))
+
+        def run() -> list[Any]:
+            value, g_params = jax.block_until_ready(matching(params, z0, target))
+            return [value, *[g.T if g.ndim == 2 else g for g in g_params]]
+    elif problem.training:
         target = array(problem.target.transpose(0, 1))
         gradients = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
 
