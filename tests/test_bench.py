@@ -189,9 +189,8 @@ def test_our_graphed_call_has_a_row_of_its_own(quick_measure, tmp_path):
 @pytest.mark.parametrize("kind", ["rollout", "training", "backward"])
 def test_who_takes_part_on_a_gpu(kind, monkeypatch):
     """Graphs of what is a whole call; without torch.compile and JAX where a backward pass is timed alone."""
-    monkeypatch.setattr(
-        api, "available_backends", lambda: {"reference": "available", "torch": "available", "triton": "available"}
-    )
+    there = dict.fromkeys(("reference", "torch", "triton"), "available")
+    monkeypatch.setattr(api, "available_backends", lambda: there)
     monkeypatch.setattr(api, "choose_backend", lambda name, z0: name)
     rivals = tuple(name for name in cases.EXTENDED if name != "jax")
     case = dataclasses.replace(ROLLOUT, kind=kind, rivals=rivals if kind != "backward" else ("eager", "manual", "baseline"))

@@ -34,3 +34,11 @@ def test_the_library_imports_only_itself_and_torch():
     added = set(done.stdout.split())
     assert added
     assert all(name.partition(".")[0] in ("hjepa_fast", *sys.stdlib_module_names) for name in added)
+
+
+def test_no_function_hides_a_module():
+    code = (
+        "import hjepa_fast.backends.cpp as c, hjepa_fast as hf; assert hf.backends.cpp is c; "
+        "assert callable(hf.available_backends)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
