@@ -501,8 +501,9 @@ class Probe:
 
     shape = property(lambda self: torch.Size(self.elements.shape))
     ndim = property(lambda self: self.elements.ndim)
-    dtype = property(lambda self: self.layer.weight.dtype)
-    device = property(lambda self: self.layer.weight.device)
+    # of a stored parameter: computing a parametrised weight may change its buffers
+    dtype = property(lambda self: next(self.layer.parameters()).dtype)
+    device = property(lambda self: next(self.layer.parameters()).device)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
