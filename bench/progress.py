@@ -59,15 +59,18 @@ class Progress:
     def elapsed(self) -> float:
         return time.perf_counter() - self.begin
 
-    def late(self) -> bool:
-        """Whether something was measured and the planned time is over."""
-        return self.limit is not None and self.measured > 0 and self.elapsed() > self.limit
+    def late(self, seconds: float = 0.0) -> bool:
+        """Whether something was measured, and the planned time is over before a case of so many planned seconds ends."""
+        return self.limit is not None and self.measured > 0 and self.elapsed() + self._scale() * seconds > self.limit
+
+    def _scale(self) -> float:
+        """How many times as long as planned the cases have taken."""
+        return self.measured / self.expected if self.expected else 1.0
 
     def left(self) -> float:
         """Seconds until the last case is done, as far as can be told; more than the limit allows where it cannot be held."""
-        scale = self.measured / self.expected if self.expected else 1.0
         running = time.perf_counter() - self.case_begin if self.label else 0.0
-        estimate = max(0.0, scale * sum(self.open.values()) - running)
+        estimate = max(0.0, self._scale() * sum(self.open.values()) - running)
         if self.limit is None or self.elapsed() > self.limit:
             return estimate
         return min(estimate, self.limit - self.elapsed())

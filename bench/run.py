@@ -20,7 +20,7 @@ from . import against, cases, machine, report
 from .cases import Case
 from .chip import beside_case, measure_chip
 from .machine import environment
-from .measure import FAILED, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
+from .measure import FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
 from .progress import Progress, duration, prepare_streams
 from .rivals import Builder, entrants
 
@@ -101,7 +101,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases that `path` does not hold yet, writing it after each one; returns all it holds.
 
-    No case begins after `progress.limit`, when at least one was measured.
+    After a first one no case begins that would not end within `progress.limit`.
 
     Raises
     ------
@@ -121,14 +121,14 @@ def run(
         if not all(keep.values()):
             results["chip"] = measure_chip(device)
         rate = results["chip"]["matrix_gflops_per_s"]["float32"] if "chip" in results else 1.0
-        progress.plan(
-            {case.name: 0.0 if keep[case.name] else _expected(case, planned[case][0], effort, rate) for case in selected}
-        )
+        seconds_of = {c.name: (0.0, 0.0) if keep[c.name] else _expected(c, planned[c][0], effort, rate) for c in selected}
+        progress.plan({name: asked for name, (asked, _) in seconds_of.items()})
         watch.begin(results, planned)
         for case in selected:
             builders, left_out = planned[case]
             if not keep[case.name]:
-                if progress.late():
+                if progress.late(seconds_of[case.name][1]):
+                    progress.done(case, False)
                     continue
                 progress.start(case, list(builders))
                 budget = progress.share(case.name)
@@ -148,10 +148,14 @@ def run(
     return results
 
 
-def _expected(case: Case, builders: dict[str, Builder], effort: Effort, gflops_per_s: float) -> float:
-    """Seconds, roughly: products at a third of the chip's rate, two calls and two checks besides the rounds."""
-    every_round = len(builders) * case.flops / (gflops_per_s * 1e9 / 3)
-    return max(effort.seconds, effort.rounds * every_round) + 4 * every_round
+def _expected(case: Case, builders: dict[str, Builder], effort: Effort, gflops_per_s: float) -> tuple[float, float]:
+    """Seconds of a case as asked, and with the fewest rounds; roughly, from what calls and references took on one processor."""
+    call = case.flops / (gflops_per_s * 1e9 / 3)
+    # nested autograd through an iteration
+    implicit = sum(not name.startswith(("leapfrog", "tao", "rk4")) for name in case.integrators)
+    checks = (2 * len(builders) + 5 + implicit * (30 if case.kind == "rollout" else 150)) * call
+    every_round = len(builders) * call
+    return checks + max(effort.seconds, effort.rounds * every_round), checks + FEWEST_ROUNDS * every_round
 
 
 def _load_average() -> float | None:

@@ -17,6 +17,7 @@ import dis
 import functools
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, NoReturn
@@ -323,7 +324,7 @@ def _check_forward(module: nn.Module, owner: str) -> None:
     case = (code, layers[0][1].in_features, len(layers))
     if plain and case in _followed:
         return
-    _follow(module, owner, layers[0][1], len(layers))
+    _follow(module, owner, layers)
     if plain:
         if len(_followed) > 1000:
             _followed.clear()
@@ -384,11 +385,26 @@ def _depends_on_net_alone(code: CodeType) -> bool:
     return True
 
 
-def _follow(module: nn.Module, owner: str, first: nn.Linear, n_layers: int) -> None:
+def _stand_in(net: nn.Sequential, prefix: str, index: dict[str, int]) -> nn.Sequential:
+    """Like `net`, with stand-ins for the layers that compute something, which `index` counts by their places."""
+    stand_ins: dict[str, nn.Module] = {}
+    for key, layer in net._modules.items():
+        place = prefix + key
+        if isinstance(layer, nn.Sequential):
+            stand_ins[key] = _stand_in(layer, place + ".", index)
+        elif isinstance(layer, nn.Flatten):
+            stand_ins[key] = layer
+        else:
+            stand_ins[key] = _LayerStandIn(index[place]) if place in index else nn.Identity()
+    return nn.Sequential(OrderedDict(stand_ins))
+
+
+def _follow(module: nn.Module, owner: str, layers: list[tuple[str, nn.Module]]) -> None:
     """Run the module's forward on a stand-in for z, with stand-ins for the layers."""
-    net = sequential_of(module)
+    net, first, n_layers = sequential_of(module), layers[0][1], len(layers)
+    assert isinstance(first, nn.Linear)  # the caller has looked
     width = first.in_features
-    stand_in = nn.Sequential(*(_LayerStandIn(k) for k in range(n_layers)))
+    stand_in = _stand_in(net, "", {place: k for k, (place, _) in enumerate(layers)})
     # the same object but for the layers, so that nothing of the user's is touched
     shadow = object.__new__(type(module))
     shadow.__dict__.update(module.__dict__)
@@ -501,8 +517,9 @@ class Probe:
 
     shape = property(lambda self: torch.Size(self.elements.shape))
     ndim = property(lambda self: self.elements.ndim)
-    dtype = property(lambda self: self.layer.weight.dtype)
-    device = property(lambda self: self.layer.weight.device)
+    # of a stored parameter: computing a parametrised weight may change its buffers
+    dtype = property(lambda self: next(self.layer.parameters()).dtype)
+    device = property(lambda self: next(self.layer.parameters()).device)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]

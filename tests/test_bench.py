@@ -600,6 +600,8 @@ def test_the_time_left_is_scaled_by_what_cases_took(monkeypatch):
     now[0] += 30
     assert progress.left() == 14.0, "no more than planned"
     assert not progress.late()
+    assert not progress.late(4.0)
+    assert progress.late(5.0), "it would take three times as long"
     now[0] += 20
     assert progress.late()
     assert progress.times() == "56 s gone, longer than planned, about 24 s left"

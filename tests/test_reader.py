@@ -132,6 +132,8 @@ READ = {
     "subclass of Sequential": lambda: Super(*mlp()),
     "a Sequential of Sequentials": lambda: nn.Sequential(mlp()[:2], nn.Identity(), nn.Sequential(mlp()[2:4], mlp()[4])),
     "Identity": lambda: mlp(nn.Identity()),
+    "Identity, in a loop over the layers": lambda: Loops(mlp(nn.Identity(), nn.Dropout(0.0))),
+    "nested, in a loop over the layers": lambda: Loops(nn.Sequential(mlp()[:3], mlp()[3:])),
     "Dropout that is off": lambda: mlp(nn.Dropout(0.5)).eval(),
     "Dropout(0)": lambda: mlp(nn.Dropout(0.0)),
     "Flatten": lambda: nn.Sequential(nn.Flatten(), *mlp(), nn.Flatten(0)),
@@ -260,6 +262,13 @@ class SkipsALayer(Holder):
         return self.net[4](self.net[3](self.net[2](self.net[0](z))))
 
 
+class LeavesOutTheLast(Holder):
+    """In a network of which a layer computes nothing the others would still be as many as were run."""
+
+    def forward(self, z):
+        return self.net[3](self.net[2](self.net[1](self.net[0](z))))[:, :1]
+
+
 class Reversed(Holder):
     def forward(self, z):
         return self.net(z).flip(0).flip(0)
@@ -335,6 +344,9 @@ NOT_READ = {
     "a clamp": Clamps,
     "another network": NetOfTheDay,
     "a layer left out": SkipsALayer,
+    "the last layer left out": lambda: LeavesOutTheLast(
+        nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.Tanh(), nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    ),
     "a dance that PyTorch would undo": Reversed,
     "the sum of two outputs": PartlyHeadless,
     "a __call__": Calls,

@@ -348,7 +348,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _agree(found: dict[str, Any], facts: dict[str, Any]) -> bool:
-    """Whether `found` says what `facts` says, as far as the version that wrote it said it."""
+    """Whether `found`, read from JSON, says what `facts` says, as far as the version that wrote it said it."""
+    facts = json.loads(json.dumps(facts))
     return "history" in found and all(facts.get(key) == value for key, value in found.items() if key != "format")
 
 
