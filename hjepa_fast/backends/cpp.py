@@ -30,6 +30,8 @@ _SOME_ROWS, _MANY_ROWS, _MOST_INNER = 4, 64, 4096
 # Rows whose factors of weights' gradients are made before they are multiplied: these stay in the cache until then.
 _CHUNK_ROWS = 1024
 
+_FEW_COLUMNS = 32
+
 # For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
 # (0 by batch size; threads share 1 the rows, 2 the features, 3 the columns of products of all rows).
 isa = -1
@@ -243,30 +245,37 @@ def gradient_backward(
         return torch_backend.gradient_backward(g_gradient, g_value, tape, x, W, b, tail, need_weights)
     operands, options = _gradient_operands(x, W, b, tail), _options(x, tail, Solver(0.0, 0))
     weights, biases = operands[1], operands[2]
-    g_x, batch = x.new_empty(x.shape), x.shape[0]
-    g_weights = [torch.empty_like(w) for w in weights] if need_weights else []
-    first = x.new_empty(x.shape[1], tail.widths[0])
+    g_x = x.new_empty(x.shape)
     sums = [torch.zeros_like(p) for p in (*biases, weights[-1])] if need_weights else []
-    for start in range(0, batch, _CHUNK_ROWS):
-        rows = slice(start, min(start + _CHUNK_ROWS, batch))
-        of_x, of_gradient, of_value = (
-            x.new_empty(0) if t is None else t[rows].contiguous() for t in (operands[0], g_gradient, g_value)
-        )
-        n = of_x.shape[0]
-        widths = [tail.widths[0]] * 2 if need_weights else []
-        factors = [x.new_empty(n, width) for width in widths]
-        for k, m in pairwise(tail.widths) if need_weights else ():
-            factors += [x.new_empty(2 * n, m), x.new_empty(2 * n, k)]
+    products = [torch.empty_like(w) for w in weights[:-1]] if need_weights else []
+    for start in range(0, x.shape[0], _CHUNK_ROWS):
+        inputs = [x.new_empty(0) if t is None else t.contiguous() for t in (g_gradient, g_value, tape, operands[0])]
+        if x.shape[0] > _CHUNK_ROWS:
+            inputs = [t[start : start + _CHUNK_ROWS] for t in inputs]
+        n = inputs[-1].shape[0]
+        widths = [(n, tail.widths[0])] * 2
+        for k, m in pairwise(tail.widths):
+            widths += [(2 * n, m), (2 * n, k)]
+        factors = [x.new_empty(size) for size in widths] if need_weights else []
         torch.ops.hjepa_fast_cpp.gradient_backward(
-            g_x[rows], sums, factors, of_gradient, of_value, tape[rows], of_x, weights, biases, *options[:4], *options[6:]
+            g_x[start : start + n], sums, factors, *inputs, weights, biases, *options[:4], *options[6:]
         )
         if need_weights:
-            beta = 1.0 if start else 0.0
             delta, nu, *rest = factors
-            # with the few columns of x on the left: on the right they take seven times as long
-            first.addmm_(of_x.T, nu, beta=beta)
-            if g_gradient is not None:
-                first.addmm_(of_gradient.T, delta)
-            for total, left, right in zip(g_weights[1:], rest[::2], rest[1::2], strict=False):
-                total.addmm_(left.T, right, beta=beta)
-    return g_x, [first.T.contiguous(), *g_weights[1:-1], sums[-1], *sums[:-1]] if need_weights else []
+            pairs = [(nu, inputs[-1]), *([] if g_gradient is None else [(delta, inputs[0])])]
+            for i, (left, right) in enumerate(pairs):
+                _add_product(products[0], left, right, keep=start > 0 or i > 0)
+            for total, left, right in zip(products[1:], rest[::2], rest[1::2], strict=True):
+                _add_product(total, left, right, keep=start > 0)
+    *of_biases, of_output = sums if need_weights else (x,)
+    return g_x, [*products, of_output, *of_biases] if need_weights else []
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, keep: bool) -> None:
+    """total <- left^T right, or that added. Few columns come second seven times slower than first."""
+    if right.shape[1] < _FEW_COLUMNS:
+        total, left, right = total.T, right, left
+    if keep:
+        total.addmm_(left.T, right)
+    else:
+        torch.mm(left.T, right, out=total)
