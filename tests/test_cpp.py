@@ -369,7 +369,9 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_interrupts_a_long_rollout():
     """100,000 steps of 256 samples would take a quarter of an hour."""
-    process = subprocess.Popen([sys.executable, "-c", _ENDLESS], stdout=subprocess.PIPE, text=True)
+    # tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+    listening = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{_ENDLESS}"
+    process = subprocess.Popen([sys.executable, "-c", listening], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "started\n"
         time.sleep(3)
