@@ -554,6 +554,18 @@ def test_what_is_no_hamiltonian_is_not_rolled_out(make, message, backend):
         hf.rollout(make(), Z, 0.1, 1, backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested autograd")
+def test_an_energy_without_a_derivative_is_named():
+    for forward in (
+        lambda self, z: self.net(z.detach()),
+        lambda self, z: torch.from_numpy(self.net(z).detach().numpy()),
+    ):
+        module = holding(forward)
+        for call in (lambda m: hf.leapfrog(m, Z, 0.1, 1), lambda m: hf.gradient(m, Z)):
+            with pytest.raises(ValueError, match="Own gives an energy that autograd cannot differentiate"):
+                call(module)
+
+
 def test_a_promise_is_taken_for_the_forward_that_it_is_about():
     torch.testing.assert_close(hf.leapfrog(Promises(), Z, 0.1, 2), hf.leapfrog(mlp(), Z, 0.1, 2))
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import transforms
 from ..errors import ConvergenceError
-from ..hamiltonian import Hamiltonian
+from ..hamiltonian import Hamiltonian, ModuleHamiltonian
 from ..schemes import SUZUKI_4, YOSHIDA_4, YOSHIDA_6
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -167,7 +167,20 @@ def gradient(H: Hamiltonian, z: Tensor) -> Tensor:
     record = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *H.tensors))
     with torch.enable_grad():
         x = z.view_as(z) if record and z.requires_grad else z.detach().requires_grad_()
-        return torch.autograd.grad(H.energy(x).sum(), x, create_graph=record)[0]
+        return _derivative(H, x, x, record)
+
+
+def _derivative(H: Hamiltonian, z: Tensor, x: Tensor, record: bool) -> Tensor:
+    """That of the sum of H(z) with respect to x, of which z is made."""
+    total = H.energy(z).sum()
+    found = torch.autograd.grad(total, x, create_graph=record, allow_unused=True)[0] if total.requires_grad else None
+    if found is None:
+        what = type(H.module).__name__ if isinstance(H, ModuleHamiltonian) else "H"
+        raise ValueError(
+            f"{what} gives an energy that autograd cannot differentiate with respect to z: dequantise its layers, or take out "
+            "what cuts the graph (detach, no_grad, NumPy)"
+        )
+    return found
 
 
 def _ordinary(H: Hamiltonian) -> Hamiltonian:
@@ -209,8 +222,7 @@ def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: st
                 x = p if of_p else q
                 # a fresh node, so that the gradient is the partial one even where p was computed from q
                 x = x.view_as(x) if record and x.requires_grad else x.detach().requires_grad_()
-                total = H.energy(torch.cat((q, x) if of_p else (x, p), dim=-1)).sum()
-                return torch.autograd.grad(total, x, create_graph=record)[0]
+                return _derivative(H, torch.cat((q, x) if of_p else (x, p), dim=-1), x, record)
 
         return grad_H
 
