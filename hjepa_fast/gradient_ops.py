@@ -46,10 +46,12 @@ def gradient(
     If `rotated`, J grad F: its second half, then its first half negated.
     """
     tensors = (x, *weights, *biases)
-    if _is_plain(tensors):
-        return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    found = torch.ops.hjepa_fast.gradient(x, weights, biases, keep, *activation, backend)[0]
+    plain = _is_plain(tensors)
+    if plain and keep:
+        return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
+    run = _gradient if plain else torch.ops.hjepa_fast.gradient
+    found = run(x, list(weights), list(biases), keep, *activation, backend)[0]
     return _rotate(found) if rotated else found
 
 
@@ -79,11 +81,9 @@ class _Direct(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, activation: Activation, rotated: bool, n: int, x: Tensor, *parameters: Tensor
     ) -> Tensor:
-        keep = any(ctx.needs_input_grad)
-        found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), keep, *activation, backend)
-        if keep:
-            ctx.backend, ctx.activation, ctx.rotated, ctx.n = backend, activation, rotated, n
-            ctx.save_for_backward(tape, x, *parameters)
+        found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), True, *activation, backend)
+        ctx.backend, ctx.activation, ctx.rotated, ctx.n = backend, activation, rotated, n
+        ctx.save_for_backward(tape, x, *parameters)
         return _rotate(found) if rotated else found
 
     @staticmethod

@@ -240,6 +240,11 @@ class Flagged(Holder):
         return self.net(z)
 
 
+class LooksAtTheBatch(Holder):
+    def forward(self, z):
+        return 2 * self.net(z) if len(z) == 1 or z.shape[0] > 500 else self.net(z)
+
+
 class Calls(Plain):
     def __call__(self, z):
         return 3 * super().__call__(z)
@@ -342,6 +347,7 @@ NOT_READ = {
     "a coefficient that is 0": PlusQuadratic,
     "the order (p, q)": OrderPQ,
     "a clamp": Clamps,
+    "a look at the size of the batch": LooksAtTheBatch,
     "another network": NetOfTheDay,
     "a layer left out": SkipsALayer,
     "the last layer left out": lambda: LeavesOutTheLast(
