@@ -151,6 +151,8 @@ def rollout(
     z0 = z0.reshape(-1, mlp.latent_dim)
     if isinstance(mlp, ModuleHamiltonian):
         backend = "reference"
+        if not n_steps:
+            mlp.energy(z0)  # which says what is no Hamiltonian; no step will
     backend = choose_backend(through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
     separable = isinstance(mlp, SeparableHamiltonian)
     _check_combination(integrator, separable, memory, backend)

@@ -556,8 +556,9 @@ class Lagrangian(Holder):
 )
 @pytest.mark.filterwarnings("ignore:.*nested autograd")
 def test_what_is_no_hamiltonian_is_not_rolled_out(make, message, backend):
-    with pytest.raises((TypeError, ValueError), match=message):
-        hf.rollout(make(), Z, 0.1, 1, backend=backend)
+    for n_steps in (0, 1):
+        with pytest.raises((TypeError, ValueError), match=message):
+            hf.rollout(make(), Z, 0.1, n_steps, backend=backend)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested autograd")
