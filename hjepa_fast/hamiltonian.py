@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,7 +96,14 @@ class ModuleHamiltonian:
         """
         rows = z.reshape(-1, z.shape[-1])
         # a graph made by module.compile() has no second derivative
-        H = self.module(rows) if self.module._compiled_call_impl is None else self.module._call_impl(rows)
+        call = self.module if self.module._compiled_call_impl is None else self.module._call_impl
+        try:
+            H = call(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            found = f"{list(rows.shape)} {rows.dtype}"
+            raise ValueError(f"{reader.name_of(self.module)} cannot be called with states {found}: {error}") from error
         if not isinstance(H, Tensor):
             raise TypeError(f"a Hamiltonian gives a tensor, {reader.name_of(self.module)} gives {type(H).__name__}")
         if H.shape not in (rows.shape[:1], (len(rows), 1)):

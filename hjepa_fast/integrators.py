@@ -115,6 +115,8 @@ class SymplecticIntegrator(nn.Module):
         self.integrator = integrator
         self.backend = backend
         like = next(hnn.parameters(), torch.empty(0))
+        if not like.is_floating_point():
+            raise TypeError(f"hnn must have floating-point parameters, found {like.dtype}")
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.dt_bounds = check_dt(dt, dt_bounds, dtype)
         self.dt = nn.Parameter(torch.tensor(float(dt), dtype=dtype, device=like.device))

@@ -241,6 +241,16 @@ def test_what_is_no_hamiltonian_is_named(module, error, message):
         (lambda h, z: hf.leapfrog(h, z, 0.1, 10**30), ValueError, "n_steps must be below 2\\^31, found an int of 100 bits"),
         (lambda h, z: hf.rollout(h, z, 0.1, 1, energy="yes"), TypeError, "energy must be True or False, found 'yes'"),
         (lambda h, z: hf.leapfrog(h.to(torch.complex64), z, 0.1, 1), TypeError, "found torch.float32 and torch.complex64"),
+        (
+            lambda h, z: hf.SymplecticIntegrator(h.to(torch.complex64)),
+            TypeError,
+            "floating-point parameters, found torch.compl",
+        ),
+        (
+            lambda h, z: hf.leapfrog(nn.Sequential(nn.Linear(6, 1), nn.ELU()), z, 0.1, 0),
+            ValueError,
+            r"Sequential cannot be called with states \[2, 4\] torch.float32: ",
+        ),
         (lambda h, z: hf.SymplecticIntegrator(None), TypeError, "hnn must be an nn.Module, found NoneType"),
         (lambda h, z: hf.SymplecticIntegrator(nn.Sequential())(z), TypeError, "Sequential has no layers"),
         (lambda h, z: hf.leapfrog(h, z, 1j, 1), TypeError, "dt must be a number or a tensor, found complex"),
