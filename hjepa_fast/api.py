@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, hidden_space, ops, transforms, validation  # noqa: F401  (ops registers the operators)
+from . import hamiltonian, ops, transforms, validation
 from .backends import cpp, cuda, reference, triton
 from .errors import warn
-from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, SeparableHamiltonian
-from .schemes import SCHEMES, for_separable
+from .hamiltonian import ModuleHamiltonian, SumHamiltonian
+from .hidden_space.rollout import work_dtype
+from .schemes import SCHEMES
 
 INTEGRATORS = tuple(SCHEMES)
 Backend = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
@@ -142,7 +143,7 @@ def rollout(
     validation.check_choice(states, ("all", "final"), "states")
     validation.check_choice(memory, MEMORY, "memory")
     validation.check_choice(unconverged, ("raise", "flag"), "unconverged")
-    tolerance = validation.as_tolerance(tolerance, hidden_space.work_dtype(z0.dtype))
+    tolerance = validation.as_tolerance(tolerance, work_dtype(z0.dtype))
     max_evaluations = validation.as_count(max_evaluations, "max_evaluations", least=1)
     omega = validation.as_number(omega, "omega") if integrator == "tao" else 1.0
     dt = validation.as_step_sizes(dt, z0, n_steps)
@@ -154,29 +155,28 @@ def rollout(
         if not n_steps:
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
     backend = choose_backend(through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
-    separable = isinstance(mlp, SeparableHamiltonian)
-    _check_combination(integrator, separable, memory, backend)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))):
+    separable = isinstance(mlp, SumHamiltonian) and mlp.separable
+    _check_combination(integrator, separable, memory)
+    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))
+    if not differentiate:
         memory = "none"
+    elif memory == "reversible" and not _is_reversible(integrator, separable):
+        memory = "checkpoint"  # what a separable H has taken it for since before it could step back
     H: Tensor | None
     solve = distance = None
     if backend == "reference":
         path = reference.rollout(mlp, z0, dt, n_steps, integrator, omega)
         H = mlp.energy(path) if energy else None
         path = path if every_state else path[:, -1:]
-    elif isinstance(mlp, SeparableHamiltonian):
-        V, T = mlp.V, mlp.T
-        path, H, *_ = torch.ops.hjepa_fast.rollout_separable(
-            z0, V.weights, V.biases, T.weights, T.biases, V.stiffness, T.stiffness, dt,
-            n_steps, integrator, *V.activation, *T.activation, every_state, energy, memory, backend,
-        )  # fmt: skip
     else:
-        assert isinstance(mlp, MLPHamiltonian)
+        assert isinstance(mlp, SumHamiltonian)
+        text = ops.text_of(mlp.terms)
+        coupling = ops.choose_coupling(mlp.terms, text, integrator, z0, n_steps, every_state, differentiate, backend)
         path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
-            z0, mlp.weights, mlp.biases, dt, n_steps, integrator, *mlp.activation, every_state, energy, memory,
-            tolerance, max_evaluations, unconverged == "raise", omega, backend,
+            z0, mlp.tensors, dt, n_steps, text, integrator, coupling, every_state, energy, memory, tolerance, max_evaluations,
+            unconverged == "raise", omega, backend,
         )  # fmt: skip
-        if SCHEMES[integrator].implicit:
+        if evaluations.shape[-1] or SCHEMES[integrator].implicit and not separable:
             residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
             solve = Solve(residual <= tolerance, residual, evaluations)
         elif integrator == "tao":
@@ -206,15 +206,13 @@ def through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
     return "reference"
 
 
-def _check_combination(integrator: str, separable: bool, memory: str, backend: str) -> None:
+def _is_reversible(integrator: str, separable: bool) -> bool:
     scheme = SCHEMES[integrator]
-    if separable and backend != "reference" and for_separable(scheme) is None:
-        explicit = [name for name in INTEGRATORS if for_separable(SCHEMES[name])]
-        raise ValueError(
-            f'integrator "{integrator}" is not there for a SeparableHNN with backend "{backend}"; use one of '
-            f'{", ".join(explicit)}, or backend="reference"'
-        )
-    if memory == "reversible" and not separable and not scheme.general.reversible:
+    return (scheme.separable if separable else scheme.general).reversible
+
+
+def _check_combination(integrator: str, separable: bool, memory: str) -> None:
+    if memory == "reversible" and not separable and not _is_reversible(integrator, False):
         able = [name for name in INTEGRATORS if SCHEMES[name].general.reversible]
         raise ValueError(f'memory="reversible" needs a reversible integrator, one of {", ".join(able)}; found "{integrator}"')
 

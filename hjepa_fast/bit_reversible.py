@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import hamiltonian, separable, validation
-from .hamiltonian import SeparableHamiltonian, Term
+from . import hamiltonian, validation
+from .hamiltonian import Term
+from .hidden_space.network import evaluate_term
 from .models import SeparableHNN
 from .schemes import SCHEMES, SubStep, for_separable
 
@@ -83,7 +84,6 @@ class BitReversible:
         if not isinstance(hnn, SeparableHNN):
             raise TypeError(f"only H = T(p) + V(q), a SeparableHNN, is bit-reversible; found {type(hnn).__name__}")
         H = hamiltonian.from_module(hnn)
-        assert isinstance(H, SeparableHamiltonian)
         dt = validation.as_number(dt, "dt")
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise TypeError(f"bits must be an int, found {type(bits).__name__}")
@@ -98,7 +98,7 @@ class BitReversible:
             )
         self.latent_dim, self.dt, self.integrator, self.bits = H.latent_dim, float(dt), integrator, bits
         self.quantum = 2.0**-bits
-        self._V, self._T = _in_float64(H.V), _in_float64(H.T)
+        self._V, self._T = ([_in_float64(term) for term in H.terms if term.reads == side] for side in "qp")
         self._device = H.tensors[0].device
         self._step: list[_Move] = []
         for s in stages:
@@ -170,8 +170,9 @@ class BitReversible:
             for kick, scale, sign in step:
                 # what a kick reads stays until a drift, so the last of a step and the first of the next add the same integers
                 if last != (kick, scale):
-                    term, x = (self._V, q) if kick else (self._T, p)
-                    gradient = separable.evaluate_term(term, x.double() * self.quantum).gradient
+                    terms, x = (self._V, q) if kick else (self._T, p)
+                    gradient = sum(evaluate_term(term, x.double() * self.quantum).gradient for term in terms)
+                    assert isinstance(gradient, Tensor)
                     moved = gradient * scale
                     if not torch.linalg.vector_norm(moved, math.inf) <= MOVE_LIMIT:  # "not": so that NaN is refused too
                         self._refuse(gradient, moved, kick, t)

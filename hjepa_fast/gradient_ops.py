@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
-from .backends.torch import Tail
-from .hidden_space import work_dtype
+from .hidden_space.network import Tail
+from .hidden_space.rollout import work_dtype
 
 _ATTRIBUTES = "str activation, float beta, float threshold, str backend"
 torch.library.define(
@@ -52,10 +52,11 @@ def gradient(
         return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
     run = _gradient if plain else torch.ops.hjepa_fast.gradient
     found = run(x, list(weights), list(biases), keep, *activation, backend)[0]
-    return _rotate(found) if rotated else found
+    return rotate(found) if rotated else found
 
 
-def _rotate(g: Tensor) -> Tensor:
+def rotate(g: Tensor) -> Tensor:
+    """J g, g [..., 2d]: its second half, then its first half negated."""
     Hq, Hp = g.chunk(2, dim=-1)
     return torch.cat((Hp, -Hq), dim=-1)
 
@@ -84,13 +85,13 @@ class _Direct(torch.autograd.Function):
         found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), True, *activation, backend)
         ctx.backend, ctx.activation, ctx.rotated, ctx.n = backend, activation, rotated, n
         ctx.save_for_backward(tape, x, *parameters)
-        return _rotate(found) if rotated else found
+        return rotate(found) if rotated else found
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         tape, x, *parameters = ctx.saved_tensors
         if ctx.rotated:
-            g = -_rotate(g)  # J^T = -J
+            g = -rotate(g)  # J^T = -J
         need_x, *needs = ctx.needs_input_grad[4:]
         # where the backward pass is itself watched or to be differentiated, the operator has the say
         run: Any = (

@@ -14,66 +14,60 @@ from .errors import NotFusedError, warn
 from .models import SeparableHNN
 
 
-class MLPHamiltonian(NamedTuple):
-    """H(z) = W_{L+1} s(... s(W_1 z + b_1) ...) + b_{L+1}, a scalar.
+class Term(NamedTuple):
+    """A function of q, of p, or of z = (q, p): an MLP, or a quadratic form (k x) . x / 2.
 
-    `weights[l]` is [width_{l+1}, width_l], `biases[l]` is [width_{l+1}]; the last width is 1.
+    An MLP is W_{L+1} s(... s(W_1 x + b_1) ...) + b_{L+1}, a scalar: `weights[l]` is [width_{l+1}, width_l], `biases[l]` is
+    [width_{l+1}], and the last width is 1.
     """
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    activation: Activation
-
-    @property
-    def latent_dim(self) -> int:
-        return self.weights[0].shape[1]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.weights, *self.biases)
-
-    def energy(self, z: Tensor) -> Tensor:
-        """H(z): [..., 2d] to [...]."""
-        *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
-        for weight, bias in hidden:
-            z = self.activation(F.linear(z, weight, bias))
-        return F.linear(z, w_out, b_out).squeeze(-1)
-
-
-class Term(NamedTuple):
-    """A function of q or of p alone: an MLP (no layers: zero) plus the quadratic form (k . x^2) / 2 (None: zero)."""
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    activation: Activation
-    stiffness: Tensor | None
-    """k, [d] or [1]."""
+    reads: str
+    """"q", "p" or "z"."""
+    weights: tuple[Tensor, ...] = ()
+    biases: tuple[Tensor, ...] = ()
+    activation: Activation | None = None
+    stiffness: Tensor | None = None
+    """k of a quadratic form, [d] or [1]; None of an MLP."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.weights, *self.biases, *(() if self.stiffness is None else (self.stiffness,)))
 
-    def value(self, x: Tensor) -> Tensor:
-        """[..., d] to [...]."""
-        value = MLPHamiltonian(self.weights, self.biases, self.activation).energy(x) if self.weights else x.new_zeros(())
-        return value if self.stiffness is None else value + 0.5 * (self.stiffness * x * x).sum(-1)
+    def value(self, z: Tensor) -> Tensor:
+        """[..., 2d] to [...]."""
+        d = z.shape[-1] // 2
+        x = z if self.reads == "z" else z[..., :d] if self.reads == "q" else z[..., d:]
+        if self.stiffness is not None:
+            return 0.5 * (self.stiffness.to(x.dtype) * x * x).sum(-1)
+        assert self.activation is not None
+        *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden:
+            x = self.activation(F.linear(x, weight, bias))
+        return F.linear(x, w_out, b_out).squeeze(-1)
 
 
-class SeparableHamiltonian(NamedTuple):
-    """H(q, p) = T(p) + V(q)."""
+class SumHamiltonian(NamedTuple):
+    """H(z), the sum of its terms."""
 
-    V: Term
-    T: Term
+    terms: tuple[Term, ...]
     latent_dim: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.V.tensors, *self.T.tensors)
+        return tuple(t for term in self.terms for t in term.tensors)
+
+    @property
+    def separable(self) -> bool:
+        """Whether H = T(p) + V(q)."""
+        return all(term.reads != "z" for term in self.terms)
 
     def energy(self, z: Tensor) -> Tensor:
         """H(z): [..., 2d] to [...]."""
-        q, p = z.chunk(2, dim=-1)
-        return self.T.value(p) + self.V.value(q)
+        first, *rest = self.terms
+        value = first.value(z)
+        for term in rest:
+            value = value + term.value(z)
+        return value
 
 
 class ModuleHamiltonian:
@@ -114,7 +108,7 @@ class ModuleHamiltonian:
         return H.reshape(z.shape[:-1])
 
 
-Hamiltonian = MLPHamiltonian | SeparableHamiltonian | ModuleHamiltonian
+Hamiltonian = SumHamiltonian | ModuleHamiltonian
 
 
 def of_any_module(module: nn.Module, z: Tensor, backend: str) -> Hamiltonian:
@@ -148,7 +142,7 @@ _REMEDIES = (
 )
 
 
-def from_module(module: nn.Module) -> MLPHamiltonian | SeparableHamiltonian:
+def from_module(module: nn.Module) -> SumHamiltonian:
     """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian.
 
     The module's forward is never run on states, so it must be known to compute what the tensors do: see `reader`.
@@ -163,11 +157,13 @@ def from_module(module: nn.Module) -> MLPHamiltonian | SeparableHamiltonian:
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     reader.prove(module)
     if not isinstance(module, SeparableHNN):
-        return MLPHamiltonian(*reader.read_mlp(module, even=True))
-    V = reader.read_mlp(module.potential, even=False)
-    T = None if module.kinetic is None else reader.read_mlp(module.kinetic, even=False)
-    return SeparableHamiltonian(
-        V=Term(*V, module.stiffness),
-        T=Term((), (), V[2], V[0][0].new_ones(1)) if T is None else Term(*T, None),
-        latent_dim=2 * V[0][0].shape[1],
+        weights, biases, activation = reader.read_mlp(module, even=True)
+        return SumHamiltonian((Term("z", weights, biases, activation),), weights[0].shape[1])
+    V = Term("q", *reader.read_mlp(module.potential, even=False))
+    quadratic = () if module.stiffness is None else (Term("q", stiffness=module.stiffness),)
+    T = (
+        Term("p", stiffness=V.weights[0].new_ones(1))
+        if module.kinetic is None
+        else Term("p", *reader.read_mlp(module.kinetic, even=False))
     )
+    return SumHamiltonian((V, *quadratic, T), 2 * V.weights[0].shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import gradient_ops, hamiltonian, validation
 from .api import BACKENDS, choose_backend, rollout, through_transforms
 from .backends import reference
-from .hamiltonian import MLPHamiltonian, ModuleHamiltonian, SeparableHamiltonian, Term
+from .hamiltonian import ModuleHamiltonian, Term
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -52,23 +52,28 @@ def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
     backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
-    if isinstance(H, MLPHamiltonian) and backend != "reference":
-        return gradient_ops.gradient(rows, *H, backend, rotated).reshape(z.shape)
-    if isinstance(H, SeparableHamiltonian) and backend != "reference":
-        q, p = rows.chunk(2, dim=-1)
-        Hq, Hp = _of_term(H.V, q, backend), _of_term(H.T, p, backend)
-    else:
-        Hq, Hp = reference.gradient(H, rows).chunk(2, dim=-1)
-    return torch.cat((Hp, -Hq) if rotated else (Hq, Hp), dim=-1).reshape(z.shape)
+    if isinstance(H, ModuleHamiltonian) or backend == "reference":
+        g = reference.gradient(H, rows)
+        return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
+    if len(H.terms) == 1 and H.terms[0].reads == "z":
+        return _of_term(H.terms[0], rows, backend, rotated).reshape(z.shape)
+    d = H.latent_dim // 2
+    found = {"q": torch.zeros_like(rows[:, :d]), "p": torch.zeros_like(rows[:, d:])}
+    for term in H.terms:
+        if term.reads == "z":
+            g = _of_term(term, rows, backend)
+            found = {"q": found["q"] + g[:, :d], "p": found["p"] + g[:, d:]}
+        else:
+            found[term.reads] = found[term.reads] + _of_term(term, rows[:, :d] if term.reads == "q" else rows[:, d:], backend)
+    return torch.cat((found["p"], -found["q"]) if rotated else (found["q"], found["p"]), dim=-1).reshape(z.shape)
 
 
-def _of_term(term: Term, x: Tensor, backend: str) -> Tensor:
-    """Gradient of an MLP plus (k . x^2) / 2, either of which may be missing."""
-    quadratic = None if term.stiffness is None else term.stiffness.to(x.dtype) * x
-    if not term.weights:
-        return torch.zeros_like(x) if quadratic is None else quadratic
-    found = gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend)
-    return found if quadratic is None else found + quadratic
+def _of_term(term: Term, x: Tensor, backend: str, rotated: bool = False) -> Tensor:
+    """Gradient at x, what the term reads."""
+    if term.stiffness is not None:
+        return term.stiffness.to(x.dtype) * x
+    assert term.activation is not None
+    return gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend, rotated)
 
 
 def vector_field(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:

@@ -156,13 +156,18 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def for_separable(scheme: Scheme) -> tuple[SubStep, ...] | None:
-    """The same method as explicit kicks and drifts where H = T(p) + V(q), or None if it stays implicit there.
+    """The same method as explicit kicks and drifts where H = T(p) + V(q), or None if it stays implicit there."""
+    return explicit_moves(scheme.stages)
+
+
+def explicit_moves(stages: Sequence[SubStep]) -> tuple[SubStep, ...] | None:
+    """These sub-steps as explicit ones where H = T(p) + V(q), or None if they stay implicit there.
 
     Hq then knows nothing of p nor Hp of q, so a point that is kicked as far as the state is needs no equation: the kick
     comes first and the drift follows; and the other way round.
     """
     moves: list[SubStep] = []
-    for s in scheme.stages:
+    for s in stages:
         if s.mix:
             return None
         if not s.implicit:

@@ -174,17 +174,79 @@ HJEPA_INLINE void over_rows(i64 rows, F f) {
   }
 }
 
-// This thread's columns of X [rows, inner] B with B packed: epilogue(x, row, column) gets NR numbers of a row at a time, in
-// the nearest cache; where they go is its business. `converted` is scratch like X.
+// C [MR, NR] = X [MR, inner] M, M as it lies: [inner, columns], of which `left` from here on are there.
+template <class T, int MR>
+void product_tile_as_is(const T* X, i64 ldx, const T* M, i64 ldm, i64 inner, i64 left, T* C) {
+  if (left >= NR<T>) return product_tile<Plain<T>, MR>(X, ldx, M, ldm, inner, C, NR<T>);
+  Vec<T> acc[MR][2] = {};
+  for (i64 k = 0; k < inner; ++k, M += ldm) {
+    const Vec<T> b0 = load_first(M, left), b1 = left > LANES<T> ? load_first(M + LANES<T>, left - LANES<T>) : Vec<T>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      acc[i][0] += X[i * ldx + k] * b0;
+      acc[i][1] += X[i * ldx + k] * b1;
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    store(C + i * NR<T>, acc[i][0]);
+    store(C + i * NR<T> + LANES<T>, acc[i][1]);
+  }
+}
+
+// x . rows of M, `n` <= NR of them: a panel of x M^T with M as it lies.
+template <class T>
+void product_row_transposed(const T* x, const T* M, i64 ldm, i64 inner, i64 n, T* C) {
+  constexpr int GROUP = 8;
+  const i64 whole = inner / LANES<T> * LANES<T>;
+  for (i64 j = 0; j < n; j += GROUP) {
+    if (n - j < GROUP) {
+      for (; j < n; ++j) C[j] = dot(M + j * ldm, x, inner);
+      break;
+    }
+    Vec<T> acc[GROUP] = {};
+    for (i64 k = 0; k < whole; k += LANES<T>) {
+      const Vec<T> xk = load(x + k);
+#pragma GCC unroll 8
+      for (int g = 0; g < GROUP; ++g) acc[g] += load(M + (j + g) * ldm + k) * xk;
+    }
+    for (int g = 0; g < GROUP; ++g) {
+      T s = sum<T>(acc[g]);
+      for (i64 k = whole; k < inner; ++k) s += M[(j + g) * ldm + k] * x[k];
+      C[j + g] = s;
+    }
+  }
+  for (; n < NR<T>; ++n) C[n] = 0;
+}
+
+// This thread's columns of X [rows, inner] M: epilogue(x, row, column) gets NR numbers of a row at a time, in the nearest cache;
+// where they go is its business. `converted` is scratch like X.
 template <class P, class T, class Epilogue>
-HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 inner, const T* B, i64 columns, T* converted,
-                          Epilogue epilogue) {
+HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 inner, const Right<T>& M, i64 columns,
+                          T* converted, Epilogue epilogue) {
   alignas(HJEPA_VECTOR_BYTES) T block[MAX_MR * NR<T>];
-  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH, panels = n_panels<T>(columns);
+  const i64 panels = n_panels<T>(columns);
+  if (!M.packed) {
+    for (i64 panel = crew.first(panels); panel < crew.last(panels); ++panel) {
+      const i64 column = panel * NR<T>, left = columns - column;
+      if (M.transposed) {
+        for (i64 r = 0; r < rows; ++r) {
+          product_row_transposed(X + r * ldx, M.raw + column * M.ld, M.ld, inner, left < NR<T> ? left : NR<T>, block);
+          epilogue(block, r, column);
+        }
+      } else {
+        over_rows(rows, [&]<int MR>(i64 row) {
+          product_tile_as_is<T, MR>(X + row * ldx, ldx, M.raw + column, M.ld, inner, left, block);
+          for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, column);
+        });
+      }
+    }
+    return;
+  }
+  const i64 units = (inner + P::DEPTH - 1) / P::DEPTH;
   const auto* x = P::rows(X, rows, inner, ldx, converted);
   for (i64 panel = crew.first(panels); panel < crew.last(panels); ++panel)
     over_rows(rows, [&]<int MR>(i64 row) {
-      product_tile<P, MR>(x + row * ldx, ldx, B + panel * units * NR<T>, NR<T>, units, block, NR<T>);
+      product_tile<P, MR>(x + row * ldx, ldx, M.packed + panel * units * NR<T>, NR<T>, units, block, NR<T>);
       for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, panel * NR<T>);
     });
 }

@@ -20,20 +20,20 @@ struct GradientTile {
   T *x, *converted;
 
   GradientTile(const Gradient<T>& g, Crew& crew, i64 rows, Pieces<T>& pieces)
-      : g(g), crew(crew), at(g.p, crew, rows, pieces), ldn(ld<T>(g.n)) {
+      : g(g), crew(crew), at(g.net, crew, rows, pieces), ldn(ld<T>(g.n)) {
     x = pieces.take(rows * ldn);
     converted = pieces.take(P::DEPTH > 1 ? rows * (ldn > at.widest ? ldn : at.widest) : 0);
   }
 
   void run(i64 row, i64 R) {
-    const Problem<T>& p = g.p;
+    const Net<T>& p = g.net;
     take_rows(x, ldn, g.x + row * g.n, R, g.n);
-    product<P>(crew, x, ldn, R, g.n, g.WT_packed, at.h, converted, [&](T* a, i64 r, i64 column) {
+    product<P>(crew, x, ldn, R, g.n, g.by_WT, at.h, converted, [&](T* a, i64 r, i64 column) {
       T* to = at.a + r * at.w + column;
       for (i64 j = 0; j < NR<T>; j += LANES<T>) store(to + j, load(a + j) + load(g.b + column + j));
     });
-    at.run(R, g.value + row, 1, Layers<T>::on(p.tape + row * p.tape_width, p.tape_width, p));
-    product<P>(crew, at.e[0], at.w, R, at.h, g.W_packed, g.n, converted,
+    at.run(R, g.value + row, 1, Layers<T>::on(g.tape + row * p.tape_width, p.tape_width, p));
+    product<P>(crew, at.e[0], at.w, R, at.h, g.by_W, g.n, converted,
                [&](T* y, i64 r, i64 column) { put(g.gradient + (row + r) * g.n, y, column, g.n); });
   }
 };
@@ -49,19 +49,19 @@ struct GradientAdjointTile {
   T *G, *converted;
 
   GradientAdjointTile(const Gradient<T>& g, Crew& crew, i64 rows, Pieces<T>& pieces, const GradientSums<T>* sums)
-      : g(g), crew(crew), sums(sums), at(g.p, crew, rows, pieces, sums ? &sums->tail : nullptr), ldn(ld<T>(g.n)) {
+      : g(g), crew(crew), sums(sums), at(g.net, crew, rows, pieces, sums ? &sums->tail : nullptr), ldn(ld<T>(g.n)) {
     G = pieces.take(rows * ldn);
     converted = pieces.take(P::DEPTH > 1 ? rows * (ldn > at.widest ? ldn : at.widest) : 0);
   }
 
   void run(i64 row, i64 R) {
-    const Problem<T>& p = g.p;
+    const Net<T>& p = g.net;
     const i64 h = at.h, w = at.w, n = g.n;
     at.clear_padding(R);
-    at.restore(p.tape + row * p.tape_width, p.tape_width, R);
+    at.restore(g.tape + row * p.tape_width, p.tape_width, R);
     if (g.g_gradient) {
       take_rows(G, ldn, g.g_gradient + row * n, R, n);
-      product<P>(crew, G, ldn, R, n, g.WT_packed, h, converted, [&](T* v, i64 r, i64 column) {
+      product<P>(crew, G, ldn, R, n, g.by_WT, h, converted, [&](T* v, i64 r, i64 column) {
         for (i64 j = 0; j < NR<T>; j += LANES<T>) store(at.v + r * w + column + j, load(v + j));
       });
     } else {
@@ -70,7 +70,7 @@ struct GradientAdjointTile {
     at.enter(R);
     at.adjoint(g.g_value ? g.g_value + row : nullptr, 1, R, sums != nullptr);
     const T* nu = at.curve[0];
-    product<P>(crew, nu, w, R, h, g.W_packed, n, converted,
+    product<P>(crew, nu, w, R, h, g.by_W, n, converted,
                [&](T* y, i64 r, i64 column) { put(g.g_x + (row + r) * n, y, column, n); });
     if (!sums) return;
     copy_rows(g.delta + row * h, h, at.e[0], w, R, h);
@@ -83,7 +83,7 @@ struct GradientAdjointTile {
     });
     for (int l = 0; l + 1 < p.L; ++l)
       for (const i64 half : {0, 1}) {
-        const i64 m = p.width[l + 1], k = p.width[l], to = half * p.B + row;
+        const i64 m = p.width[l + 1], k = p.width[l], to = half * g.B + row;
         copy_rows(g.left[l] + to * m, m, at.left[l] + half * R * at.lds[l + 1], at.lds[l + 1], R, m);
         copy_rows(g.right[l] + to * k, k, at.right[l] + half * R * at.lds[l], at.lds[l], R, k);
       }

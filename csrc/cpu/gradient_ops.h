@@ -18,51 +18,40 @@ struct GradientArguments {
   i64 n_threads, isa;
 };
 
-// What follows the first layer, and the memory of all of it.
+// The memory of a call, and what it computes.
 template <class T>
 struct GradientCall {
   const GradientArguments& in;
   const std::vector<Tensor> tail_weights, tail_biases;
-  const Arguments tail;
   const Kernels<T>& kernels;
-  const Weights<T> weights;
   Gradient<T> g{};
 
   explicit GradientCall(const GradientArguments& in)
       : in(in), tail_weights(in.weights.begin() + 1, in.weights.end()), tail_biases(in.biases.begin() + 1, in.biases.end()),
-        tail{in.x,    in.x, in.x, tail_weights, tail_biases,  0,      1,   in.activation, in.beta, in.threshold,
-             in.bf16, 0,    0,    in.n_threads, in.isa, ROWS},
-        kernels(kernels_for<T>(in.isa, in.bf16)), weights{tail, kernels} {
+        kernels(kernels_for<T>(in.isa, in.bf16)) {
     const bool keep = in.tape.size(1) > 0;
-    take_network(g.p, tail_weights, Kind(in.activation), in.beta, in.threshold, keep, true);
-    g.p.tape_layers = keep;
-    g.p.B = in.x.size(0);
-    g.p.tape = data<T>(in.tape);
+    take_network(g.net, tail_weights, Kind(in.activation), in.beta, in.threshold, keep, true);
+    g.net.tape_layers = keep;
+    g.B = in.x.size(0);
+    g.tape = data<T>(in.tape);
     g.n = in.x.size(1);
     g.x = data<T>(in.x);
   }
 
   double work() const {
-    double each = 2.0 * g.n * g.p.width[0];
-    for (int l = 0; l + 1 < g.p.L; ++l) each += 2.0 * g.p.width[l] * g.p.width[l + 1];
-    return each * g.p.B;
+    double each = 2.0 * g.n * g.net.width[0];
+    for (int l = 0; l + 1 < g.net.L; ++l) each += 2.0 * g.net.width[l] * g.net.width[l + 1];
+    return each * g.B;
   }
 
-  std::vector<typename Weights<T>::Pack> take(Memory& memory) {
-    weights.take_padded(g.p, memory);
-    auto packs = weights.take_packed(g.p, false, false, memory);
-    const Tensor &W = in.weights[0], &b = in.biases[0];
-    const i64 h = W.size(0), all = kernels.ld(h);
-    T* padded = memory.take<T>(all);
-    if (memory.base) std::fill(std::copy_n(data<T>(b), h, padded), padded + all, T(0));
-    g.b = padded;
-    for (const bool transposed : {true, false}) {
-      const i64 inner = W.size(transposed), columns = W.size(!transposed);
-      T* to = memory.take<T>(kernels.packed_size(inner, columns));
-      packs.push_back({data<T>(W), g.n, transposed, inner, columns, to});
-      (transposed ? g.WT_packed : g.W_packed) = to;
-    }
-    return packs;
+  std::vector<Pack<T>> take(Memory& memory) {
+    Weights<T>{tail_weights, tail_biases, kernels}.take_padded(g.net, memory);
+    Packer<T> packer{kernels, memory, g.B > FEW_ROWS, g.B > SOME_ROWS};
+    packer.take(g.net, tail_weights);
+    g.by_WT = packer(in.weights[0], true);
+    g.by_W = packer(in.weights[0], false);
+    g.b = padded(in.biases[0], kernels, memory);
+    return packer.packs;
   }
 
   void forward(Tensor& gradient, Tensor& value) {
@@ -70,17 +59,17 @@ struct GradientCall {
     g.value = data<T>(value);
     const double work = this->work();
     Team team(work < WORTH_A_THREAD ? 1 : int(in.n_threads), work);
-    const i64 rounds = (g.p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
-    const i64 n_tiles = std::min(rounds * team.size(), g.p.B), rows = (g.p.B + n_tiles - 1) / n_tiles;
+    const i64 rounds = (g.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
+    const i64 n_tiles = std::min(rounds * team.size(), g.B), rows = (g.B + n_tiles - 1) / n_tiles;
     std::vector<T*> scratch(team.size());
-    std::vector<typename Weights<T>::Pack> packs;
+    std::vector<Pack<T>> packs;
     lay_out(team, [&](Memory& memory) {
       packs = take(memory);
       for (T*& own : scratch) own = memory.template take<T>(kernels.gradient_scratch(g, rows));
     });
-    weights.run(packs, team);
+    run(packs, team, kernels);
     share_out(team, n_tiles, [&](i64 i, int thread) {
-      const i64 from = g.p.B * i / n_tiles, to = g.p.B * (i + 1) / n_tiles;
+      const i64 from = g.B * i / n_tiles, to = g.B * (i + 1) / n_tiles;
       kernels.gradient(g, from, to - from, scratch[thread]);
     });
   }
@@ -91,7 +80,7 @@ struct GradientCall {
     if (!factors.empty()) {
       g.delta = data<T>(factors[0]);
       g.nu = data<T>(factors[1]);
-      for (int l = 0; l + 1 < g.p.L; ++l) {
+      for (int l = 0; l + 1 < g.net.L; ++l) {
         g.left[l] = data<T>(factors[2 + 2 * l]);
         g.right[l] = data<T>(factors[3 + 2 * l]);
       }
@@ -101,12 +90,12 @@ struct GradientCall {
     g.g_value = data<T>(g_value);
     const double work = this->work();
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
-    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.n_threads, g.p.B), share = (g.p.B + n_tasks - 1) / n_tasks;
+    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.n_threads, g.B), share = (g.B + n_tasks - 1) / n_tasks;
     const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
     Team team(int(n_tasks), 3 * work);
     std::vector<T*> scratch(team.size());
     std::vector<GradientSums<T>> task_sums(sums.empty() ? 0 : n_tasks);
-    std::vector<typename Weights<T>::Pack> packs;
+    std::vector<Pack<T>> packs;
     std::vector<Part<T>> parts;
     lay_out(team, [&](Memory& memory) {
       packs = take(memory);
@@ -117,14 +106,14 @@ struct GradientCall {
         parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
       };
       add(sums[0], [](GradientSums<T>& own) -> T*& { return own.b; });
-      const int last = g.p.L - 1;
+      const int last = g.net.L - 1;
       for (int l = 0; l <= last; ++l) add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
       add(sums[2 + last], [=](GradientSums<T>& own) -> T*& { return own.tail.W[last]; });
     });
-    weights.run(packs, team);
+    run(packs, team, kernels);
     clear(parts, team, kernels);
     share_out(team, n_tasks, [&](i64 i, int thread) {
-      kernels.gradient_backward(g, g.p.B * i / n_tasks, g.p.B * (i + 1) / n_tasks, rows, scratch[thread],
+      kernels.gradient_backward(g, g.B * i / n_tasks, g.B * (i + 1) / n_tasks, rows, scratch[thread],
                                 sums.empty() ? nullptr : &task_sums[i]);
     });
     add_up(parts, team, kernels);

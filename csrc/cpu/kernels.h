@@ -17,7 +17,7 @@
 
 #include "rows.h"
 
-#include "separable.h"
+#include "program.h"
 
 #include "features.h"
 
@@ -41,10 +41,10 @@ constexpr Kernels<T> table = {
     shared_scratch<T>,
     thread_scratch<T>,
     forward_features<T>,
-    separable_forward_scratch<P, T>,
-    separable_forward<P, T>,
-    separable_backward_scratch<P, T>,
-    separable_backward<P, T>,
+    program_forward_scratch<P, T>,
+    program_forward<P, T>,
+    program_backward_scratch<P, T>,
+    program_backward<P, T>,
     gradient_scratch<P, T>,
     gradient<P, T>,
     gradient_backward_scratch<P, T>,

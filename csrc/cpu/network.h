@@ -54,7 +54,7 @@ struct Layers {
   i64 stride[MAX_LAYERS] = {};
 
   // On a tape, whose rows are that far apart.
-  static Layers on(T* tape, i64 stride, const Problem<T>& p) {
+  static Layers on(T* tape, i64 stride, const Net<T>& p) {
     Layers to;
     i64 at = 0;
     for (int l = 0; l < (p.tape_layers ? p.L : p.tape_width > 0); at += p.width[l++]) to.a[l] = tape + at;
@@ -68,7 +68,7 @@ struct Layers {
 template <class P>
 struct Network {
   using T = typename P::Scalar;
-  const Problem<T>& p;
+  const Net<T>& p;
   const Crew& crew;
   T* a;                              // [rows, ld(h)]
   T *e[MAX_LAYERS], *d[MAX_LAYERS];  // z_l, overwritten by e_l; s'(a_l)
@@ -76,7 +76,7 @@ struct Network {
   T* converted;  // this thread's
   i64 h, w, lds[MAX_LAYERS], widest = 0;  // h_1; ld of each width, w = lds[0]
 
-  Network(const Problem<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces) : p(p), crew(crew), h(p.width[0]), w(ld<T>(h)) {
+  Network(const Net<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces) : p(p), crew(crew), h(p.width[0]), w(ld<T>(h)) {
     for (int l = 0; l < p.L; ++l) {
       lds[l] = ld<T>(p.width[l]);
       widest = lds[l] > widest ? lds[l] : widest;
@@ -96,14 +96,14 @@ struct Network {
     crew.template over_panels<T>(R, h, [&](i64 r, i64 column) { enter(0, a + r * w + column, r, column, H, keep); });
     for (int l = 0; l < last; ++l) {
       crew.meet();
-      product<P>(crew, e[l], lds[l], R, p.width[l], p.WT_packed[l], p.width[l + 1], converted, [&](T* x, i64 r, i64 column) {
+      product<P>(crew, e[l], lds[l], R, p.width[l], p.by_WT[l], p.width[l + 1], converted, [&](T* x, i64 r, i64 column) {
         for (i64 i = 0; i < NR<T>; i += LANES<T>) store(x + i, load(x + i) + load(p.b[l] + column + i));
         enter(l + 1, x, r, column, H, keep);
       });
     }
     for (int l = last - 1; l >= 0; --l) {
       crew.meet();
-      product<P>(crew, e[l + 1], lds[l + 1], R, p.width[l + 1], p.W_packed[l], p.width[l], converted,
+      product<P>(crew, e[l + 1], lds[l + 1], R, p.width[l + 1], p.by_W[l], p.width[l], converted,
                  [&](T* x, i64 r, i64 column) {
                    if (keep.g[l]) put(keep.g[l] + r * keep.stride[l], x, column, p.width[l]);
                    T *to = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
@@ -146,7 +146,7 @@ struct NetworkAdjoint : Network<P> {
   T *left[MAX_LAYERS], *right[MAX_LAYERS];  // (e_{l+1}, r_{l+1}) and (zd_l, z_l), 2 rows for each evaluation and sample
   T *v, *curve[MAX_LAYERS];
 
-  NetworkAdjoint(const Problem<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces, const Sums<T>* sums)
+  NetworkAdjoint(const Net<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces, const Sums<T>* sums)
       : Network<P>(p, crew, rows, pieces), sums(sums), capacity(sums && rows < GATHER ? GATHER / rows : 1) {
     v = pieces.take(rows * w);
     for (int l = 0; l < p.L; ++l) {
@@ -215,7 +215,7 @@ struct NetworkAdjoint : Network<P> {
     const int last = p.L - 1;
     for (int l = 0; l < last; ++l) {
       crew.meet();
-      product<P>(crew, zd(l, R), lds[l], R, p.width[l], p.WT_packed[l], p.width[l + 1], this->converted,
+      product<P>(crew, zd(l, R), lds[l], R, p.width[l], p.by_WT[l], p.width[l + 1], this->converted,
                  [&](T* x, i64 r, i64 column) {
                    const i64 c = r * lds[l + 1] + column;
                    activate<T>(p.activation, kept.a[l + 1] + c, x, z(l + 1, R) + c, d[l + 1] + c, zd(l + 1, R) + c,
@@ -264,7 +264,7 @@ struct NetworkAdjoint : Network<P> {
         });
       }
       crew.meet();
-      product<P>(crew, r_next, from, R, p.width[l + 1], p.W_packed[l], p.width[l], this->converted, [&](T* x, i64 r, i64 column) {
+      product<P>(crew, r_next, from, R, p.width[l + 1], p.by_W[l], p.width[l], this->converted, [&](T* x, i64 r, i64 column) {
         for (i64 i = 0; i < NR<T>; i += LANES<T>) {
           const i64 c = r * lds[l] + column + i;
           store(curve[l] + c, load(x + i) * load(d[l] + c) + load(kept.g[l] + c) * load(curve[l] + c));

@@ -148,6 +148,8 @@ constexpr i64 WORTH_A_THREAD = 200000;
 
 // Up to this many rows it is faster to read the weights as they are than to pack them and share the packed ones.
 constexpr i64 FEW_ROWS = 2;
+// Up to this many a product x W reads W as it lies: it is used too seldom to be worth packing.
+constexpr i64 SOME_ROWS = 256;
 
 // Pieces of the team's memory. With no memory yet it only counts.
 struct Memory {
@@ -184,24 +186,75 @@ void share_out(Team& team, i64 n, const F& f) {
 }
 
 template <class T>
+struct Pack {
+  const T* from;
+  i64 ld;
+  bool transposed;
+  i64 inner, columns;
+  T* to;
+};
+
+// Right operands of products, packed or, with few rows or uses, as they lie; and what is to be packed.
+template <class T>
+struct Packer {
+  const Kernels<T>& kernels;
+  Memory& memory;
+  // whether x W^T and x W are to be packed: the latter reads W nearly as fast as it lies
+  bool transposed_too, straight_too;
+  std::vector<Pack<T>> packs{};
+
+  // x W, or x W^T
+  Right<T> operator()(const Tensor& W, bool transposed) {
+    if (!(transposed ? transposed_too : straight_too)) return {nullptr, data<T>(W), W.stride(0), transposed};
+    const i64 inner = W.size(transposed), columns = W.size(!transposed);
+    T* to = memory.take<T>(kernels.packed_size(inner, columns));
+    packs.push_back({data<T>(W), W.stride(0), transposed, inner, columns, to});
+    return {to, nullptr, 0, transposed};
+  }
+
+  void take(Net<T>& net, const std::vector<Tensor>& weights) {
+    for (int l = 0; l + 1 < net.L; ++l) {
+      net.by_WT[l] = (*this)(weights[l], true);
+      net.by_W[l] = (*this)(weights[l], false);
+    }
+  }
+};
+
+template <class T>
+void run(const std::vector<Pack<T>>& packs, Team& team, const Kernels<T>& kernels) {
+  i64 n = 0;
+  for (const Pack<T>& pack : packs) n += kernels.n_panels(pack.columns);
+  share_out(team, n, [&](i64 i, int) {
+    for (const Pack<T>& pack : packs) {
+      const i64 panels = kernels.n_panels(pack.columns);
+      if (i < panels) return kernels.pack(pack.from, pack.ld, pack.transposed, pack.inner, pack.columns, pack.to, i, i + 1);
+      i -= panels;
+    }
+  });
+}
+
+// A vector padded with zeros.
+template <class T>
+T* padded(const Tensor& x, const Kernels<T>& kernels, Memory& memory) {
+  const i64 n = x.numel(), all = kernels.ld(n);
+  T* to = memory.take<T>(all);
+  if (memory.base) std::fill(std::copy_n(data<T>(x), n, to), to + all, T(0));
+  return to;
+}
+
+template <class T>
 struct Weights {
-  const Arguments& in;
+  const std::vector<Tensor>&weights, &biases;
   const Kernels<T>& kernels;
 
   // biases and output weights, padded with zeros
-  void take_padded(Problem<T>& p, Memory& memory) const {
-    const auto padded = [&](const Tensor& x) {
-      const i64 n = x.numel(), all = kernels.ld(n);
-      T* to = memory.take<T>(all);
-      if (memory.base) std::fill(std::copy_n(data<T>(x), n, to), to + all, T(0));
-      return to;
-    };
-    for (int l = 0; l < p.L; ++l) p.b[l] = padded(in.biases[l]);
-    p.W[p.L - 1] = padded(in.weights[p.L - 1]);
+  void take_padded(Net<T>& p, Memory& memory) const {
+    for (int l = 0; l < p.L; ++l) p.b[l] = padded(biases[l], kernels, memory);
+    p.W[p.L - 1] = padded(weights[p.L - 1], kernels, memory);
   }
 
   // matrices row by row, copied only if their rows are no whole number of vectors
-  void take_rows(Problem<T>& p, Memory& memory) const {
+  void take_rows(Problem<T>& p, const Tensor& K, Memory& memory) const {
     const auto rows = [&](const Tensor& x, i64& ld) -> const T* {
       const i64 m = x.size(0), n = x.size(1);
       if (n % kernels.lanes == 0) {
@@ -214,47 +267,29 @@ struct Weights {
         for (i64 r = 0; r < m; ++r) std::fill(std::copy_n(data<T>(x) + r * n, n, to + r * ld), to + (r + 1) * ld, T(0));
       return to;
     };
-    for (int l = 0; l + 1 < p.L; ++l) p.W[l] = rows(in.weights[l], p.ldW[l]);
-    p.K = rows(in.K, p.ldK);
+    for (int l = 0; l + 1 < p.L; ++l) p.W[l] = rows(weights[l], p.ldW[l]);
+    p.K = rows(K, p.ldK);
   }
 
-  struct Pack {
-    const T* from;
-    i64 ld;
-    bool transposed;
-    i64 inner, columns;
-    T* to;
-  };
-
-  std::vector<Pack> take_packed(Problem<T>& p, bool need_K, bool need_KT, Memory& memory) const {
-    std::vector<Pack> packs;
-    const auto packed = [&](const Tensor& x, bool transposed) {
-      const i64 inner = x.size(transposed), columns = x.size(!transposed);
-      T* to = memory.take<T>(kernels.packed_size(inner, columns));
-      packs.push_back({data<T>(x), x.size(1), transposed, inner, columns, to});
-      return to;
-    };
-    for (int l = 0; l + 1 < p.L; ++l) {
-      p.WT_packed[l] = packed(in.weights[l], true);
-      p.W_packed[l] = packed(in.weights[l], false);
-    }
-    if (need_K) p.K_packed = packed(in.K, false);
-    if (need_KT) p.KT_packed = packed(in.K, true);
-    return packs;
-  }
-
-  void run(const std::vector<Pack>& packs, Team& team) const {
-    i64 n = 0;
-    for (const Pack& pack : packs) n += kernels.n_panels(pack.columns);
-    share_out(team, n, [&](i64 i, int) {
-      for (const Pack& pack : packs) {
-        const i64 panels = kernels.n_panels(pack.columns);
-        if (i < panels) return kernels.pack(pack.from, pack.ld, pack.transposed, pack.inner, pack.columns, pack.to, i, i + 1);
-        i -= panels;
-      }
-    });
+  std::vector<Pack<T>> take_packed(Problem<T>& p, const Tensor& K, bool need_K, bool need_KT, Memory& memory) const {
+    Packer<T> packer{kernels, memory, true, true};
+    packer.take(p, weights);
+    if (need_K) p.by_K = packer(K, false);
+    if (need_KT) p.by_KT = packer(K, true);
+    return packer.packs;
   }
 };
+
+template <class T>
+void take_network(Net<T>& p, const std::vector<Tensor>& weights, Kind kind, double beta, double threshold, bool keep,
+                  bool layers) {
+  p.L = int(weights.size());
+  i64 all = 0;
+  for (int l = 0; l < p.L; ++l) all += 2 * (p.width[l] = weights[l].size(1));
+  p.activation = {kind, beta, threshold};
+  p.tape_layers = layers || p.L == 1;
+  p.tape_width = !keep ? 0 : p.tape_layers ? all - p.width[p.L - 1] : p.width[0];
+}
 
 template <class T>
 void needs(const Problem<T>& p, bool& kick, bool& drift) {
@@ -266,14 +301,14 @@ void needs(const Problem<T>& p, bool& kick, bool& drift) {
 }
 
 template <class T>
-void run_features(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
-  if (work_of(p) * p.B < WORTH_A_THREAD / 2) n_threads = 1;
+void run_features(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
+  const i64 n_threads = work_of(p) * p.B < WORTH_A_THREAD / 2 ? 1 : in.n_threads;
   Team team(int(std::min<i64>(n_threads, N_BLOCKS)), call_work(p));
   T* shared = nullptr;
   std::vector<T*> scratch(team.size());
   lay_out(team, [&](Memory& memory) {
     weights.take_padded(p, memory);
-    weights.take_rows(p, memory);
+    weights.take_rows(p, in.K, memory);
     shared = memory.template take<T>(kernels.shared_scratch(p));
     // the ends of rows that are no whole number of vectors are read, against zeros, and must not hold NaN
     if (memory.base) std::fill_n(shared, kernels.shared_scratch(p), T(0));
@@ -295,19 +330,19 @@ constexpr i64 CREW_ROWS = 16, CREW_ROWS_BACKWARD = 8;
 bool wants_crew(i64 rows, i64 most, i64 path) { return path == CREW || (path == CHOOSE && rows <= most); }
 
 // f(task, thread, crew_size, barrier): by a crew, of which everyone does the one task; or each task by whichever thread is free.
-template <class T, class F>
-void run_tasks(Team& team, const Problem<T>& p, i64 n_tasks, bool crew, const F& f) {
+template <class F>
+void run_tasks(Team& team, i64 n_steps, i64 n_tasks, bool crew, const F& f) {
   if (!crew || team.size() == 1) return share_out(team, n_tasks, [&](i64 i, int thread) { f(i, thread, 1, nullptr); });
   const BarrierOwner owner(team.size());
   const auto task = [&](int thread) { f(0, thread, team.size(), owner.barrier); };
   team.run(task);
-  if (dismissed(*owner.barrier, p.end - p.begin)) team.note_wait();
+  if (dismissed(*owner.barrier, n_steps)) team.note_wait();
 }
 
 template <class T>
-void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& p, i64 n_threads) {
-  if (call_work(p) < WORTH_A_THREAD) n_threads = 1;
-  const bool crew = wants_crew(p.B, CREW_ROWS, weights.in.path);
+void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
+  const i64 n_threads = call_work(p) < WORTH_A_THREAD ? 1 : in.n_threads;
+  const bool crew = wants_crew(p.B, CREW_ROWS, in.path);
   Team team(int(crew ? std::min(n_threads, kernels.n_panels(p.width[0])) : n_threads), call_work(p));
   const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
   const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
@@ -315,14 +350,14 @@ void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& 
   bool kick, drift;
   needs(p, kick, drift);
   std::vector<T*> scratch(n_scratch);
-  std::vector<typename Weights<T>::Pack> packs;
+  std::vector<Pack<T>> packs;
   lay_out(team, [&](Memory& memory) {
     weights.take_padded(p, memory);
-    packs = weights.take_packed(p, drift, kick, memory);
+    packs = weights.take_packed(p, in.K, drift, kick, memory);
     for (T*& own : scratch) own = memory.template take<T>(kernels.forward_scratch(p, rows, crew_size));
   });
-  weights.run(packs, team);
-  run_tasks(team, p, n_tiles, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
+  run(packs, team, kernels);
+  run_tasks(team, p.end - p.begin, n_tiles, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
     const i64 from = p.B * i / n_tiles, to = p.B * (i + 1) / n_tiles;
     kernels.forward(p, from, to - from, size > 1 ? thread : 0, size, barrier, scratch[crew ? 0 : thread]);
   });
@@ -331,14 +366,15 @@ void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, Problem<T>& 
 // A parameter's gradient as a matrix, and where each task has its own.
 template <class T>
 struct Part {
-  i64 m, n;
+  i64 m, n, ld;
   T* total;
   std::vector<T*> of_task;
 };
 
 template <class T, class S, class F>
 Part<T> part_of(const Tensor& total, std::vector<S>& task_sums, F of, Memory& memory, const Kernels<T>& kernels) {
-  Part<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1), data<T>(total), {}};
+  Part<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1),
+               total.dim() == 2 ? total.stride(0) : total.numel(), data<T>(total), {}};
   for (S& own : task_sums) part.of_task.push_back(of(own) = memory.take<T>(part.m * kernels.ld(part.n)));
   return part;
 }
@@ -358,7 +394,7 @@ void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& ker
     const Part<T>& part = parts[i / SHARES];
     for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
       for (const T* own : part.of_task)
-        for (i64 c = 0; c < part.n; ++c) part.total[r * part.n + c] += own[r * kernels.ld(part.n) + c];
+        for (i64 c = 0; c < part.n; ++c) part.total[r * part.ld + c] += own[r * kernels.ld(part.n) + c];
   });
 }
 
@@ -373,9 +409,9 @@ void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape,
   p.residual = data<T>(residual);
   p.evaluations = data<std::int32_t>(evaluations);
   const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
-  const Weights<T> weights{in, kernels};
+  const Weights<T> weights{in.weights, in.biases, kernels};
   const bool features = !p.implicit && (in.path == FEATURES || (in.path == CHOOSE && p.B <= FEW_ROWS));
-  (features ? run_features<T> : run_rows<T>)(kernels, weights, p, in.n_threads);
+  (features ? run_features<T> : run_rows<T>)(kernels, weights, in, p);
 }
 
 template <class T>
@@ -391,7 +427,7 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   p.gsp = data<T>(gsp);
   p.gE = data<T>(gE);
   const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
-  const Weights<T> weights{in, kernels};
+  const Weights<T> weights{in.weights, in.biases, kernels};
   const i64 steps = p.end - p.begin;
   const bool small = work_of(p) * p.B * p.n_sub * steps < WORTH_A_THREAD;
   // the tasks, and with them the order of summation, do not depend on how many threads there turn out to be
@@ -404,11 +440,11 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   needs(p, kick, drift);
   std::vector<T*> scratch(n_scratch);
   std::vector<Sums<T>> task_sums(sums.empty() ? 0 : n_tasks);
-  std::vector<typename Weights<T>::Pack> packs;
+  std::vector<Pack<T>> packs;
   std::vector<Part<T>> parts;  // gradient of K, W_2, ..., b_2, ...
   lay_out(team, [&](Memory& memory) {
     weights.take_padded(p, memory);
-    packs = weights.take_packed(p, true, true, memory);
+    packs = weights.take_packed(p, in.K, true, true, memory);
     for (T*& own : scratch) own = memory.template take<T>(kernels.backward_scratch(p, rows, !sums.empty(), crew_size));
     if (sums.empty()) return;
     parts.clear();
@@ -419,9 +455,9 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
     for (int l = 0; l < p.L; ++l) add_part(sums[1 + l], [l](Sums<T>& own) -> T*& { return own.W[l]; });
     for (int l = 0; l < p.L; ++l) add_part(sums[1 + p.L + l], [l](Sums<T>& own) -> T*& { return own.b[l]; });
   });
-  weights.run(packs, team);
+  run(packs, team, kernels);
   clear(parts, team, kernels);
-  run_tasks(team, p, n_tasks, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
+  run_tasks(team, steps, n_tasks, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
     const Sums<T>* own = sums.empty() ? nullptr : &task_sums[i];
     kernels.backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, size > 1 ? thread : 0, size, barrier,
                      scratch[crew ? 0 : thread], own);
@@ -490,7 +526,7 @@ void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t
   (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, n_threads, isa);
 }
 
-#include "separable_ops.h"
+#include "program_ops.h"
 
 #include "gradient_ops.h"
 
@@ -514,8 +550,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
-  m.def(SEPARABLE_FORWARD);
-  m.def(SEPARABLE_BACKWARD);
+  m.def(PROGRAM_FORWARD);
+  m.def(PROGRAM_BACKWARD);
   m.def(GRADIENT);
   m.def(GRADIENT_BACKWARD);
 }
@@ -526,8 +562,8 @@ STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("product", TORCH_BOX(&product));
-  m.impl("separable_forward", TORCH_BOX(&separable_forward));
-  m.impl("separable_backward", TORCH_BOX(&separable_backward));
+  m.impl("program_forward", TORCH_BOX(&program_forward));
+  m.impl("program_backward", TORCH_BOX(&program_backward));
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("gradient_backward", TORCH_BOX(&gradient_backward));
 }

@@ -47,19 +47,36 @@ void join(Barrier&, i64& step, int& flip);
 void dismiss_if_slow(Barrier&, i64 step);
 bool dismissed(Barrier&, i64 step);
 
-// Layers l = 1..L in the mathematics are indices 0..L-1 here; W[l] is W_{l+2}, from layer index l to l+1.
+// The right operand M of products x M: in column panels if `packed`, else as it lies, [inner, columns] or, transposed, [columns,
+// inner], for few rows or few uses.
 template <class T>
-struct Problem {
+struct Right {
+  const T *packed, *raw;
+  i64 ld;
+  bool transposed;
+};
+
+// A network F after its first layer. Layers l = 1..L in the mathematics are indices 0..L-1 here; W[l] is W_{l+2}, from layer
+// index l to l+1.
+template <class T>
+struct Net {
   int L;
   i64 width[MAX_LAYERS];  // h_1, ..., h_L
   Activation activation;
-  const T* K;
-  i64 ldK;
   const T* W[MAX_LAYERS];  // [width[l+1], width[l]], for the last l the output weights w [1, h_L], padded
   i64 ldW[MAX_LAYERS];
-  const T* b[MAX_LAYERS];  // padded with zeros; the last is that of H
-  // right operands of products, in column panels: x W^T, x W, x K^T, x K
-  const T *WT_packed[MAX_LAYERS], *W_packed[MAX_LAYERS], *KT_packed, *K_packed;
+  const T* b[MAX_LAYERS];                     // padded with zeros; the last is that of H
+  Right<T> by_WT[MAX_LAYERS], by_W[MAX_LAYERS];  // x W^T, x W
+  i64 tape_width;                             // numbers of an evaluation and sample: 0, h_1, or all a_l and g_l
+  bool tape_layers;
+};
+
+// A rollout of one network of q and p, with K = Wp Wq^T.
+template <class T>
+struct Problem : Net<T> {
+  const T* K;
+  i64 ldK;
+  Right<T> by_KT, by_K;
 
   i64 B, n_steps, begin, end;  // steps begin..end-1 of n_steps are run
   int n_sub;
@@ -70,8 +87,6 @@ struct Problem {
   const T* dt;           // [1 or B, n_steps]
   i64 dt_stride;
   i64 n_kept;      // states in sq, sp (or their cotangents): n_steps, or 1 for the last alone
-  i64 tape_width;  // numbers of a sub-step and sample: 0, h_1, or all a_l and g_l
-  bool tape_layers;
 
   // forward: a in and out; sq, sp [B, n_kept, h]; energy [B, n_steps] or null
   T *a, *sq, *sp, *energy, *tape;
@@ -91,48 +106,97 @@ struct Sums {
   T* b[MAX_LAYERS];
 };
 
-// H = T(p) + V(q). Of the members' numbers only those of the network and of its tape are used.
-template <class T_>
-struct Separable {
-  Problem<T_> V, T;
-  bool quadratic;  // T = (s p) . p / 2; T then only has the width of V
-  const T_ *N_packed, *NT_packed;  // right operands: x N, x N^T with N [hV, hT]
-  i64 B, n_steps, begin, end;      // steps begin..end-1 of n_steps are run
-  bool with_energy, last;          // whether V is wanted before each step, and after step n_steps - 1 too
-  int n_moves;
-  const double* moves;  // [n_moves, 2]: kick, drift
-  const T_* dt;         // [1 or B, n_steps]
+constexpr int MAX_NETWORKS = 8, MAX_REGISTERS = 64, MAX_MATRICES = 32, MAX_ITEMS = 24;
+
+// A line of a program, as in hjepa_fast/hidden_space/program.py.
+enum Op : int { EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN };
+
+struct Line {
+  int op, x, y;
+  double c;
+  bool scaled;
+  int matrix;
+  bool transposed;
+  int item, slot, energy;
+  bool meet;
+};
+
+struct Code {
+  const Line* at;
+  int n;
+};
+
+// What the tape holds: an evaluation of a network, or a register's value; slots in the first step, each later one, after the last.
+struct Item {
+  int reg;
+  bool network;
+  i64 first, later, end, width, offset;
+
+  i64 before(i64 step) const { return step == 0 ? 0 : first + (step - 1) * later; }
+};
+
+// y <- y + c x M: M [n, m], or a diagonal.
+template <class T>
+struct Matrix {
+  i64 n, m;
+  const T* diagonal;  // padded, or null
+  Right<T> straight, transposed;
+};
+
+// Rows of numbers a sample, of any stride from one to the next (and from one step to the next); or null.
+template <class T>
+struct Rows {
+  T* at;
+  i64 stride, step;
+};
+
+template <class T>
+struct Program {
+  int n_registers, n_networks, n_items, n_matrices, n_state, n_known, n_path;
+  i64 width[MAX_REGISTERS];
+  int state[MAX_REGISTERS], known[MAX_NETWORKS], path[MAX_REGISTERS];
+  bool tracked[MAX_REGISTERS];
+  int reg_a[MAX_NETWORKS], reg_d[MAX_NETWORKS];
+  Net<T> network[MAX_NETWORKS];
+  Item item[MAX_ITEMS];
+  Matrix<T> matrix[MAX_MATRICES];
+  Code start, first, later, last, back_last, back_later, back_first;
+  i64 B, n_steps, begin, end;  // steps begin..end-1 of n_steps are run
+  bool every;                  // whether the path is wanted after every step
+  const T* dt;                 // [1 or B, n_steps]
   i64 dt_stride;
-  T_* tape;  // [B, tape_width]: evaluations of V, and from offset_T on those of T
-  i64 tape_width, offset_T;
-  // Evaluations of each term before step `begin`, or on the way back before step `end` and of the last energy; and whether the
-  // last of them is of where the rollout then is: this call makes it again.
-  i64 before_V, before_T;
-  bool known_V, known_T;
+  T* tape;  // [B, tape_width], or null
+  i64 tape_width;
 
-  // where the rollout is, or the cotangents of that, [B, hV or hT], in and out
-  T_ *aV, *aT, *sp, *sq;
-  // after each step, [B, n_steps, *], or null; energy [B, n_steps + 1]
-  T_ *sps, *sqs, *aTs, *energy;
-  // backward: sp itself, [B, hV], in and out; cotangents like what they belong to, or null
-  T_ *value_of_sp, *gdt;
-  const T_ *gsp, *gsq, *gaT, *gE;
+  Rows<const T> in[MAX_REGISTERS];  // of `state`: before step `begin`; backward: before step 0
+  Rows<T> out[MAX_REGISTERS], emit[MAX_REGISTERS];
+  T* energy;  // [B, n_steps + 1], added to; or null
+  // backward: cotangents of `state` and `known`, values of `state`, in and out; cotangents of the path; [B, n_steps + 1] or null
+  Rows<T> cotangent[MAX_REGISTERS], value[MAX_REGISTERS];
+  Rows<const T> g_path[MAX_REGISTERS];
+  const T* gE;
+  T* gdt;  // [B, n_steps]
+  bool again;  // whether each tile runs forward first, on a tape of its own
+
+  const Code& code(i64 step) const { return step ? later : first; }
+  const Code& back_code(i64 step) const { return step ? back_later : back_first; }
 };
 
-template <class T_>
-struct SeparableSums {
-  bool need_V, need_T;
-  Sums<T_> V, T;
-  T_* N;  // [hV, ld(hT)]
+// Where a task adds its gradients: of each matrix [n, ld(m)], or diagonal; of each network.
+template <class T>
+struct ProgramSums {
+  T* matrix[MAX_MATRICES];
+  Sums<T> network[MAX_NETWORKS];
 };
 
-// grad F of a whole network at rows x [B, n], F = what follows a = x W^T + b. Of p only B and what is of the network and its
-// tape [B, tape_width] are used.
+// grad F of a whole network at rows x [B, n], F = what follows a = x W^T + b.
 template <class T>
 struct Gradient {
-  Problem<T> p;
-  i64 n;
-  const T *WT_packed, *W_packed, *b;  // right operands: x W^T, x W; b padded
+  Net<T> net;
+  i64 B, n;
+  T* tape;  // [B, net.tape_width]
+  Right<T> by_WT, by_W;
+  const T* b;  // padded
   const T* x;
   T *gradient, *value;                // forward: [B, n], [B]
   const T *g_gradient, *g_value;      // backward: their cotangents, or null
@@ -186,11 +250,11 @@ struct Kernels {
   i64 (*shared_scratch)(const Problem<T>&);
   i64 (*thread_scratch)(const Problem<T>&);
   void (*forward_features)(const Problem<T>&, int thread, int n_threads, Barrier&, T* shared, T* scratch);
-  // of a separable H, as the four above
-  i64 (*separable_forward_scratch)(const Separable<T>&, i64 rows);
-  void (*separable_forward)(const Separable<T>&, i64 row, i64 rows, T* scratch);
-  i64 (*separable_backward_scratch)(const Separable<T>&, i64 rows, const SeparableSums<T>*);
-  void (*separable_backward)(const Separable<T>&, i64 row, i64 last, i64 rows, T* scratch, const SeparableSums<T>*);
+  i64 (*program_forward_scratch)(const Program<T>&, i64 rows, int crew_size);
+  void (*program_forward)(const Program<T>&, i64 row, i64 rows, int thread, int crew_size, Barrier*, T* scratch);
+  i64 (*program_backward_scratch)(const Program<T>&, i64 rows, bool with_sums, int crew_size);
+  void (*program_backward)(const Program<T>&, i64 row, i64 last, i64 rows, int thread, int crew_size, Barrier*, T* scratch,
+                           const ProgramSums<T>*);
   i64 (*gradient_scratch)(const Gradient<T>&, i64 rows);
   void (*gradient)(const Gradient<T>&, i64 row, i64 rows, T* scratch);
   i64 (*gradient_backward_scratch)(const Gradient<T>&, i64 rows, bool with_sums);

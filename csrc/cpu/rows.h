@@ -28,6 +28,7 @@ HJEPA_INLINE i64 tape_stride(const Problem<T>& p) {
 template <class P>
 struct ForwardTile {
   using T = typename P::Scalar;
+  const Problem<T>& p;
   Crew& crew;
   Network<P> at;
   T *step, *sq, *sp;
@@ -38,7 +39,7 @@ struct ForwardTile {
   i64 rows;
 
   ForwardTile(const Problem<T>& p, Crew& crew, i64 rows, Pieces<T>& pieces)
-      : crew(crew), at(p, crew, rows, pieces), point(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces), rows(rows) {
+      : p(p), crew(crew), at(p, crew, rows, pieces), point(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces), rows(rows) {
     const i64 all = rows * ld<T>(p.width[0]);
     for (T** x : {&step, &sq, &sp}) *x = pieces.take(all);
     for (T** x : {&base, &target}) *x = pieces.take(p.implicit ? all : 0);
@@ -47,10 +48,9 @@ struct ForwardTile {
 
   // to += c step K, or with K^T for a kick
   void add_product(bool kick, T c, T* to, i64 R) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w;
     if (kick) c = -c;
-    product<P>(crew, step, w, R, h, kick ? p.KT_packed : p.K_packed, h, at.converted, [=](T* x, i64 r, i64 column) {
+    product<P>(crew, step, w, R, h, kick ? p.by_KT : p.by_K, h, at.converted, [=](T* x, i64 r, i64 column) {
       T* y = to + r * w + column;
       for (i64 j = 0; j < NR<T>; j += LANES<T>) store(y + j, load(y + j) + c * load(x + j));
     });
@@ -58,7 +58,6 @@ struct ForwardTile {
 
   // step = dt delta, in the crew's own columns
   void set_step(i64 row, i64 R, i64 t) {
-    const Problem<T>& p = at.p;
     const i64 w = at.w;
     crew.template over_own<T>(R, p.width[0], [&](i64 r, i64 c) {
       store(step + r * w + c, p.dt[(row + r) * p.dt_stride + t] * load(at.e[0] + r * w + c));
@@ -67,7 +66,6 @@ struct ForwardTile {
 
   // The point of an implicit sub-step into a, delta there and `step`; a where the sub-step starts into `base`.
   void find_point(const SubStep<T>& s, int i, i64 row, i64 R, i64 t, const Layers<T>& keep) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w, all = rows * w;
     T *a = at.a, *last = history + i * EXTRAPOLATION * all;
     const int known = t - p.begin < EXTRAPOLATION ? int(t - p.begin) : EXTRAPOLATION;
@@ -110,7 +108,7 @@ struct ForwardTile {
     } else {
       share = s.drift / s.implicit_drift, drift = 0;
     }
-    crew.template over_own<T>(R, at.p.width[0], [&](i64 r, i64 c) {
+    crew.template over_own<T>(R, p.width[0], [&](i64 r, i64 c) {
       const i64 j = r * w + c;
       store(at.a + j, load(base + j) + share * (load(target + j) - load(base + j)));
     });
@@ -119,7 +117,6 @@ struct ForwardTile {
   }
 
   void run(i64 row, i64 R) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w, state = p.n_kept * h, first = p.n_kept > 1 ? (p.begin - 1) * h : 0;
     T* a = at.a;
     if (crew.thread == 0) {
@@ -174,6 +171,7 @@ struct ForwardTile {
 template <class P>
 struct BackwardTile {
   using T = typename P::Scalar;
+  const Problem<T>& p;
   Crew& crew;
   NetworkAdjoint<P> at;
   const Sums<T>* sums;
@@ -184,7 +182,7 @@ struct BackwardTile {
   FixedPoint<T> cotangent;
 
   BackwardTile(const Problem<T>& p, Crew& crew, i64 rows, Pieces<T>& pieces, const Sums<T>* sums)
-      : crew(crew), at(p, crew, rows, pieces, sums), sums(sums),
+      : p(p), crew(crew), at(p, crew, rows, pieces, sums), sums(sums),
         cotangent(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces) {
     const i64 w = at.w;
     for (T** x : {&la, &lsq, &lsp, &u, &step}) *x = pieces.take(rows * w);
@@ -217,11 +215,10 @@ struct BackwardTile {
 
   // at.v <- the solution of v = w + c nu(v) N^T, where it is w at first
   void solve_cotangent(const SubStep<T>& s, i64 row, i64 R, i64 t) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w;
     crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(w_0 + r * w + c, load(at.v + r * w + c)); });
-    const auto add = [&](const T* packed, T c) {
-      product<P>(crew, at.curve[0], w, R, h, packed, h, at.converted, [=, this](T* x, i64 r, i64 column) {
+    const auto add = [&](const Right<T>& M, T c) {
+      product<P>(crew, at.curve[0], w, R, h, M, h, at.converted, [=, this](T* x, i64 r, i64 column) {
         T* to = nu_N + r * w + column;
         for (i64 j = 0; j < NR<T>; j += LANES<T>) store(to + j, load(to + j) + c * load(x + j));
       });
@@ -232,8 +229,8 @@ struct BackwardTile {
       at.adjoint(nullptr, 0, R, false);
       crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(nu_N + r * w + c, Vec<T>{}); });
       crew.meet();
-      if (s.implicit_kick) add(p.K_packed, -s.implicit_kick);
-      if (s.implicit_drift) add(p.KT_packed, s.implicit_drift);
+      if (s.implicit_kick) add(p.by_K, -s.implicit_kick);
+      if (s.implicit_drift) add(p.by_KT, s.implicit_drift);
       crew.template over_own<T>(R, h, [&](i64 r, i64 c) {
         const i64 j = r * w + c;
         store(target + j, load(w_0 + j) + p.dt[(row + r) * p.dt_stride + t] * load(nu_N + j));
@@ -246,7 +243,6 @@ struct BackwardTile {
   }
 
   void run(i64 row, i64 R) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w, state = p.n_kept * h;
     if (crew.thread == 0) {
       for (T* x : {la, lsq, lsp}) clear(x, R * w);
@@ -297,21 +293,20 @@ struct BackwardTile {
   }
 
   void sub_step(int i, i64 row, i64 R, i64 t) {
-    const Problem<T>& p = at.p;
     const i64 h = p.width[0], w = at.w;
     const SubStep<T> s(p, i);
     at.restore(tape_at(p, row, t, i), tape_stride(p), R);
     crew.template over_own<T>(R, h, [&](i64 r, i64 c) { store(u + r * w + c, Vec<T>{}); });
     crew.meet();
-    const auto add_to_u = [&](const T* packed, T c, const T* l) {
-      product<P>(crew, la, w, R, h, packed, h, at.converted, [=, this](T* x, i64 r, i64 column) {
+    const auto add_to_u = [&](const Right<T>& M, T c, const T* l) {
+      product<P>(crew, la, w, R, h, M, h, at.converted, [=, this](T* x, i64 r, i64 column) {
         const i64 to = r * w + column;
         for (i64 j = 0; j < NR<T>; j += LANES<T>)
           store(u + to + j, load(u + to + j) + c * (load(l + to + j) + load(x + j)));
       });
     };
-    if (s.kick) add_to_u(p.K_packed, -s.kick, lsp);
-    if (s.drift) add_to_u(p.KT_packed, s.drift, lsq);
+    if (s.kick) add_to_u(p.by_K, -s.kick, lsp);
+    if (s.drift) add_to_u(p.by_KT, s.drift, lsq);
     crew.template over_panels<T>(R, h, [&](i64 r, i64 column) {
       const i64 c = r * w + column;
       const T dt = p.dt[(row + r) * p.dt_stride + t];

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..hidden_space.machine import Job, Run, Sums
+from ..hidden_space.program import Program
 from ..schemes import SubStep
 from . import torch as torch_backend
 from .torch import Gradients, Rolled, Solver, Tail, tape_width
@@ -206,6 +208,130 @@ def backward(
         if total is not x:
             total.copy_(x)
     return la, lsq, lsp, gdt, residual
+
+
+MAX_NETWORKS, MAX_REGISTERS, MAX_MATRICES, MAX_ITEMS = 8, 64, 32, 24
+
+_written: dict[int, tuple[Program, dict[tuple[int, ...], Tensor]]] = {}
+
+
+def _as_numbers(program: Program, widths: tuple[int, ...], networks: Sequence[Tail]) -> Tensor:
+    """A program as the extension reads it."""
+    _, known = _written.setdefault(id(program), (program, {}))
+    if widths not in known:
+        codes = (
+            program.start, program.first, program.later, program.end, program.back_end, program.back_later, program.back_first,
+        )  # fmt: skip
+        numbers: list[float] = [
+            len(program.registers), len(program.state), len(program.known), len(program.path), len(program.matrices),
+            len(program.networks), len(program.items), *widths, *program.state, *program.known, *program.path,
+            len(program.tracked), *program.tracked,
+        ]  # fmt: skip
+        for k, F in zip(program.networks, networks, strict=True):
+            name, beta, threshold = F.activation
+            numbers += [program.number("A", k), program.number("D", k), len(F.weights), KINDS[name], beta, threshold]
+        for item in program.items:
+            numbers += [item.register, item.network, item.first, item.later, item.end]
+        numbers += [len(code) for code in codes]
+        for code in codes:
+            for x in code:
+                numbers += [
+                    x.op, x.x, x.y, x.c, x.scaled, x.matrix, x.transposed, x.item, x.slot, x.energy, x.meet,
+                ]  # fmt: skip
+        known[widths] = torch.tensor(numbers, dtype=torch.float64)
+    return known[widths]
+
+
+def _program_delegated(job: Job, batch: int) -> bool:
+    program = job.program
+    return (
+        not (batch and job.n_steps and program.networks)
+        or any(not 0 < len(F.weights) <= MAX_LAYERS or 0 in F.widths for F in job.networks)
+        or len(program.networks) > MAX_NETWORKS
+        or len(program.registers) > MAX_REGISTERS
+        or len(program.matrices) > MAX_MATRICES
+        or len(program.items) > MAX_ITEMS
+    )
+
+
+def _program_arguments(job: Job) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    """Parameters, dt, program and options of both operators."""
+    work = job.dt.dtype
+    program = job.program
+    parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.matrices]
+    for F in job.networks:
+        parameters += [x.to(work).contiguous() for part in (F.weights, F.biases) for x in part]
+    low = work == torch.float32 and (
+        job.networks[0].weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    )
+    options = torch.get_num_threads() | (isa + 1) << 16 | path << 24 | low << 32 | (job.memory != "recompute") << 33
+    options |= job.every_state << 34
+    return parameters, job.dt.contiguous(), _as_numbers(program, job.widths, job.networks), options
+
+
+def _program_chunks(job: Job, batch: int, factor: int) -> list[tuple[int, int]]:
+    """Ranges of steps, each about a second's work or one step."""
+    work = factor * batch * job.multiplications
+    steps = max(1, int(CHUNK / work))
+    return [(begin, min(begin + steps, job.n_steps)) for begin in range(0, job.n_steps, steps)]
+
+
+def run(job: Job, start: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> Run:
+    """As `hidden_space.machine.run`; low precision as in `forward`."""
+    require()
+    batch = start[0].shape[0]
+    if _program_delegated(job, batch):
+        return torch_backend.run(job, start, out)
+    # everything is allocated before any work is done
+    n_kept = job.n_steps if job.every_state else 1
+    program, like = job.program, start[0]
+    path = out or [like.new_empty(batch, n_kept, job.widths[i]) for i in program.path]
+    energy = like.new_zeros(batch, job.n_steps + 1 if job.with_energy else 0)
+    tape = like.new_empty(batch, sum(n * width for n, width in job.sections()) if job.memory != "none" else 0)
+    end = [like.new_empty(batch, job.widths[i]) for i in program.state]
+    parameters, dt, numbers, options = _program_arguments(job)
+    starts = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in start]
+    for begin, stop in _program_chunks(job, batch, 1):
+        torch.ops.hjepa_fast_cpp.program_forward(
+            end, path, energy, starts, tape, parameters, dt, numbers, begin, stop, options
+        )
+        starts = end
+    return Run(end, path, energy, tape)
+
+
+def run_back(
+    job: Job,
+    cotangents: Sequence[Tensor],
+    values: Sequence[Tensor],
+    g_path: Sequence[Tensor] | None,
+    g_energy: Tensor | None,
+    tape: Tensor,
+    sums: Sums | None,
+) -> tuple[list[Tensor], Tensor]:
+    """As `hidden_space.machine.run_back`."""
+    require()
+    batch, program = cotangents[0].shape[0], job.program
+    if _program_delegated(job, batch):
+        return torch_backend.run_back(job, cotangents, values, g_path, g_energy, tape, sums)
+    like = cotangents[0]
+    own = [x.clone(memory_format=torch.contiguous_format) for x in cotangents]
+    own += [like.new_zeros(batch, job.widths[i]) for i in program.known]
+    followed = [x.clone(memory_format=torch.contiguous_format) for x in values]
+    gdt = like.new_empty(batch, job.n_steps)
+    totals = [] if sums is None else [*sums.matrices, *(x for g in sums.networks for x in (*g.weights, *g.biases))]
+    made = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in totals]
+    given = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in g_path or ()]
+    gE = like.new_empty(0) if g_energy is None else g_energy.contiguous()
+    parameters, dt, numbers, options = _program_arguments(job)
+    for begin, stop in reversed(_program_chunks(job, batch, 2 if sums is None else 3)):
+        torch.ops.hjepa_fast_cpp.program_backward(
+            own, followed, gdt, made, given, gE, [], tape, parameters, dt, numbers, begin, stop, options
+        )
+    for total, x in zip(totals, made, strict=True):
+        if total is not x:
+            total.copy_(x)
+    return own[: len(cotangents)], gdt
+
 
 
 def _gradient_delegated(x: Tensor, W: Tensor, tail: Tail) -> bool:

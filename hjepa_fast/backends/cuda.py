@@ -22,7 +22,7 @@ from torch import Tensor
 from ..schemes import SubStep
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .torch import Gradients, Rolled, Solver, Tail, evaluate, tape_width
+from .torch import Gradients, Rolled, Solver, Tail, evaluate, run, run_back, tape_width  # noqa: F401  (programs are PyTorch's)
 
 product = torch_backend.product
 

@@ -12,53 +12,34 @@ a point y = a + c delta(y) N with N = id K - ik K^T (see `schemes.py`), a fixed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forks  # noqa: F401  (keeps PyTorch's threads usable in a forked child)
-from ..activations import Activation
+from ..hidden_space.fixed_point import EXTRAPOLATION, Solver, fixed_point
+from ..hidden_space.machine import run, run_back
+from ..hidden_space.network import (
+    Gradients,
+    Network,
+    Point,
+    Points,
+    Tail,
+    adjoint,
+    delta_at,
+    energy,
+    evaluate,
+    restore,
+    tape_width,
+)
 from ..schemes import SubStep
 
-
-class Tail(NamedTuple):
-    """F, everything after the first pre-activation: `weights[i]` is W_{i+2}. Empty for a linear H, where F(a) = a."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor]
-    activation: Activation
-
-    @property
-    def widths(self) -> list[int]:
-        """h_1, ..., h_L, the sizes of the hidden pre-activations."""
-        return [weight.shape[1] for weight in self.weights]
-
-    def to(self, dtype: torch.dtype) -> Tail:
-        """The same function with its parameters in `dtype`."""
-        return Tail([w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases], self.activation)
-
-
-class Point(NamedTuple):
-    """What an evaluation of delta leaves behind, an entry a hidden layer l = 1..L."""
-
-    a: list[Tensor]
-    """Pre-activations a_l, [B, h_l]."""
-    g: list[Tensor]
-    """g_l = dF/dz_l, [B, h_l]; g_L is the output weights, [1, h_L]."""
-
-    def tape(self) -> Tensor:
-        """a_1, ..., a_L, g_1, ..., g_{L-1} side by side."""
-        return torch.cat((*self.a, *self.g[:-1]), dim=-1)
-
-    @classmethod
-    def from_tape(cls, tail: Tail, tape: Tensor) -> Point:
-        values = tape.split([*tail.widths, *tail.widths[:-1]], dim=-1)
-        n_layers = len(tail.weights)
-        return cls(list(values[:n_layers]), [*values[n_layers:], tail.weights[-1]])
+__all__ = ["Gradients", "Rolled", "Solver", "Tail", "adjoint", "backward", "energy", "evaluate", "forward", "gradient", "gradient_backward",
+           "product", "run", "run_back", "tape_width"]
 
 
 def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
@@ -83,101 +64,6 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None
     return out
 
 
-def tape_width(widths: Sequence[int], memory: str) -> int:
-    """Numbers kept a sub-step and sample: none, a_1 ("recompute"), or every a_l and g_l ("store")."""
-    if memory == "none":
-        return 0
-    return widths[0] if memory == "recompute" else 2 * sum(widths) - widths[-1]
-
-
-def energy(tail: Tail, a: Tensor) -> Tensor:
-    """F(a): [..., h] to [...]."""
-    for weight, bias in zip(tail.weights, tail.biases, strict=True):
-        a = F.linear(tail.activation(a), weight, bias)
-    return a.squeeze(-1)
-
-
-def evaluate(tail: Tail, a: Tensor) -> tuple[Point, Tensor, Tensor]:
-    """delta at a [B, h]: the point, delta [B, h], and F(a) [B], which costs nothing more."""
-    if not tail.weights:
-        return Point([a], [torch.ones_like(a[:1])]), torch.ones_like(a), a.squeeze(-1)
-    pre, slopes = [a], []
-    for weight, bias in zip(tail.weights, tail.biases, strict=True):
-        z, slope, _ = tail.activation.derivatives(pre[-1])
-        slopes.append(slope)
-        pre.append(F.linear(z, weight, bias))
-    H = pre.pop().squeeze(-1)
-    g = [tail.weights[-1]]
-    for weight, slope in zip(tail.weights[-2::-1], slopes[:0:-1], strict=True):
-        g.append((g[-1] * slope) @ weight)
-    g.reverse()
-    return Point(pre, g), g[0] * slopes[0], H
-
-
-class Solver(NamedTuple):
-    """When the equations of implicit sub-steps count as solved."""
-
-    tolerance: float
-    """Largest |G(x) - x| of a sample, relative to its largest |x|, and for points to 1 if that is larger."""
-    max_evaluations: int
-
-
-_T = TypeVar("_T")
-_DEPTH = 3
-"""Earlier differences that Anderson's method combines."""
-EXTRAPOLATION = ((), (1,), (2, -1), (3, -3, 1), (4, -6, 4, -1), (5, -10, 10, -5, 1))
-"""Row n: the next value of a polynomial through the last n, the last one first. With all five, a step of a trained network
-starts ten times closer to its solution than with two."""
-
-
-def fixed_point(G: Callable[[Tensor], tuple[Tensor, _T]], x: Tensor, floor: float, solver: Solver) -> tuple[_T, Tensor, Tensor]:
-    """Solve x = G(x) for every row of x [B, h] by Anderson's method (Walker and Ni, SIAM J. Numer. Anal. 49, 1715, 2011).
-
-    A row that has converged stays as it is, so that it does not depend on the others, and one that is not finite is left.
-
-    Parameters
-    ----------
-    G : gives G(x) and whatever else comes of it
-    floor : what residuals are relative to at least
-
-    Returns
-    -------
-    What else G gave at the solution; residual [B], relative; evaluations of G [B], int32
-    """
-    active = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    evaluations = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
-    differences: list[tuple[Tensor, Tensor]] = []
-    before: tuple[Tensor, Tensor] | None = None
-    for n in range(1, solver.max_evaluations + 1):
-        y, other = G(x)
-        r = y - x
-        residual = r.abs().amax(1) / x.abs().amax(1).clamp_min(floor)
-        evaluations += active
-        active = active & (residual > solver.tolerance) & residual.isfinite()
-        if n == solver.max_evaluations or not active.any():
-            break
-        if before is not None:
-            differences = [*differences, (x - before[0], r - before[1])][-_DEPTH:]
-        before = x, r
-        x = torch.where(active[:, None], _anderson(x, r, differences), x)
-    return other, residual, evaluations
-
-
-def _anderson(x: Tensor, r: Tensor, differences: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """x + r corrected by the combination of earlier differences of x that makes r vanish best, by their differences of r."""
-    if not differences:
-        return x + r
-    dx, dr = (torch.stack(d, dim=2) for d in zip(*differences, strict=True))
-    gram = dr.mT @ dr
-    tiny = torch.finfo(x.dtype).tiny
-    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(tiny).rsqrt()
-    # differences that are almost parallel say nothing new: this keeps them from cancelling each other
-    ridge = 10 * torch.finfo(x.dtype).eps * torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
-    right = (dr.mT @ r[:, :, None]) * scale[:, :, None]
-    weights, _ = torch.linalg.solve_ex(scale[:, :, None] * gram * scale[:, None, :] + ridge, right)
-    return x + r - ((dx + dr) @ (weights * scale[:, :, None])).squeeze(2)
-
-
 class Rolled(NamedTuple):
     """What `forward` returns."""
 
@@ -199,7 +85,7 @@ class Rolled(NamedTuple):
 def forward(
     a: Tensor,
     K: Tensor,
-    tail: Tail,
+    tail: Network,
     dt: Tensor,
     scheme: Sequence[SubStep],
     n_steps: int,
@@ -262,8 +148,8 @@ def forward(
 
 
 def _follow(
-    tail: Tail, K: Tensor, a: Tensor, stage: SubStep, dt: Tensor, y: Tensor
-) -> tuple[Tensor, tuple[Point, Tensor, Tensor]]:
+    tail: Network, K: Tensor, a: Tensor, stage: SubStep, dt: Tensor, y: Tensor
+) -> tuple[Tensor, tuple[Point | Points, Tensor, Tensor]]:
     """a + c delta(y) N; the point at y, delta there and c delta(y) N."""
     point, delta, _ = evaluate(tail, y)
     step = dt * delta
@@ -281,59 +167,6 @@ def _mixed(delta: Tensor, earlier: Sequence[Tensor], stage: SubStep) -> Tensor:
     return delta
 
 
-class Gradients(NamedTuple):
-    """Sums over samples and sub-steps."""
-
-    K: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor]
-
-    @classmethod
-    def zeros(cls, K: Tensor, tail: Tail) -> Gradients:
-        """In K's dtype, whatever the parameters' own."""
-        weights, biases = ([torch.zeros_like(p, dtype=K.dtype) for p in part] for part in (tail.weights, tail.biases))
-        return cls(torch.zeros_like(K), weights, biases)
-
-
-def adjoint(tail: Tail, point: Point, v: Tensor, gE: Tensor | None, sums: Gradients | None) -> Tensor:
-    """Gradient of v . delta(a) + gE F(a): returns that of a, [B, h], and adds those of W_l, b_l to `sums` if given.
-
-    With gE = 0 the result is the Hessian of F times v: one tangent pass forward, one pass back.
-
-    Parameters
-    ----------
-    v : Tensor [B, h], held constant
-    gE : Tensor [B] or None
-    """
-    if not tail.weights:
-        return torch.zeros_like(v) if gE is None else gE[:, None].expand_as(v)
-    ad = v
-    z, slope, curve, tangent = [], [], [], []
-    for i, a in enumerate(point.a):
-        s, s1, s2 = tail.activation.derivatives(a)
-        z.append(s)
-        slope.append(s1)
-        curve.append(s2 * ad)
-        tangent.append(s1 * ad)
-        if i + 1 < len(point.a):
-            ad = tangent[-1] @ tail.weights[i].T
-    r = point.g[-1] * curve[-1]
-    if sums is not None:
-        sums.weights[-1].add_(tangent[-1].sum(0))
-    if gE is not None:
-        r = r + gE[:, None] * point.g[-1] * slope[-1]
-        if sums is not None:
-            sums.weights[-1].add_(gE @ z[-1])
-            sums.biases[-1].add_(gE.sum())
-    for i in range(len(point.a) - 2, -1, -1):
-        if sums is not None:
-            e = point.g[i + 1] * slope[i + 1]
-            sums.weights[i].addmm_(e.T, tangent[i]).addmm_(r.T, z[i])
-            sums.biases[i].add_(r.sum(0))
-        r = (r @ tail.weights[i]) * slope[i] + point.g[i] * curve[i]
-    return r
-
-
 def backward(
     la: Tensor,
     lsq: Tensor,
@@ -343,7 +176,7 @@ def backward(
     gE: Tensor | None,
     tape: Tensor,
     K: Tensor,
-    tail: Tail,
+    tail: Network,
     dt: Tensor,
     scheme: Sequence[SubStep],
     memory: str,
@@ -381,8 +214,8 @@ def backward(
         if from_end <= gsq.shape[1]:
             lsq, lsp = lsq + gsq[:, -from_end], lsp + gsp[:, -from_end]
         dt_t = dt[:, t, None]
-        points = [_restore(tail, tape[:, t, i], memory) for i in range(len(scheme))]
-        deltas = [_delta(tail, point).expand_as(la) for point in points]
+        points = [restore(tail, tape[:, t, i], memory) for i in range(len(scheme))]
+        deltas = [delta_at(tail, point).expand_as(la) for point in points]
         later: list[tuple[SubStep, Tensor]] = []
         for i in range(len(scheme) - 1, -1, -1):
             stage, point, delta = scheme[i], points[i], deltas[i]
@@ -420,7 +253,7 @@ def backward(
 
 
 def _follow_back(
-    tail: Tail, K: Tensor, w: Tensor, stage: SubStep, point: Point, dt: Tensor, x: Tensor
+    tail: Network, K: Tensor, w: Tensor, stage: SubStep, point: Point | Points, dt: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """w + c (S x) N^T, and x."""
     nu = adjoint(tail, point, x, None, None)
@@ -430,14 +263,6 @@ def _follow_back(
     if stage.implicit_drift:
         moved = moved + stage.implicit_drift * dt * (nu @ K.T)
     return moved, x
-
-
-def _restore(tail: Tail, saved: Tensor, memory: str) -> Point:
-    return evaluate(tail, saved)[0] if memory == "recompute" or not tail.weights else Point.from_tape(tail, saved)
-
-
-def _delta(tail: Tail, point: Point) -> Tensor:
-    return point.g[0] * (tail.activation.derivatives(point.a[0])[1] if tail.weights else 1.0)
 
 
 def gradient(x: Tensor, W: Tensor, b: Tensor, tail: Tail, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -458,7 +283,7 @@ def gradient_backward(
     x: Tensor,
     W: Tensor,
     b: Tensor,
-    tail: Tail,
+    tail: Network,
     need_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The adjoint of `gradient`, for cotangents [B, n] and [B] of what it returned.
@@ -467,7 +292,7 @@ def gradient_backward(
     -------
     That of x [B, n], and if they are needed those of W, W_2, ..., b, b_2, ...
     """
-    point = _restore(tail, tape, "store")
+    point = restore(tail, tape, "store")
     v = torch.zeros_like(point.a[0]) if g_gradient is None else g_gradient @ W.T
     sums = Gradients.zeros(W, tail) if need_weights else None
     nu = adjoint(tail, point, v, g_value, sums)
@@ -475,5 +300,5 @@ def gradient_backward(
         return nu @ W, []
     of_W = nu.T @ x
     if g_gradient is not None:
-        of_W.addmm_(_delta(tail, point).expand_as(v).T, g_gradient)
+        of_W.addmm_(delta_at(tail, point).expand_as(v).T, g_gradient)
     return nu @ W, [of_W, *sums.weights, nu.sum(0), *sums.biases]

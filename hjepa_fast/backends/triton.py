@@ -26,7 +26,7 @@ from torch import Tensor
 from ..activations import Activation
 from ..schemes import SubStep
 from . import torch as torch_backend
-from .torch import Gradients, Rolled, Solver, Tail, tape_width
+from .torch import Gradients, Rolled, Solver, Tail, run, run_back, tape_width  # noqa: F401  (programs are PyTorch's)
 
 product = torch_backend.product
 

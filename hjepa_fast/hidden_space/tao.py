@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .torch import Gradients, Tail, adjoint, energy, evaluate
+from .network import Gradients, Network, adjoint, energy, evaluate
 
 POINTS = 9
 """Rows of h numbers kept a step: aA, aB, aB, aA where they are evaluated; u1, u2, v1, v2 after C; their mean at the end."""
@@ -54,7 +54,7 @@ def _turned(D: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
 
 
 def forward(
-    a: Tensor, grams: Grams, tail: Tail, dt: Tensor, n_steps: int, omega: float, with_energy: bool
+    a: Tensor, grams: Grams, tail: Network, dt: Tensor, n_steps: int, omega: float, with_energy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Roll both copies from a [B, h]; dt [1 or B, n_steps].
 
@@ -106,7 +106,7 @@ def forward(
     )
 
 
-def distance(Wq: Tensor, Wp: Tensor, tail: Tail, dt: Tensor, tape: Tensor) -> Tensor:
+def distance(Wq: Tensor, Wp: Tensor, tail: Network, dt: Tensor, tape: Tensor) -> Tensor:
     """|(q, p) - (x, y)| after each step, [B, n_steps], from a tape."""
     tail = tail.to(tape.dtype)
     _, _, aB, aA, u1, u2, v1, v2, _ = tape.unbind(2)
@@ -124,7 +124,7 @@ def backward(
     a0: Tensor,
     tape: Tensor,
     grams: Grams,
-    tail: Tail,
+    tail: Network,
     dt: Tensor,
     omega: float,
     sums: Gradients | None,

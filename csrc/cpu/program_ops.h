@@ -1,0 +1,278 @@
+// The operators that run programs: included by ops.cpp, whose helpers they use.
+#pragma once
+
+// parameters: every matrix, then every network's weights after the first layer and their biases. program: numbers that say the rest
+// (hjepa_fast/backends/cpp.py writes them). options: threads, then bits from 16 on: instruction set + 1 (8), path (8), bfloat16
+// products, every layer on the tape, the path after every step.
+#define PROGRAM_ARGUMENTS "Tensor tape, Tensor[] parameters, Tensor dt, Tensor program, int begin, int end, int options) -> ()"
+
+constexpr const char* PROGRAM_FORWARD =
+    "program_forward(Tensor(a!)[] out, Tensor(b!)[] path, Tensor(c!) energy, Tensor[] start, " PROGRAM_ARGUMENTS;
+constexpr const char* PROGRAM_BACKWARD =
+    "program_backward(Tensor(a!)[] cotangents, Tensor(b!)[] values, Tensor(c!) gdt, Tensor(d!)[] sums, Tensor[] g_path, "
+    "Tensor g_energy, Tensor[] start, " PROGRAM_ARGUMENTS;
+
+struct ProgramArguments {
+  const Tensor& tape;
+  const std::vector<Tensor>& parameters;
+  const Tensor &dt, &program;
+  i64 begin, end, options;
+
+  i64 n_threads() const { return options & 0xffff; }
+  i64 isa() const { return (options >> 16 & 0xff) - 1; }
+  i64 path() const { return options >> 24 & 0xff; }
+  bool bf16() const { return options >> 32 & 1; }
+  bool layers() const { return options >> 33 & 1; }
+  bool every() const { return options >> 34 & 1; }
+};
+
+void check_program(const std::vector<std::vector<Tensor>>& lists, const ProgramArguments& in) {
+  const auto dtype = in.dt.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
+  STD_TORCH_CHECK(in.program.scalar_type() == ScalarType::Double && in.program.is_contiguous(),
+                  "hjepa_fast_cpp: program must be float64");
+  STD_TORCH_CHECK(in.dt.is_contiguous() && in.tape.is_contiguous(), "hjepa_fast_cpp: dt and tape must be contiguous");
+  for (const auto& list : lists)
+    for (const Tensor& x : list)
+      STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu() && (x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) <= 1),
+                      "hjepa_fast_cpp: unlike tensors");
+}
+
+template <class T>
+struct ProgramCall {
+  const ProgramArguments& in;
+  const Kernels<T>& kernels;
+  Program<T> p{};
+  std::vector<Line> lines{};
+  std::vector<std::vector<Tensor>> weights{}, biases{};
+  std::vector<Tensor> matrices{};
+
+  ProgramCall(const ProgramArguments& in, i64 batch, bool keep) : in(in), kernels(kernels_for<T>(in.isa(), in.bf16())) {
+    const double* next = data<double>(in.program);
+    const auto number = [&] { return i64(*next++); };
+    p.n_registers = int(number());
+    p.n_state = int(number());
+    p.n_known = int(number());
+    p.n_path = int(number());
+    p.n_matrices = int(number());
+    p.n_networks = int(number());
+    p.n_items = int(number());
+    for (int i = 0; i < p.n_registers; ++i) p.width[i] = number();
+    for (int i = 0; i < p.n_state; ++i) p.state[i] = int(number());
+    for (int i = 0; i < p.n_known; ++i) p.known[i] = int(number());
+    for (int i = 0; i < p.n_path; ++i) p.path[i] = int(number());
+    for (int i = number(); i > 0; --i) p.tracked[number()] = true;
+    matrices.assign(in.parameters.begin(), in.parameters.begin() + p.n_matrices);
+    auto rest = in.parameters.begin() + p.n_matrices;
+    for (int n = 0; n < p.n_networks; ++n) {
+      p.reg_a[n] = int(number());
+      p.reg_d[n] = int(number());
+      const i64 layers = number();
+      const Kind kind = Kind(number());
+      const double beta = *next++, threshold = *next++;
+      weights.emplace_back(rest, rest + layers);
+      biases.emplace_back(rest + layers, rest + 2 * layers);
+      rest += 2 * layers;
+      take_network(p.network[n], weights.back(), kind, beta, threshold, keep, in.layers());
+    }
+    for (int i = 0; i < p.n_items; ++i) {
+      Item& item = p.item[i];
+      item.reg = int(number());
+      item.network = number();
+      item.first = number();
+      item.later = number();
+      item.end = number();
+    }
+    Code* codes[] = {&p.start, &p.first, &p.later, &p.last, &p.back_last, &p.back_later, &p.back_first};
+    i64 all = 0;
+    for (Code* code : codes) all += code->n = int(number());
+    lines.resize(all);
+    for (Line& x : lines) {
+      x.op = int(number());
+      x.x = int(number());
+      x.y = int(number());
+      x.c = *next++;
+      x.scaled = number();
+      x.matrix = int(number());
+      x.transposed = number();
+      x.item = int(number());
+      x.slot = int(number());
+      x.energy = int(number());
+      x.meet = number();
+    }
+    const Line* at = lines.data();
+    for (Code* code : codes) code->at = at, at += code->n;
+    p.B = batch;
+    p.n_steps = in.dt.size(1);
+    p.begin = in.begin;
+    p.end = in.end;
+    p.every = in.every();
+    p.dt = data<T>(in.dt);
+    p.dt_stride = in.dt.size(0) == 1 ? 0 : p.n_steps;
+    for (int i = 0; i < p.n_items; ++i) {
+      Item& item = p.item[i];
+      item.width = !keep ? 0 : item.network ? p.network[i].tape_width : p.width[item.reg];
+      item.offset = p.tape_width;
+      p.tape_width += item.width * (item.before(p.n_steps) + item.end);
+    }
+    p.tape = data<T>(in.tape);
+  }
+
+  template <class R>
+  static void set(R* rows, const std::vector<Tensor>& tensors) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& x = tensors[i];
+      rows[i] = {data<T>(x), x.dim() > 1 ? x.stride(0) : 0, x.dim() > 2 ? x.stride(1) : 0};
+    }
+  }
+
+  // Multiplications of one row in a later step: forward.
+  double work() const {
+    double all = 0;
+    for (const Line* x = p.later.at; x != p.later.at + p.later.n; ++x) {
+      if (x->op == ADD && x->matrix >= 0) all += double(p.width[x->x]) * p.width[x->y];
+      if (x->op != EVALUATE) continue;
+      const Net<T>& net = p.network[x->item];
+      for (int l = 0; l + 1 < net.L; ++l) all += 2.0 * net.width[l] * net.width[l + 1];
+    }
+    return all;
+  }
+
+  // How often a row's evaluations use a weight in all.
+  i64 uses(i64 rows) const { return rows * std::max<i64>(1, p.item[0].later) * (p.end - p.begin); }
+
+  std::vector<Pack<T>> take(Memory& memory, bool back) {
+    const bool few = p.B <= FEW_ROWS, some = uses(p.B) <= SOME_ROWS;
+    Packer<T> packer{kernels, memory, !few, !some};
+    for (int n = 0; n < p.n_networks; ++n) {
+      Weights<T>{weights[n], biases[n], kernels}.take_padded(p.network[n], memory);
+      packer.take(p.network[n], weights[n]);
+    }
+    bool straight[MAX_MATRICES] = {}, transposed[MAX_MATRICES] = {};
+    const auto needs = [&](const Code& code) {
+      for (const Line* x = code.at; x != code.at + code.n; ++x) {
+        if (x->matrix < 0 || (x->op != ADD && x->op != ADJOINT)) continue;
+        ((x->op == ADJOINT) != x->transposed ? transposed : straight)[x->matrix] = true;
+      }
+    };
+    for (const Code* code : {&p.first, &p.later, &p.last}) needs(*code);
+    if (back)
+      for (const Code* code : {&p.back_last, &p.back_later, &p.back_first}) needs(*code);
+    for (int m = 0; m < p.n_matrices; ++m) {
+      const Tensor& M = matrices[m];
+      p.matrix[m].n = M.size(0);
+      if (M.dim() == 1) {
+        T* to = memory.take<T>(kernels.ld(M.size(0)));
+        if (memory.base) {
+          for (i64 i = 0; i < M.size(0); ++i) to[i] = data<T>(M)[i * M.stride(0)];
+          std::fill(to + M.size(0), to + kernels.ld(M.size(0)), T(0));
+        }
+        // while counting there is no memory, yet a diagonal must be known as one
+        p.matrix[m].diagonal = memory.base ? to : data<T>(M);
+        p.matrix[m].m = M.size(0);
+        continue;
+      }
+      p.matrix[m].m = M.size(1);
+      if (straight[m]) p.matrix[m].straight = packer(M, false);
+      if (transposed[m]) p.matrix[m].transposed = packer(M, true);
+    }
+    return packer.packs;
+  }
+
+  i64 narrowest() const { return kernels.n_panels(p.width[p.reg_a[0]]); }
+
+  void forward() {
+    const double work = this->work() * p.B * (p.end - p.begin);
+    const i64 n_threads = work < WORTH_A_THREAD ? 1 : in.n_threads();
+    const bool crew = wants_crew(p.B, CREW_ROWS, in.path());
+    Team team(int(crew ? std::min(n_threads, narrowest()) : n_threads), work);
+    const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
+    const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
+    const int n_scratch = crew ? 1 : team.size(), crew_size = crew ? team.size() : 1;
+    std::vector<T*> scratch(n_scratch);
+    std::vector<Pack<T>> packs;
+    lay_out(team, [&](Memory& memory) {
+      packs = take(memory, false);
+      for (T*& own : scratch) own = memory.template take<T>(kernels.program_forward_scratch(p, rows, crew_size));
+    });
+    run(packs, team, kernels);
+    run_tasks(team, p.end - p.begin, n_tiles, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
+      const i64 from = p.B * i / n_tiles, to = p.B * (i + 1) / n_tiles;
+      kernels.program_forward(p, from, to - from, size > 1 ? thread : 0, size, barrier, scratch[crew ? 0 : thread]);
+    });
+  }
+
+  // sums: of every matrix, then of every network's weights and biases; or none
+  void backward(const std::vector<Tensor>& sums) {
+    const i64 steps = p.end - p.begin;
+    const double work = this->work() * p.B * steps;
+    const bool small = work < WORTH_A_THREAD;
+    // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
+    const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path());
+    const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
+    const i64 tiles = crew ? 1 : (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
+    Team team(int(crew && !small ? std::min(in.n_threads(), narrowest()) : n_tasks), 3 * work);
+    const int n_scratch = crew ? 1 : team.size(), crew_size = crew ? team.size() : 1;
+    std::vector<T*> scratch(n_scratch);
+    std::vector<ProgramSums<T>> task_sums(sums.empty() ? 0 : n_tasks);
+    std::vector<Pack<T>> packs;
+    std::vector<Part<T>> parts;
+    lay_out(team, [&](Memory& memory) {
+      packs = take(memory, true);
+      for (T*& own : scratch)
+        own = memory.template take<T>(kernels.program_backward_scratch(p, rows, !sums.empty(), crew_size));
+      if (sums.empty()) return;
+      parts.clear();
+      const auto add = [&](const Tensor& total, auto of) {
+        parts.push_back(part_of<T>(total, task_sums, of, memory, kernels));
+      };
+      auto next = sums.begin();
+      for (int m = 0; m < p.n_matrices; ++m) add(*next++, [m](ProgramSums<T>& own) -> T*& { return own.matrix[m]; });
+      for (int n = 0; n < p.n_networks; ++n) {
+        for (int l = 0; l < p.network[n].L; ++l) add(*next++, [=](ProgramSums<T>& own) -> T*& { return own.network[n].W[l]; });
+        for (int l = 0; l < p.network[n].L; ++l) add(*next++, [=](ProgramSums<T>& own) -> T*& { return own.network[n].b[l]; });
+      }
+    });
+    run(packs, team, kernels);
+    clear(parts, team, kernels);
+    run_tasks(team, steps, n_tasks, crew, [&](i64 i, int thread, int size, Barrier* barrier) {
+      kernels.program_backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, size > 1 ? thread : 0, size, barrier,
+                               scratch[crew ? 0 : thread], sums.empty() ? nullptr : &task_sums[i]);
+    });
+    add_up(parts, team, kernels);
+  }
+};
+
+void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor energy, std::vector<Tensor> start, Tensor tape,
+                     std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
+  const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
+  check_program({out, path, start, {energy, tape}}, in);
+  const auto run = [&]<class T>(T) {
+    ProgramCall<T> call(in, start[0].size(0), tape.numel() > 0);
+    call.set(call.p.in, start);
+    call.set(call.p.out, out);
+    call.set(call.p.emit, path);
+    call.p.energy = data<T>(energy);
+    call.forward();
+  };
+  dt.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}
+
+void program_backward(std::vector<Tensor> cotangents, std::vector<Tensor> values, Tensor gdt, std::vector<Tensor> sums,
+                      std::vector<Tensor> g_path, Tensor g_energy, std::vector<Tensor> start, Tensor tape,
+                      std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
+  const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
+  check_program({cotangents, values, sums, g_path, start, {gdt, g_energy, tape}}, in);
+  const auto run = [&]<class T>(T) {
+    ProgramCall<T> call(in, cotangents[0].size(0), true);
+    call.set(call.p.cotangent, cotangents);
+    call.set(call.p.value, values);
+    call.set(call.p.g_path, g_path);
+    call.set(call.p.in, start);
+    call.p.gE = data<T>(g_energy);
+    call.p.gdt = data<T>(gdt);
+    call.p.again = !start.empty();
+    call.backward(sums);
+  };
+  dt.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}
