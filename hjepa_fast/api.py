@@ -13,7 +13,7 @@ from .backends import cpp, cuda, reference, triton
 from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
 from .hidden_space.rollout import work_dtype
-from .schemes import SCHEMES
+from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
 Backend = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
@@ -170,13 +170,12 @@ def rollout(
         path = path if every_state else path[:, -1:]
     else:
         assert isinstance(mlp, SumHamiltonian)
-        text = ops.text_of(mlp.terms)
-        coupling = ops.choose_coupling(mlp.terms, text, integrator, z0, n_steps, every_state, differentiate, backend)
+        coupling = ops.choose_coupling(mlp.terms, integrator, z0, n_steps, every_state, differentiate, backend)
         path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
-            z0, mlp.tensors, dt, n_steps, text, integrator, coupling, every_state, energy, memory, tolerance, max_evaluations,
-            unconverged == "raise", omega, backend,
+            z0, mlp.tensors, dt, n_steps, ops.text_of(mlp.terms), ops.softplus_of(mlp.terms), integrator, coupling, every_state,
+            energy, memory, tolerance, max_evaluations, unconverged == "raise", omega, backend,
         )  # fmt: skip
-        if evaluations.shape[-1] or SCHEMES[integrator].implicit and not separable:
+        if _solves(integrator, separable):
             residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
             solve = Solve(residual <= tolerance, residual, evaluations)
         elif integrator == "tao":
@@ -209,6 +208,12 @@ def through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
 def _is_reversible(integrator: str, separable: bool) -> bool:
     scheme = SCHEMES[integrator]
     return (scheme.separable if separable else scheme.general).reversible
+
+
+def _solves(integrator: str, separable: bool) -> bool:
+    """Whether there are equations to solve in a step."""
+    scheme = SCHEMES[integrator]
+    return scheme.implicit and not (separable and for_separable(scheme))
 
 
 def _check_combination(integrator: str, separable: bool, memory: str) -> None:

@@ -23,8 +23,8 @@ from .hidden_space.rollout import Outline, Problem, work_dtype
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These
 # attributes follow the tensors in both operators.
 _SCHEMA = (
-    "SymInt n_steps, str terms, str integrator, str coupling, bool every_state, bool with_energy, str memory, float tolerance, "
-    "int max_evaluations, bool must_converge, float omega, str backend"
+    "SymInt n_steps, str terms, float[] softplus, str integrator, str coupling, bool every_state, bool with_energy, str memory, "
+    "float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
 )
 torch.library.define(
     "hjepa_fast::rollout",
@@ -39,30 +39,36 @@ torch.library.define(
 
 
 def text_of(terms: Sequence[Term]) -> str:
-    """The forms of terms as an attribute: of each what it reads, and its activation and layers, or whether k is one number."""
-    return ";".join(
-        f"{term.reads}:{'one' if term.stiffness.numel() == 1 else 'each'}"
-        if term.stiffness is not None
-        else ":".join(map(str, (term.reads, len(term.weights), *(term.activation or ()))))
-        for term in terms
-    )
+    """The forms of terms as an attribute: of each what it reads, and its layers and activation, or whether k is one number."""
+    return ";".join([_text_of(term) for term in terms])
+
+
+def _text_of(term: Term) -> str:
+    if term.stiffness is not None:
+        return f"{term.reads}:{'one' if term.stiffness.numel() == 1 else 'each'}"
+    assert term.activation is not None
+    return f"{term.reads}:{len(term.weights)}:{term.activation.name}"
+
+
+def softplus_of(terms: Sequence[Term]) -> list[float]:
+    """beta and threshold of each network's activation."""
+    return [x for term in terms if term.activation is not None for x in term.activation[1:]]
 
 
 @functools.lru_cache(maxsize=256)
-def forms_of(text: str) -> tuple[Form, ...]:
-    """What `text_of` wrote."""
-    forms = []
+def forms_of(text: str, softplus: tuple[float, ...]) -> tuple[Form, ...]:
+    """What `text_of` and `softplus_of` wrote."""
+    forms, numbers = [], iter(softplus)
     for reads, *rest in (part.split(":") for part in text.split(";")):
         if len(rest) == 1:
             forms.append(Form(reads, 0, None, rest[0] == "one"))
         else:
-            forms.append(Form(reads, int(rest[0]), Activation(rest[1], float(rest[2]), float(rest[3]))))
+            forms.append(Form(reads, int(rest[0]), Activation(rest[1], float(next(numbers)), float(next(numbers)))))
     return tuple(forms)
 
 
 def choose_coupling(
     terms: Sequence[Term],
-    text: str,
     integrator: str,
     z0: Tensor,
     n_steps: int,
@@ -70,17 +76,15 @@ def choose_coupling(
     differentiate: bool,
     backend: str,
 ) -> str:
-    """ "dense" or "pair": see `hidden_space.coupling`. The GPU kernels know the dense one alone."""
+    """ "dense" or "pair": see `hidden_space.coupling`; "usual" in a graph, where the batch and the number of steps may be symbols,
+    on whose values nothing should depend. The GPU kernels know the dense one alone."""
     if len(terms) == 1 and backend in ("triton", "cuda"):
         return "dense"
-    # in a graph the batch may be a symbol, on whose value nothing should depend
-    batch = _USUAL_BATCH if torch.compiler.is_compiling() else z0.shape[0]
-    steps = _USUAL_STEPS if torch.compiler.is_compiling() else n_steps
-    forms = forms_of(text)
-    widths = [1 if term.stiffness is not None else int(term.weights[0].shape[0]) for term in terms]
-    stages = rollout.stages_of(integrator, forms)
-    n_kept = steps if every_state else 1
-    return coupling.choose(forms, widths, z0.shape[1] // 2, stages, batch, steps, n_kept, differentiate)
+    if torch.compiler.is_compiling():
+        return "usual"
+    forms = forms_of(text_of(terms), tuple(softplus_of(terms)))
+    widths = tuple(1 if term.stiffness is not None else int(term.weights[0].shape[0]) for term in terms)
+    return coupling.choose(forms, widths, z0.shape[1] // 2, integrator, z0.shape[0], n_steps, every_state, differentiate)
 
 
 _USUAL_BATCH, _USUAL_STEPS = 64, 15
@@ -91,6 +95,7 @@ class Attributes(NamedTuple):
 
     n_steps: int
     terms: str
+    softplus: list[float]
     integrator: str
     coupling: str
     every_state: bool
@@ -102,9 +107,13 @@ class Attributes(NamedTuple):
     omega: float
     backend: str
 
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return forms_of(self.terms, tuple(self.softplus))
+
     def divided(self, parameters: Sequence[Tensor]) -> list[Term]:
         terms, rest = [], list(parameters)
-        for form in forms_of(self.terms):
+        for form in self.forms:
             n = form.n_layers
             if form.quadratic:
                 terms.append(Term(form.reads, stiffness=rest.pop(0)))
@@ -115,10 +124,12 @@ class Attributes(NamedTuple):
 
     def outline(self, terms: Sequence[Term], latent_dim: int) -> Outline:
         widths = tuple(tuple(int(w.shape[0]) for w in term.weights[:-1]) or ((1,) if term.weights else ()) for term in terms)
-        return Outline(
-            forms_of(self.terms), widths, latent_dim // 2, self.integrator, self.coupling == "dense", self.every_state,
-            self.with_energy, self.memory,
-        )  # fmt: skip
+        forms, d, how = self.forms, int(latent_dim) // 2, self.coupling
+        if how == "usual":
+            firsts = tuple(w[0] if w else 1 for w in widths)
+            trains = self.memory != "none"
+            how = coupling.choose(forms, firsts, d, self.integrator, _USUAL_BATCH, _USUAL_STEPS, self.every_state, trains)
+        return Outline(forms, widths, d, self.integrator, how == "dense", self.every_state, self.with_energy, self.memory)
 
 
 def _problem(z0: Tensor, parameters: list[Tensor], dt: Tensor, x: Attributes) -> Problem:
@@ -219,7 +230,7 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
         g_z0 if need_z0 else None,
         [g if need else None for g, need in zip(found or [None] * len(needs), needs, strict=True)],
         g_dt if need_dt else None,
-        *([None] * len(ctx.attributes)),
+        *([] if x == [] else None for x in ctx.attributes),  # an empty list counts as one of tensors
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hjepa_fast as hf
-from hjepa_fast import separable
+from hjepa_fast import bit_reversible
 from hjepa_fast.bit_reversible import INTEGRATORS, BitReversible
 from hjepa_fast.schemes import SCHEMES, for_separable
 from hjepa_fast.testing import make_states
@@ -131,8 +131,8 @@ def test_energy_stays():
 def test_a_step_costs_two_gradients(monkeypatch):
     """The last kick of a step and the first of the next add the same integers."""
     calls = []
-    evaluate = separable.evaluate_term
-    monkeypatch.setattr(separable, "evaluate_term", lambda term, x: calls.append(term) or evaluate(term, x))
+    evaluate = bit_reversible.evaluate_term
+    monkeypatch.setattr(bit_reversible, "evaluate_term", lambda term, x: calls.append(term) or evaluate(term, x))
     lattice = BitReversible(make("two MLPs"), 0.1)
     n = lattice.encode(make_states(2, 6))
     for n_steps in (9, -9):

@@ -20,7 +20,7 @@ from hjepa_fast.activations import NAMES, Activation
 from hjepa_fast.backends import cpp
 from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends.torch import Gradients, Solver, Tail
-from hjepa_fast.hidden_space import stages_of
+from hjepa_fast.hidden_space.rollout import kernel_stages
 from hjepa_fast.schemes import SCHEMES, SubStep
 
 N_STEPS = 3
@@ -29,7 +29,7 @@ ROWS, FEATURES, CREW = 1, 2, 3
 MANY = (SubStep(0.3, 0.2), SubStep(0.0, 0.5), SubStep(0.4, 0.0), SubStep(0.0, 0.0), SubStep(-0.2, 0.3))
 # with energies, so that one list serves both; a composition only repeats its base
 ALL_SCHEMES = {
-    **{name: stages_of(SCHEMES[name], True) for name in ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")},
+    **{name: kernel_stages(SCHEMES[name].stages, True) for name in ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")},
     "many": MANY,
 }
 SOLVER = Solver(4 * torch.finfo(torch.float64).eps, 50)

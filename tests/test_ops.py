@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 import hjepa_fast as hf
-from hjepa_fast import activations, hamiltonian
+from hjepa_fast import activations, hamiltonian, ops
+from hjepa_fast.hidden_space import coupling
 from hjepa_fast.testing import make_hnn, make_states
 
 FUSED = ("torch", "cpp")
@@ -100,22 +101,25 @@ def test_bfloat16_error_is_at_most_twice_the_reference(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("memory", [*MEMORY, "none"])
 def test_opcheck(backend, memory):
-    hnn = hamiltonian.from_module(make_hnn(6, (5, 4), dtype=torch.float32))
-    z0 = make_states(3, 6, dtype=torch.float32).requires_grad_(memory != "none")
-    weights, biases = ([p.detach().requires_grad_(memory != "none") for p in part] for part in (hnn.weights, hnn.biases))
-    dt = torch.full((1, 1), 0.3, requires_grad=memory != "none")
-    attributes = (4, "leapfrog", "softplus", 1.0, 20.0, True, True, memory, 1e-6, 50, True, 1.0, backend)
-    torch.library.opcheck(torch.ops.hjepa_fast.rollout.default, (z0, weights, biases, dt, *attributes))
-    if memory != "none":
-        plain = [t.detach() for t in (z0, dt)], [w.detach() for w in weights], [b.detach() for b in biases]
-        (z0, dt), weights, biases = plain
-        states, energy, tape, kept, *_ = torch.ops.hjepa_fast.rollout(z0, weights, biases, dt, *attributes)
-        cotangents = torch.randn_like(states), torch.randn_like(energy)
-        torch.library.opcheck(
-            torch.ops.hjepa_fast.rollout_backward.default,
-            (*cotangents, tape, kept, z0, weights, biases, dt, True, *attributes),
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )
+    H = hamiltonian.from_module(make_hnn(6, (5, 4), dtype=torch.float32))
+    for how in ("dense", "pair"):
+        z0 = make_states(3, 6, dtype=torch.float32).requires_grad_(memory != "none")
+        parameters = [p.detach().requires_grad_(memory != "none") for p in H.tensors]
+        dt = torch.full((1, 1), 0.3, requires_grad=memory != "none")
+        attributes = (
+            4, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how, True, True, memory, 1e-6, 50, True, 1.0,
+            backend,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.hjepa_fast.rollout.default, (z0, parameters, dt, *attributes))
+        if memory != "none":
+            z0, dt, *parameters = (t.detach() for t in (z0, dt, *parameters))
+            states, energy, tape, kept, *_ = torch.ops.hjepa_fast.rollout(z0, parameters, dt, *attributes)
+            cotangents = torch.randn_like(states), torch.randn_like(energy)
+            torch.library.opcheck(
+                torch.ops.hjepa_fast.rollout_backward.default,
+                (*cotangents, tape, kept, z0, parameters, dt, True, *attributes),
+                test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+            )
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -151,8 +155,8 @@ def test_a_second_derivative_is_refused_by_name(backend):
         first.sum().backward()
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """Numbers per sample, by the definitions of the modes; none without gradients."""
+def test_what_is_kept_for_the_backward_pass(monkeypatch):
+    """Numbers per sample, by the definitions of the modes; none without gradients. A pair keeps its states nowhere but in them."""
     hnn, z0 = make_hnn(6, (8, 4)), make_states(3, 6).requires_grad_()
 
     def kept(memory):
@@ -164,6 +168,11 @@ def test_what_is_kept_for_the_backward_pass():
         return (sum(sizes) - z0.numel()) // 3
 
     h, sub_steps = 8, 3 * 16
+    monkeypatch.setattr(coupling, "forced", "pair")
+    assert kept("store") == sub_steps * (8 + 4 + 8)
+    assert kept("recompute") == sub_steps * h
+    assert kept("checkpoint") == 4 * (h + 6)
+    monkeypatch.setattr(coupling, "forced", "dense")
     assert kept("store") == sub_steps * (8 + 4 + 8) + 16 * 2 * h
     assert kept("recompute") == sub_steps * h + 16 * 2 * h
     assert kept("checkpoint") == 4 * 3 * h
@@ -301,10 +310,13 @@ def test_the_state_never_decides_the_size_of_the_loop():
     """With the final state only, the operator's kept numbers do not depend on the latent size."""
     sizes = set()
     for d in (4, 64):
-        mlp = hamiltonian.from_module(make_hnn(d, (8, 4)))
-        attributes = (9, "leapfrog", "softplus", 1.0, 20.0, False, False, "store", 1e-6, 50, True, 1.0, "torch")
+        H = hamiltonian.from_module(make_hnn(d, (8, 4)))
+        attributes = (
+            9, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", "dense", False, False, "store", 1e-6, 50, True, 1.0,
+            "torch",
+        )  # fmt: skip
         dt = torch.full((1, 1), 0.1, dtype=torch.float64)
-        _, _, tape, kept, *_ = torch.ops.hjepa_fast.rollout(make_states(2, d), mlp.weights, mlp.biases, dt, *attributes)
+        _, _, tape, kept, *_ = torch.ops.hjepa_fast.rollout(make_states(2, d), H.tensors, dt, *attributes)
         sizes.add((tape.shape, kept.shape))
     assert len(sizes) == 1
 

@@ -22,7 +22,7 @@ from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.backends.torch import Solver
 from hjepa_fast.backends.triton import SHAPES, Blocks
-from hjepa_fast.hidden_space import stages_of
+from hjepa_fast.hidden_space.rollout import kernel_stages
 from hjepa_fast.schemes import SCHEMES
 from hjepa_fast.testing import make_hnn, make_states
 from test_cpp import Case, error
@@ -136,7 +136,7 @@ def test_implicit_sub_steps_equal_torch(scheme, monkeypatch):
     # more than a program's samples, or more sub-steps; small steps take the interpreter fewer evaluations
     shape = (3, (5, 4)) if long else (18, widths)
     case = Case(*shape, NAMES[i % len(NAMES)], per_sample=i % 2 == 0, n_steps=1 if long else 2, seed=i)
-    case.scheme, case.dt = stages_of(SCHEMES[scheme], i % 2 > 0), 0.3 * case.dt
+    case.scheme, case.dt = kernel_stages(SCHEMES[scheme].stages, i % 2 > 0), 0.3 * case.dt
     options = {"every_state": i % 3 > 0, "with_energy": i % 2 > 0}
     (residual, evaluations), expected = compare(case, ("store", "recompute")[i // 2 % 2], with_sums=i % 4 > 0, **options)
     assert bool((residual <= on_device(case).solver.tolerance).all())

@@ -6,6 +6,7 @@ wanted state; of a pair nothing, since the state is there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,16 +15,48 @@ from torch import Tensor
 
 from ..schemes import SubStep
 from . import program
-from .program import Form
+from .program import Form, stages_of
 
 forced: str | None = None
 """For tests and measurements: the coupling wherever both can be taken."""
+
+
+def possible(forms: Sequence[Form], integrator: str) -> tuple[str, ...]:
+    """The couplings that can be taken."""
+    if not program.covers(forms, stages_of(integrator, forms)):
+        return ("dense",)
+    return ("dense", "pair") if program.closes(forms) else ("pair",)
 
 _PREDICTION = 0.1
 """What K counts for without gradients: it is remembered from call to call."""
 
 
 def choose(
+    forms: tuple[Form, ...],
+    widths: tuple[int, ...],
+    d: int,
+    integrator: str,
+    batch: int,
+    n_steps: int,
+    every_state: bool,
+    differentiate: bool,
+) -> str:
+    """ "dense" or "pair", whichever takes fewer multiplications.
+
+    Parameters
+    ----------
+    widths : of each term's first layer; of a quadratic form anything
+    d : size of q
+    batch, n_steps, every_state : rows, steps, and whether the states after all of them are wanted
+    differentiate : whether there is a backward pass
+    """
+    able = possible(forms, integrator)
+    if len(able) == 1 or forced in able:
+        return able[0] if len(able) == 1 else str(forced)
+    return _choose(forms, widths, d, stages_of(integrator, forms), batch, n_steps, n_steps if every_state else 1, differentiate)
+
+
+def _choose(
     forms: Sequence[Form],
     widths: Sequence[int],
     d: int,
@@ -33,21 +66,6 @@ def choose(
     n_kept: int,
     differentiate: bool,
 ) -> str:
-    """ "dense" or "pair", whichever takes fewer multiplications.
-
-    Parameters
-    ----------
-    widths : of each term's first layer; of a quadratic form anything
-    d : size of q
-    batch, n_steps, n_kept : rows, steps, and states wanted of each row
-    differentiate : whether there is a backward pass
-    """
-    if not program.covers(forms, stages):
-        return "dense"
-    if not program.closes(forms):
-        return "pair"
-    if forced:
-        return forced
     networks = [(form, h) for form, h in zip(forms, widths, strict=True) if not form.quadratic]
     dense = once = pair = states = 0.0
     for side, other in (("q", "p"), ("p", "q")):

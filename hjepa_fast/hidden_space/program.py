@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..activations import Activation
-from ..schemes import SubStep
+from ..schemes import SCHEMES, SubStep, for_separable
 
 Key = tuple[str | int, ...]
 """Names a register or a matrix.
@@ -141,6 +141,13 @@ class Program(NamedTuple):
 
 
 _OTHER = {"q": "p", "p": "q"}
+
+
+def stages_of(integrator: str, forms: Sequence[Form]) -> tuple[SubStep, ...]:
+    """The integrator's sub-steps; explicit ones wherever no term reads q and p."""
+    scheme = SCHEMES[integrator]
+    separable = None if any(form.reads == "z" for form in forms) else for_separable(scheme)
+    return separable or scheme.stages
 
 
 def covers(forms: Sequence[Form], stages: Sequence[SubStep]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, warn
 from ..hamiltonian import Term
-from ..schemes import SCHEMES, SubStep, explicit_moves, for_separable, inverse
+from ..schemes import SubStep, explicit_moves, inverse
 from . import program, tao
 from .coupling import remembered
 from .fixed_point import Solver
@@ -40,7 +40,7 @@ from .network import (
     term_adjoint,
 )
 from .network import energy as energy_of
-from .program import Form, Key, Program
+from .program import Form, Key, Program, stages_of
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,11 +48,9 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def stages_of(integrator: str, forms: Sequence[Form]) -> tuple[SubStep, ...]:
-    """The integrator's sub-steps; explicit ones wherever no term reads q and p."""
-    scheme = SCHEMES[integrator]
-    separable = None if any(form.reads == "z" for form in forms) else for_separable(scheme)
-    return separable or scheme.stages
+def kernel_stages(stages: tuple[SubStep, ...], with_energy: bool) -> tuple[SubStep, ...]:
+    """With energies wanted and the first sub-step's point not the state, one before it that only looks at the energy."""
+    return (SubStep(0.0, 0.0), *stages) if with_energy and stages and stages[0].implicit else stages
 
 
 class Outline(NamedTuple):
@@ -83,12 +81,6 @@ class Outline(NamedTuple):
         if not program.covers(self.forms, self.stages):
             return True
         return len(self.forms) == 1 and self.dense and self.forms[0].reads == "z"
-
-    @property
-    def kernel_stages(self) -> tuple[SubStep, ...]:
-        """With energies wanted and the first sub-step's point not the state, one before it that only looks at the energy."""
-        stages = self.stages
-        return (SubStep(0.0, 0.0), *stages) if self.with_energy and stages and stages[0].implicit else stages
 
     @property
     def program(self) -> Program:
@@ -137,7 +129,7 @@ class Outline(NamedTuple):
         if self.in_kernel:
             each = zip(self.forms, self.widths, self.stacked_widths, strict=True)
             width = sum(h if f.quadratic else tape_width(w, memory) for f, w, h in each)
-            return n_steps * len(self.kernel_stages) * width
+            return n_steps * len(kernel_stages(self.stages, self.with_energy)) * width
         total = 0
         for item in self.program.items:
             key = self.program.registers[item.register]
@@ -501,7 +493,7 @@ class _Kernel(_Loop):
             self.W, self.b, self.F = torch.cat(rows), torch.cat(biases), Stack(parts, outline.stacked_widths)
         self.Wq, self.Wp = self.W.chunk(2, dim=1)
         self.K = remembered(_product_of_halves, self.W) if outline.memory == "none" else self.backend.product(self.Wp, self.Wq.T)
-        self.stages = outline.kernel_stages
+        self.stages = kernel_stages(outline.stages, outline.with_energy)
 
     def half(self, k: int, side: str) -> Tensor:
         return self.Wq if side == "q" else self.Wp
@@ -646,7 +638,7 @@ def forward(problem: Problem) -> Result:
     none = z0.new_empty(len(z0), 0)
     if not n_steps:
         states = z0[:, None].clone()
-        return Result(states, _energy(problem, states, range(len(outline.forms))), none, none, none, none.int())
+        return _result(states, _energy(problem, states, range(len(outline.forms))), none, none, none, none.int())
     if outline.tao:
         return _forward_tao(problem)
     loop, memory = problem.loop(), outline.memory
@@ -678,13 +670,18 @@ def forward(problem: Problem) -> Result:
     if problem.must_converge and residual.numel():
         _check_converged(problem, residual)
     if inner == "none":
-        return Result(states, energy, torch.cat((none, *(x.expand(len(z0), -1) for x in kept)), dim=1), none, residual, evaluations)
+        return _result(states, energy, torch.cat((none, *(x.expand(len(z0), -1) for x in kept)), dim=1), none, residual, evaluations)
     _, of_path = outline.saved(n_steps)
     kept_path = none
     if of_path:
         n = of_path // sum(outline.path_widths())
         kept_path = torch.cat([x[:, -n:].flatten(1) for x in path], dim=1)
-    return Result(states, energy, runs[0].tape, kept_path, residual, evaluations)
+    return _result(states, energy, runs[0].tape, kept_path, residual, evaluations)
+
+
+def _result(*parts: Tensor) -> Result:
+    """Outputs of an operator must not be one another: empty ones are made anew."""
+    return Result(*(x if x.numel() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -738,8 +735,8 @@ def _forward_tao(problem: Problem) -> Result:
     none = z0.new_empty(len(z0), 0)
     apart = tao.distance(loop.Wq, loop.Wp, loop.F, dt, tape)
     if outline.memory == "none":
-        return Result(states, energy, none, none, apart, none.int())
-    return Result(states, energy, tape.flatten(1), torch.cat((sq.flatten(1), sp.flatten(1)), dim=1), apart, none.int())
+        return _result(states, energy, none, none, apart, none.int())
+    return _result(states, energy, tape.flatten(1), torch.cat((sq.flatten(1), sp.flatten(1)), dim=1), apart, none.int())
 
 
 def _check_converged(problem: Problem, residual: Tensor) -> None:
