@@ -171,10 +171,11 @@ def rollout(
     else:
         assert isinstance(mlp, SumHamiltonian)
         coupling = ops.choose_coupling(mlp.terms, integrator, z0, n_steps, every_state, differentiate, backend)
-        path, H, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(
-            z0, mlp.tensors, dt, n_steps, ops.text_of(mlp.terms), ops.softplus_of(mlp.terms), integrator, coupling, every_state,
-            energy, memory, tolerance, max_evaluations, unconverged == "raise", omega, backend,
+        attributes = ops.Attributes(
+            n_steps, ops.text_of(mlp.terms), ops.softplus_of(mlp.terms), integrator, coupling, every_state, energy, memory,
+            tolerance, max_evaluations, unconverged == "raise", omega, backend,
         )  # fmt: skip
+        path, H, residual, evaluations = ops.run(z0, mlp.tensors, dt, attributes)
         if _solves(integrator, separable):
             residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
             solve = Solve(residual <= tolerance, residual, evaluations)

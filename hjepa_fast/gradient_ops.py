@@ -20,6 +20,7 @@ from torch import Tensor
 from .activations import Activation
 from .hidden_space.network import Tail
 from .hidden_space.rollout import work_dtype
+from .transforms import is_plain
 
 _ATTRIBUTES = "str activation, float beta, float threshold, str backend"
 torch.library.define(
@@ -47,7 +48,7 @@ def gradient(
     """
     tensors = (x, *weights, *biases)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    plain = _is_plain(tensors)
+    plain = is_plain(tensors)
     if plain and keep:
         return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
     run = _gradient if plain else torch.ops.hjepa_fast.gradient
@@ -59,20 +60,6 @@ def rotate(g: Tensor) -> Tensor:
     """J g, g [..., 2d]: its second half, then its first half negated."""
     Hq, Hp = g.chunk(2, dim=-1)
     return torch.cat((Hp, -Hq), dim=-1)
-
-
-def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether nothing watches or rewrites operators: then a call may go past PyTorch's dispatcher, whose rules in Python take
-    as long as a small network does."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch.jit.is_tracing()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and tensors[0].device.type in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(tensors[0].device.type)
-    )
 
 
 class _Direct(torch.autograd.Function):
@@ -95,7 +82,7 @@ class _Direct(torch.autograd.Function):
         need_x, *needs = ctx.needs_input_grad[4:]
         # where the backward pass is itself watched or to be differentiated, the operator has the say
         run: Any = (
-            _gradient_backward if not torch.is_grad_enabled() and _is_plain((g,)) else torch.ops.hjepa_fast.gradient_backward
+            _gradient_backward if not torch.is_grad_enabled() and is_plain((g,)) else torch.ops.hjepa_fast.gradient_backward
         )
         g_x, g_parameters = run(
             g, None, tape, x, parameters[: ctx.n], parameters[ctx.n :], any(needs), *ctx.activation, ctx.backend

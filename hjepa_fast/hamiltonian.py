@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reader
+from . import reader, reading
 from .activations import Activation
 from .errors import NotFusedError, warn
 from .models import SeparableHNN
@@ -155,6 +155,16 @@ def from_module(module: nn.Module) -> SumHamiltonian:
         It is no Hamiltonian at all.
     """
     module = getattr(module, "_orig_mod", module)  # of torch.compile
+    if torch.compiler.is_compiling() or not isinstance(module, nn.Module):
+        return _read(module)
+    H: SumHamiltonian | None = reading.recall(module)
+    if H is None:
+        H = _read(module)
+        reading.remember(module, H, H.tensors)
+    return H
+
+
+def _read(module: nn.Module) -> SumHamiltonian:
     reader.prove(module)
     if not isinstance(module, SeparableHNN):
         weights, biases, activation = reader.read_mlp(module, even=True)

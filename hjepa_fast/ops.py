@@ -6,19 +6,20 @@ Torch only: a backend supplies the loop and is imported when it first runs.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import backends
 from .activations import Activation
 from .hamiltonian import Term
 from .hidden_space import coupling, rollout
 from .hidden_space.fixed_point import Solver
 from .hidden_space.program import Form
 from .hidden_space.rollout import Outline, Problem, work_dtype
+from .transforms import is_plain
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These
 # attributes follow the tensors in both operators.
@@ -95,7 +96,7 @@ class Attributes(NamedTuple):
 
     n_steps: int
     terms: str
-    softplus: list[float]
+    softplus: Sequence[float]
     integrator: str
     coupling: str
     every_state: bool
@@ -111,37 +112,62 @@ class Attributes(NamedTuple):
     def forms(self) -> tuple[Form, ...]:
         return forms_of(self.terms, tuple(self.softplus))
 
-    def divided(self, parameters: Sequence[Tensor]) -> list[Term]:
-        terms, rest = [], list(parameters)
+    def divided(self, parameters: Sequence[Tensor], work: torch.dtype) -> list[Term]:
+        """The terms, with what stands around the loop in the dtype that is computed in."""
+        terms, at = [], 0
         for form in self.forms:
             n = form.n_layers
             if form.quadratic:
-                terms.append(Term(form.reads, stiffness=rest.pop(0)))
+                terms.append(Term(form.reads, stiffness=parameters[at].to(work)))
+                at += 1
                 continue
-            weights, biases, rest = tuple(rest[:n]), tuple(rest[n : 2 * n]), rest[2 * n :]
-            terms.append(Term(form.reads, weights, biases, form.activation))
+            weights, biases = parameters[at : at + n], parameters[at + n : at + 2 * n]
+            at += 2 * n
+            terms.append(
+                Term(form.reads, (weights[0].to(work), *weights[1:]), (biases[0].to(work), *biases[1:]), form.activation)
+            )
         return terms
 
     def outline(self, terms: Sequence[Term], latent_dim: int) -> Outline:
-        widths = tuple(tuple(int(w.shape[0]) for w in term.weights[:-1]) or ((1,) if term.weights else ()) for term in terms)
-        forms, d, how = self.forms, int(latent_dim) // 2, self.coupling
-        if how == "usual":
-            firsts = tuple(w[0] if w else 1 for w in widths)
-            trains = self.memory != "none"
-            how = coupling.choose(forms, firsts, d, self.integrator, _USUAL_BATCH, _USUAL_STEPS, self.every_state, trains)
-        return Outline(forms, widths, d, self.integrator, how == "dense", self.every_state, self.with_energy, self.memory)
+        widths = tuple([tuple([int(w.shape[0]) for w in t.weights[:-1]]) or ((1,) if t.weights else ()) for t in terms])
+        return _outline(
+            self.forms, widths, int(latent_dim) // 2, self.integrator, self.coupling, self.every_state, self.with_energy,
+            self.memory,
+        )  # fmt: skip
 
 
-def _problem(z0: Tensor, parameters: list[Tensor], dt: Tensor, x: Attributes) -> Problem:
+@functools.lru_cache(maxsize=1024)
+def _outline(
+    forms: tuple[Form, ...],
+    widths: tuple[tuple[int, ...], ...],
+    d: int,
+    integrator: str,
+    how: str,
+    every_state: bool,
+    with_energy: bool,
+    memory: str,
+) -> Outline:
+    if how == "usual":
+        firsts = tuple(w[0] if w else 1 for w in widths)
+        how = coupling.choose(forms, firsts, d, integrator, _USUAL_BATCH, _USUAL_STEPS, every_state, memory != "none")
+    return Outline(forms, widths, d, integrator, how == "dense", every_state, with_energy, memory)
+
+
+def run(z0: Tensor, parameters: tuple[Tensor, ...], dt: Tensor, x: Attributes) -> tuple[Tensor, ...]:
+    """States, energy, residual and evaluations: the operator, or past PyTorch's dispatcher where nothing can tell."""
+    tensors = (z0, dt, *parameters)
+    if not is_plain(tensors):
+        states, energy, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(z0, list(parameters), dt, *x)
+        return states, energy, residual, evaluations
+    if x.memory == "none":
+        states, energy, _, _, residual, evaluations = _rollout(z0, parameters, dt, *x)
+        return states, energy, residual, evaluations
+    return _Direct.apply(x, *tensors)
+
+
+def _problem(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes) -> Problem:
     work = work_dtype(z0.dtype)
-    terms = [
-        term._replace(
-            weights=tuple(w if i else w.to(work) for i, w in enumerate(term.weights)),
-            biases=tuple(b if i else b.to(work) for i, b in enumerate(term.biases)),
-            stiffness=None if term.stiffness is None else term.stiffness.to(work),
-        )
-        for term in x.divided(parameters)
-    ]
+    terms = x.divided(parameters, work)
     return Problem(
         x.outline(terms, z0.shape[1]),
         z0.to(work),
@@ -150,24 +176,22 @@ def _problem(z0: Tensor, parameters: list[Tensor], dt: Tensor, x: Attributes) ->
         Solver(x.tolerance, x.max_evaluations),
         x.must_converge,
         x.omega,
-        importlib.import_module(f"hjepa_fast.backends.{x.backend}"),
+        backends.of(x.backend),
     )
 
 
-@torch.library.impl("hjepa_fast::rollout", "CompositeExplicitAutograd")
-def _rollout(z0: Tensor, parameters: list[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
+def _rollout(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
     out = rollout.forward(_problem(z0, parameters, dt, Attributes(*attributes)))
     return out.states.to(z0.dtype), out.energy.to(z0.dtype), *out[2:]
 
 
-@torch.library.impl("hjepa_fast::rollout_backward", "CompositeExplicitAutograd")
 def _rollout_backward(
     g_states: Tensor | None,
     g_energy: Tensor | None,
     tape: Tensor,
     kept: Tensor,
     z0: Tensor,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     dt: Tensor,
     need_parameters: bool,
     *attributes: Any,
@@ -178,11 +202,20 @@ def _rollout_backward(
     return g_z0.to(z0.dtype), [g.to(z0.dtype) for g in g_parameters], g_dt.sum_to_size(dt.shape).to(dt.dtype)
 
 
+def _rollout_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    # outputs of an operator must not be one another: empty ones are made anew
+    return tuple([x if x.numel() else x.new_empty(x.shape) for x in _rollout(*arguments)])
+
+
+torch.library.impl("hjepa_fast::rollout", "CompositeExplicitAutograd", _rollout_operator)
+torch.library.impl("hjepa_fast::rollout_backward", "CompositeExplicitAutograd", _rollout_backward)
+
+
 @torch.library.register_fake("hjepa_fast::rollout")
 def _(z0: Tensor, parameters: list[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
     x = Attributes(*attributes)
     batch, n_steps, work = z0.shape[0], x.n_steps, work_dtype(z0.dtype)
-    outline = x.outline(x.divided(parameters), z0.shape[1])
+    outline = x.outline(x.divided(parameters, work), z0.shape[1])
     tape, kept = outline.saved(n_steps)
     implicit = outline.implicit
     return (
@@ -209,6 +242,32 @@ def _(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters] if need_parameters else []
     return torch.empty_like(z0, memory_format=torch.contiguous_format), grads, torch.empty_like(dt)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator's own functions, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Attributes, z0: Tensor, dt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        states, energy, tape, kept, residual, evaluations = _rollout(z0, parameters, dt, *x)
+        ctx.mark_non_differentiable(residual, evaluations)
+        ctx.set_materialize_grads(False)
+        ctx.attributes = x
+        ctx.save_for_backward(tape, kept, z0, dt, *parameters)
+        return states, energy, residual, evaluations
+
+    @staticmethod
+    def backward(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
+        tape, kept, z0, dt, *parameters = ctx.saved_tensors
+        need_z0, need_dt, *needs = ctx.needs_input_grad[1:]
+        given = [g for g in (g_states, g_energy) if g is not None]
+        # where the backward pass is itself watched or to be differentiated, the operator has the say
+        run: Any = _rollout_backward
+        if torch.is_grad_enabled() or not is_plain(given or [z0]):
+            run = torch.ops.hjepa_fast.rollout_backward
+        g_z0, found, g_dt = run(g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes)
+        wanted = [g if need else None for g, need in zip(found or [None] * len(needs), needs, strict=True)]
+        return None, g_z0 if need_z0 else None, g_dt if need_dt else None, *wanted
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

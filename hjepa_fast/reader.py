@@ -311,8 +311,22 @@ def _check_forward(module: nn.Module, owner: str) -> None:
     layers = layers_of(sequential_of(module), owner)
     if not layers or not isinstance(layers[0][1], nn.Linear):
         return  # reading the layers will say what is wrong with them
+    plain = is_net(module)
+    case = (getattr(kind.forward, "__code__", None), layers[0][1].in_features, len(layers))
+    if plain and case in _followed:
+        return
+    _follow(module, owner, layers)
+    if plain:
+        if len(_followed) > 1000:
+            _followed.clear()
+        _followed.add(case)
+
+
+def is_net(module: nn.Module) -> bool:
+    """Whether it is plain to see that the module's forward depends on z and its `.net` alone."""
+    kind = type(module)
     code = getattr(kind.forward, "__code__", None)
-    plain = (
+    return (
         isinstance(code, CodeType)
         and not isinstance(module, nn.Sequential)
         and kind.__getattr__ is nn.Module.__getattr__
@@ -321,14 +335,6 @@ def _check_forward(module: nn.Module, owner: str) -> None:
         and "net" not in module.__dict__
         and _depends_on_net_alone(code)
     )
-    case = (code, layers[0][1].in_features, len(layers))
-    if plain and case in _followed:
-        return
-    _follow(module, owner, layers)
-    if plain:
-        if len(_followed) > 1000:
-            _followed.clear()
-        _followed.add(case)
 
 
 # codes of forwards, with the sizes of inputs and the numbers of layers that they were followed for

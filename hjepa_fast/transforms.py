@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -56,3 +56,17 @@ def _func_levels() -> list[torch._functorch.pyfunctorch.FuncTorchInterpreter]:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     return retrieve_all_functorch_interpreters()
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing watches or rewrites operators: then a call may go past PyTorch's dispatcher, whose rules in Python take
+    as long as a small network does."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch.jit.is_tracing()
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and tensors[0].device.type in ("cpu", "cuda")
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+    )

@@ -246,7 +246,7 @@ HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 i
   const auto* x = P::rows(X, rows, inner, ldx, converted);
   for (i64 panel = crew.first(panels); panel < crew.last(panels); ++panel)
     over_rows(rows, [&]<int MR>(i64 row) {
-      product_tile<P, MR>(x + row * ldx, ldx, M.packed + panel * units * NR<T>, NR<T>, units, block, NR<T>);
+      product_tile<P, MR>(x + row * ldx, ldx, M.packed + panel * M.ld * NR<T>, NR<T>, units, block, NR<T>);
       for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, panel * NR<T>);
     });
 }

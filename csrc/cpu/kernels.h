@@ -29,6 +29,7 @@ template <class P, class T = typename P::Scalar>
 constexpr Kernels<T> table = {
     LANES<T>,
     4 * MAX_MR,
+    P::DEPTH,
     ld<T>,
     packed_size<P>,
     n_panels<T>,

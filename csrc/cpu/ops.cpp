@@ -209,7 +209,16 @@ struct Packer {
     const i64 inner = W.size(transposed), columns = W.size(!transposed);
     T* to = memory.take<T>(kernels.packed_size(inner, columns));
     packs.push_back({data<T>(W), W.stride(0), transposed, inner, columns, to});
-    return {to, nullptr, 0, transposed};
+    return {to, nullptr, (inner + kernels.depth - 1) / kernels.depth, transposed};
+  }
+
+  // x M, or x M^T, M some columns of W
+  Right<T> columns(const Tensor& W, i64 from, i64 n, bool transposed = false) {
+    if (!(transposed ? transposed_too : straight_too)) return {nullptr, data<T>(W) + from, W.stride(0), transposed};
+    const i64 inner = transposed ? n : W.size(0), wide = transposed ? W.size(0) : n;
+    T* to = memory.take<T>(kernels.packed_size(inner, wide));
+    packs.push_back({data<T>(W) + from, W.stride(0), transposed, inner, wide, to});
+    return {to, nullptr, (inner + kernels.depth - 1) / kernels.depth, transposed};
   }
 
   void take(Net<T>& net, const std::vector<Tensor>& weights) {

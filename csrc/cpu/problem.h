@@ -52,7 +52,7 @@ bool dismissed(Barrier&, i64 step);
 template <class T>
 struct Right {
   const T *packed, *raw;
-  i64 ld;
+  i64 ld;  // of raw rows; of packed panels the units along the inner dimension from one to the next, which may be more than its own
   bool transposed;
 };
 
@@ -143,6 +143,13 @@ struct Matrix {
   Right<T> straight, transposed;
 };
 
+// Where a register's rows come from at the start: columns of z0; a network's first layer at columns of z0; zeros; a unit vector.
+struct Origin {
+  enum { ZERO, COLUMNS, LAYER, UNIT, GIVEN } kind;
+  i64 from;  // the first column of z0, or which unit vector
+  int network;
+};
+
 // Rows of numbers a sample, of any stride from one to the next (and from one step to the next); or null.
 template <class T>
 struct Rows {
@@ -168,7 +175,14 @@ struct Program {
   T* tape;  // [B, tape_width], or null
   i64 tape_width;
 
-  Rows<const T> in[MAX_REGISTERS];  // of `state`: before step `begin`; backward: before step 0
+  // of `state` before step `begin`, or null where it comes from z0
+  Rows<const T> in[MAX_REGISTERS];
+  Origin origin[MAX_REGISTERS];
+  Rows<const T> z0;
+  Right<T> first_WT[MAX_NETWORKS];
+  const T* first_b[MAX_NETWORKS];  // padded
+  i64 inner[MAX_NETWORKS];         // numbers that a first layer reads
+  bool emit_start;                 // whether the path starts with step 0
   Rows<T> out[MAX_REGISTERS], emit[MAX_REGISTERS];
   T* energy;  // [B, n_steps + 1], added to; or null
   // backward: cotangents of `state` and `known`, values of `state`, in and out; cotangents of the path; [B, n_steps + 1] or null
@@ -234,6 +248,7 @@ template <class T>
 struct Kernels {
   i64 lanes;      // of a vector
   i64 tile_rows;  // rows that go through the loop together
+  i64 depth;      // numbers along the inner dimension in a unit of a packed operand
   i64 (*ld)(i64 n);
   i64 (*packed_size)(i64 inner, i64 columns);
   i64 (*n_panels)(i64 columns);

@@ -35,7 +35,7 @@ HJEPA_INLINE void clear_own(const Crew& crew, T* x, i64 R, i64 width) {
 
 template <class T>
 i64 widest_register(const Program<T>& p) {
-  i64 widest = 0;
+  i64 widest = ld<T>(p.z0.stride);
   for (int i = 0; i < p.n_registers; ++i) widest = ld<T>(p.width[i]) > widest ? ld<T>(p.width[i]) : widest;
   return widest;
 }
@@ -102,18 +102,46 @@ struct ProgramForward {
     }
   }
 
+  // What `state[i]` starts from. By the first thread, alone.
+  void load(int i, i64 row, i64 R) {
+    const i64 n = p.width[p.state[i]], w = ld<T>(n);
+    const Origin& from = p.origin[i];
+    T* to = value[p.state[i]];
+    const T* z = p.z0.at + row * p.z0.stride + from.from;
+    if (p.in[i].at) {
+      copy_rows(to, w, p.in[i].at + row * p.in[i].stride, p.in[i].stride, R, n);
+    } else if (from.kind == Origin::COLUMNS) {
+      copy_rows(to, w, z, p.z0.stride, R, n);
+    } else if (from.kind == Origin::UNIT) {
+      for (i64 r = 0; r < R; ++r) to[r * w + from.from] = 1;
+    } else if (from.kind == Origin::LAYER) {
+      const T* b = p.first_b[from.network];
+      product<P>(crew, z, p.z0.stride, R, p.inner[from.network], p.first_WT[from.network], n, converted,
+                 [&](T* x, i64 r, i64 column) {
+                   for (i64 j = 0; j < NR<T>; j += LANES<T>)
+                     store(to + r * w + column + j, hjepa_fast::HJEPA_ISA::load(x + j) + hjepa_fast::HJEPA_ISA::load(b + column + j));
+                 });
+    }
+  }
+
   // Steps begin..end-1 of rows `row` and on; the tape of the first of these, its rows `stride` apart, or null.
   void run(i64 row, i64 R, T* tape, i64 stride) {
     if (crew.thread == 0) {
       for (int i = 0; i < p.n_registers; ++i) clear(value[i], R * ld<T>(p.width[i]));
-      for (int i = 0; i < p.n_state; ++i) {
-        const i64 n = p.width[p.state[i]];
-        copy_rows(value[p.state[i]], ld<T>(n), p.in[i].at + row * p.in[i].stride, p.in[i].stride, R, n);
-      }
+      for (int i = 0; i < p.n_state; ++i) load(i, row, R);
       if (p.begin) execute(p.start, row, R, p.begin, tape, stride);
     }
+    const auto emit = [&](i64 slot) {
+      for (int i = 0; i < p.n_path; ++i) {
+        const i64 n = p.width[p.path[i]];
+        const Rows<T>& to = p.emit[i];
+        if (to.at) copy_own(crew, to.at + row * to.stride + slot * to.step, to.stride, value[p.path[i]], ld<T>(n), R, n);
+      }
+    };
     int counted;
-    for (i64 t = p.begin + crew.start(counted); t < p.end; ++t) {
+    const i64 joined = crew.start(counted);
+    if (p.emit_start && p.every && p.begin == 0 && crew.thread == 0) emit(0);
+    for (i64 t = p.begin + joined; t < p.end; ++t) {
       if (crew.may_let_in(t - p.begin)) crew.let_in(t - p.begin, 0);
       execute(p.code(t), row, R, t, tape, stride);
       const bool ends = t + 1 == p.end;
@@ -121,11 +149,10 @@ struct ProgramForward {
         crew.meet();
         execute(p.last, row, R, p.n_steps, tape, stride);
       }
-      for (int i = 0; i < p.n_path; ++i) {
-        const i64 n = p.width[p.path[i]];
-        const Rows<T>& to = p.emit[i];
-        if (to.at && (p.every || t + 1 == p.n_steps))
-          copy_own(crew, to.at + row * to.stride + (p.every ? t * to.step : 0), to.stride, value[p.path[i]], ld<T>(n), R, n);
+      if (p.every) {
+        emit(t + p.emit_start);
+      } else if (t + 1 == p.n_steps) {
+        emit(0);
       }
       for (int i = 0; ends && i < p.n_state; ++i) {
         const i64 n = p.width[p.state[i]];

@@ -1,16 +1,16 @@
 // The operators that run programs: included by ops.cpp, whose helpers they use.
 #pragma once
 
-// parameters: every matrix, then every network's weights after the first layer and their biases. program: numbers that say the rest
+// parameters: the matrices that are no halves of first layers, then every network's weights and biases. program: numbers that say the rest
 // (hjepa_fast/backends/cpp.py writes them). options: threads, then bits from 16 on: instruction set + 1 (8), path (8), bfloat16
 // products, every layer on the tape, the path after every step.
 #define PROGRAM_ARGUMENTS "Tensor tape, Tensor[] parameters, Tensor dt, Tensor program, int begin, int end, int options) -> ()"
 
 constexpr const char* PROGRAM_FORWARD =
-    "program_forward(Tensor(a!)[] out, Tensor(b!)[] path, Tensor(c!) energy, Tensor[] start, " PROGRAM_ARGUMENTS;
+    "program_forward(Tensor(a!)[] out, Tensor(b!)[] path, Tensor(c!) energy, Tensor z0, Tensor[] start, " PROGRAM_ARGUMENTS;
 constexpr const char* PROGRAM_BACKWARD =
     "program_backward(Tensor(a!)[] cotangents, Tensor(b!)[] values, Tensor(c!) gdt, Tensor(d!)[] sums, Tensor[] g_path, "
-    "Tensor g_energy, Tensor[] start, " PROGRAM_ARGUMENTS;
+    "Tensor g_energy, Tensor z0, " PROGRAM_ARGUMENTS;
 
 struct ProgramArguments {
   const Tensor& tape;
@@ -45,7 +45,9 @@ struct ProgramCall {
   Program<T> p{};
   std::vector<Line> lines{};
   std::vector<std::vector<Tensor>> weights{}, biases{};
-  std::vector<Tensor> matrices{};
+  std::vector<Tensor> matrices{}, first{}, first_bias{};
+  int half_of[MAX_MATRICES];  // of which network's first layer a matrix is some columns, from `column` on; or -1
+  i64 column[MAX_MATRICES];
 
   ProgramCall(const ProgramArguments& in, i64 batch, bool keep) : in(in), kernels(kernels_for<T>(in.isa(), in.bf16())) {
     const double* next = data<double>(in.program);
@@ -62,19 +64,35 @@ struct ProgramCall {
     for (int i = 0; i < p.n_known; ++i) p.known[i] = int(number());
     for (int i = 0; i < p.n_path; ++i) p.path[i] = int(number());
     for (int i = number(); i > 0; --i) p.tracked[number()] = true;
-    matrices.assign(in.parameters.begin(), in.parameters.begin() + p.n_matrices);
-    auto rest = in.parameters.begin() + p.n_matrices;
+    int n_given = 0;
+    for (int m = 0; m < p.n_matrices; ++m) {
+      half_of[m] = int(number());
+      column[m] = number();
+      n_given += half_of[m] < 0;
+    }
+    for (int i = 0; i < p.n_state; ++i) {
+      Origin& origin = p.origin[i];
+      origin.kind = decltype(origin.kind)(number());
+      origin.from = number();
+      origin.network = int(number());
+    }
+    auto rest = in.parameters.begin() + n_given;
     for (int n = 0; n < p.n_networks; ++n) {
       p.reg_a[n] = int(number());
       p.reg_d[n] = int(number());
       const i64 layers = number();
       const Kind kind = Kind(number());
       const double beta = *next++, threshold = *next++;
-      weights.emplace_back(rest, rest + layers);
-      biases.emplace_back(rest + layers, rest + 2 * layers);
+      first.push_back(*rest);
+      first_bias.push_back(*(rest + layers));
+      p.inner[n] = first.back().size(1);
+      weights.emplace_back(rest + 1, rest + layers);
+      biases.emplace_back(rest + layers + 1, rest + 2 * layers);
       rest += 2 * layers;
       take_network(p.network[n], weights.back(), kind, beta, threshold, keep, in.layers());
     }
+    auto given = in.parameters.begin();
+    for (int m = 0; m < p.n_matrices; ++m) matrices.push_back(half_of[m] < 0 ? *given++ : first[half_of[m]]);
     for (int i = 0; i < p.n_items; ++i) {
       Item& item = p.item[i];
       item.reg = int(number());
@@ -126,6 +144,16 @@ struct ProgramCall {
     }
   }
 
+  // Of every register, or of the halves of the states, which then start with z0.
+  void set_path(const std::vector<Tensor>& path) {
+    if (path.size() != 1 || p.n_path != 2) return set(p.emit, path);
+    const Tensor& states = path[0];
+    for (int i = 0; i < p.n_path; ++i)
+      for (int k = 0; k < p.n_state; ++k)
+        if (p.state[k] == p.path[i]) p.emit[i] = {data<T>(states) + p.origin[k].from, states.stride(0), states.stride(1)};
+    p.emit_start = p.every;
+  }
+
   // Multiplications of one row in a later step: forward.
   double work() const {
     double all = 0;
@@ -147,6 +175,12 @@ struct ProgramCall {
     for (int n = 0; n < p.n_networks; ++n) {
       Weights<T>{weights[n], biases[n], kernels}.take_padded(p.network[n], memory);
       packer.take(p.network[n], weights[n]);
+    }
+    // first layers, transposed: for the start, and for the halves that moves are made with
+    Right<T> whole[MAX_NETWORKS];
+    for (int n = 0; n < p.n_networks; ++n) {
+      p.first_WT[n] = whole[n] = packer(first[n], true);
+      p.first_b[n] = padded(first_bias[n], kernels, memory);
     }
     bool straight[MAX_MATRICES] = {}, transposed[MAX_MATRICES] = {};
     const auto needs = [&](const Code& code) {
@@ -172,11 +206,32 @@ struct ProgramCall {
         p.matrix[m].m = M.size(0);
         continue;
       }
-      p.matrix[m].m = M.size(1);
-      if (straight[m]) p.matrix[m].straight = packer(M, false);
-      if (transposed[m]) p.matrix[m].transposed = packer(M, true);
+      const int n = half_of[m];
+      if (n < 0) {
+        p.matrix[m].m = M.size(1);
+        if (straight[m]) p.matrix[m].straight = packer(M, false);
+        if (transposed[m]) p.matrix[m].transposed = packer(M, true);
+        continue;
+      }
+      const i64 d = p.matrix[m].m = p.width[half_register(m)], from = column[m];
+      if (straight[m]) p.matrix[m].straight = packer.columns(M, from, d);
+      Right<T>& back = p.matrix[m].transposed = whole[n];
+      if (back.packed && from % kernels.depth) {
+        if (transposed[m]) back = packer.columns(M, from, d, true);
+      } else if (back.packed) {
+        back.packed += from / kernels.depth * 2 * kernels.lanes;
+      } else {
+        back.raw += from;
+      }
     }
     return packer.packs;
+  }
+
+  // A register of as many numbers as the half has columns: what it is multiplied with.
+  int half_register(int m) const {
+    for (const Line& x : lines)
+      if (x.matrix == m && (x.op == ADD || x.op == ADJOINT)) return x.transposed ? x.x : x.y;
+    return 0;
   }
 
   i64 narrowest() const { return kernels.n_panels(p.width[p.reg_a[0]]); }
@@ -243,15 +298,16 @@ struct ProgramCall {
   }
 };
 
-void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor energy, std::vector<Tensor> start, Tensor tape,
-                     std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
+void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor energy, Tensor z0, std::vector<Tensor> start,
+                     Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
   const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
-  check_program({out, path, start, {energy, tape}}, in);
+  check_program({out, path, start, {energy, tape, z0}}, in);
   const auto run = [&]<class T>(T) {
-    ProgramCall<T> call(in, start[0].size(0), tape.numel() > 0);
+    ProgramCall<T> call(in, z0.size(0), tape.numel() > 0);
     call.set(call.p.in, start);
     call.set(call.p.out, out);
-    call.set(call.p.emit, path);
+    call.set_path(path);
+    call.set(&call.p.z0, {z0});
     call.p.energy = data<T>(energy);
     call.forward();
   };
@@ -259,19 +315,19 @@ void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor e
 }
 
 void program_backward(std::vector<Tensor> cotangents, std::vector<Tensor> values, Tensor gdt, std::vector<Tensor> sums,
-                      std::vector<Tensor> g_path, Tensor g_energy, std::vector<Tensor> start, Tensor tape,
-                      std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
+                      std::vector<Tensor> g_path, Tensor g_energy, Tensor z0, Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end,
+                      int64_t options) {
   const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
-  check_program({cotangents, values, sums, g_path, start, {gdt, g_energy, tape}}, in);
+  check_program({cotangents, values, sums, g_path, {gdt, g_energy, tape, z0}}, in);
   const auto run = [&]<class T>(T) {
     ProgramCall<T> call(in, cotangents[0].size(0), true);
     call.set(call.p.cotangent, cotangents);
     call.set(call.p.value, values);
     call.set(call.p.g_path, g_path);
-    call.set(call.p.in, start);
+    call.set(&call.p.z0, {z0});
     call.p.gE = data<T>(g_energy);
     call.p.gdt = data<T>(gdt);
-    call.p.again = !start.empty();
+    call.p.again = z0.numel() > 0;
     call.backward(sums);
   };
   dt.scalar_type() == ScalarType::Float ? run(float()) : run(double());

@@ -215,7 +215,7 @@ MAX_NETWORKS, MAX_REGISTERS, MAX_MATRICES, MAX_ITEMS = 8, 64, 32, 24
 _written: dict[int, tuple[Program, dict[tuple[int, ...], Tensor]]] = {}
 
 
-def _as_numbers(program: Program, widths: tuple[int, ...], networks: Sequence[Tail]) -> Tensor:
+def _as_numbers(program: Program, widths: tuple[int, ...], networks: Sequence[Tail], d: int) -> Tensor:
     """A program as the extension reads it."""
     _, known = _written.setdefault(id(program), (program, {}))
     if widths not in known:
@@ -227,9 +227,24 @@ def _as_numbers(program: Program, widths: tuple[int, ...], networks: Sequence[Ta
             len(program.networks), len(program.items), *widths, *program.state, *program.known, *program.path,
             len(program.tracked), *program.tracked,
         ]  # fmt: skip
+        place = {k: n for n, k in enumerate(program.networks)}
+        for key in program.matrices:
+            half = key[0] == "W"
+            n = place[int(key[1])] if half else -1
+            numbers += [n, d if half and program.reads[n] == "z" and key[2] == "p" else 0]
+        for i in program.state:
+            name, *rest = program.registers[i]
+            if name == "A":
+                n = place[int(rest[0])]
+                numbers += [2, d if program.reads[n] == "p" else 0, n]
+            elif name in ("Z", "C"):
+                second = rest[0] == "p"
+                numbers += [1 if name == "Z" else 3, second * (d if name == "Z" else 1), 0]
+            else:
+                numbers += [0 if name == "S" else 4, 0, 0]
         for k, F in zip(program.networks, networks, strict=True):
             name, beta, threshold = F.activation
-            numbers += [program.number("A", k), program.number("D", k), len(F.weights), KINDS[name], beta, threshold]
+            numbers += [program.number("A", k), program.number("D", k), len(F.weights) + 1, KINDS[name], beta, threshold]
         for item in program.items:
             numbers += [item.register, item.network, item.first, item.later, item.end]
         numbers += [len(code) for code in codes]
@@ -258,45 +273,55 @@ def _program_arguments(job: Job) -> tuple[list[Tensor], Tensor, Tensor, int]:
     """Parameters, dt, program and options of both operators."""
     work = job.dt.dtype
     program = job.program
-    parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.matrices]
-    for F in job.networks:
-        parameters += [x.to(work).contiguous() for part in (F.weights, F.biases) for x in part]
+    parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.given]
+    for (W, b), F in zip(job.firsts, job.networks, strict=True):
+        parameters += [x.to(work).contiguous() for part in ((W, *F.weights), (b, *F.biases)) for x in part]
     low = work == torch.float32 and (
         job.networks[0].weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
     )
     options = torch.get_num_threads() | (isa + 1) << 16 | path << 24 | low << 32 | (job.memory != "recompute") << 33
     options |= job.every_state << 34
-    return parameters, job.dt.contiguous(), _as_numbers(program, job.widths, job.networks), options
+    return parameters, job.dt.contiguous(), _as_numbers(program, job.widths, job.networks, job.z0.shape[1] // 2), options
 
 
 def _program_chunks(job: Job, batch: int, factor: int) -> list[tuple[int, int]]:
     """Ranges of steps, each about a second's work or one step."""
-    work = factor * batch * job.multiplications
-    steps = max(1, int(CHUNK / work))
+    steps = max(1, int(CHUNK / (factor * batch * job.multiplications)))
+    if steps >= job.n_steps:
+        return [(0, job.n_steps)]
     return [(begin, min(begin + steps, job.n_steps)) for begin in range(0, job.n_steps, steps)]
 
 
-def run(job: Job, start: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> Run:
+def run(
+    job: Job, start: Sequence[Tensor] | None = None, states: Tensor | None = None, want_end: bool = True, want_path: bool = True
+) -> Run:
     """As `hidden_space.machine.run`; low precision as in `forward`."""
     require()
-    batch = start[0].shape[0]
+    batch = job.z0.shape[0]
     if _program_delegated(job, batch):
-        return torch_backend.run(job, start, out)
+        return torch_backend.run(job, start, states, want_end, want_path)
     # everything is allocated before any work is done
-    n_kept = job.n_steps if job.every_state else 1
-    program, like = job.program, start[0]
-    path = out or [like.new_empty(batch, n_kept, job.widths[i]) for i in program.path]
-    energy = like.new_zeros(batch, job.n_steps + 1 if job.with_energy else 0)
-    tape = like.new_empty(batch, sum(n * width for n, width in job.sections()) if job.memory != "none" else 0)
-    end = [like.new_empty(batch, job.widths[i]) for i in program.state]
+    program, like, n_steps = job.program, job.z0, job.n_steps
+    path: list[Tensor] = []
+    if states is not None:
+        path = [states]
+    elif want_path:
+        path = [like.new_empty(batch, n_steps if job.every_state else 1, job.widths[i]) for i in program.path]
+    energy = like.new_zeros(batch, n_steps + 1) if job.with_energy else like.new_empty(batch, 0)
+    tape = like.new_empty(batch, job.tape_size if job.memory != "none" else 0)
+    chunks = _program_chunks(job, batch, 1)
+    end = [like.new_empty(batch, job.widths[i]) for i in program.state] if want_end or len(chunks) > 1 else []
     parameters, dt, numbers, options = _program_arguments(job)
-    starts = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in start]
-    for begin, stop in _program_chunks(job, batch, 1):
+    if start is None and any(program.registers[i][0] in ("U", "B") for i in program.state):
+        start = job.start()  # what the extension does not know to start
+    starts = [] if start is None else [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in start]
+    z0 = like if like.stride(-1) == 1 else like.contiguous()
+    for begin, stop in chunks:
         torch.ops.hjepa_fast_cpp.program_forward(
-            end, path, energy, starts, tape, parameters, dt, numbers, begin, stop, options
+            end, path, energy, z0, starts, tape, parameters, dt, numbers, begin, stop, options
         )
         starts = end
-    return Run(end, path, energy, tape)
+    return Run(end, path if states is None else [], energy, tape)
 
 
 def run_back(
@@ -325,7 +350,7 @@ def run_back(
     parameters, dt, numbers, options = _program_arguments(job)
     for begin, stop in reversed(_program_chunks(job, batch, 2 if sums is None else 3)):
         torch.ops.hjepa_fast_cpp.program_backward(
-            own, followed, gdt, made, given, gE, [], tape, parameters, dt, numbers, begin, stop, options
+            own, followed, gdt, made, given, gE, job.z0[:0], tape, parameters, dt, numbers, begin, stop, options
         )
     for total, x in zip(totals, made, strict=True):
         if total is not x:

@@ -10,15 +10,25 @@ import torch
 from torch import Tensor
 
 from .network import Gradients, Tail, adjoint, delta_at, evaluate, restore, tape_width
-from .program import ADD, ADJOINT, CLEAR, EVALUATE, FORGET, HESSIAN, KEEP, LOAD, RESTORE, Code, Instruction, Program
+from .program import ADD, ADJOINT, CLEAR, EVALUATE, FORGET, HESSIAN, KEEP, LOAD, RESTORE, Code, Instruction, Key, Program
+
+
+def half_of(z: Tensor, side: str) -> Tensor:
+    """q or p of states z [..., 2d], or "z" itself."""
+    d = z.shape[-1] // 2
+    return z if side == "z" else z[..., :d] if side == "q" else z[..., d:]
 
 
 class Job(NamedTuple):
     """A program and its numbers, in the dtype that is computed in."""
 
     program: Program
-    matrices: Sequence[Tensor]
-    """[n, m], of any strides, or [n] of a diagonal."""
+    z0: Tensor
+    """[B, 2d]."""
+    firsts: Sequence[tuple[Tensor, Tensor]]
+    """W, b of each network's first layer."""
+    given: Sequence[Tensor]
+    """Of `Program.matrices` those that are no halves of first layers: [n, m], of any strides, or [n] of a diagonal."""
     networks: Sequence[Tail]
     """What follows each network's first layer."""
     dt: Tensor
@@ -29,6 +39,40 @@ class Job(NamedTuple):
     """"none", "recompute" or "store", what to keep for `run_back`."""
     widths: tuple[int, ...]
     """Of every register."""
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """All of `Program.matrices`."""
+        program, given = self.program, iter(self.given)
+        return [
+            self.half(program.networks.index(int(key[1])), str(key[2])) if key[0] == "W" else next(given)
+            for key in program.matrices
+        ]
+
+    def half(self, n: int, side: str) -> Tensor:
+        """What network n's first layer reads this half of the state by, [h, d]."""
+        W = self.firsts[n][0]
+        return half_of(W, side) if self.program.reads[n] == "z" else W
+
+    def start(self) -> list[Tensor]:
+        """The registers of `Program.state` at the start, [B, width] each."""
+        return [self._at_start(self.program.registers[i], self.widths[i]) for i in self.program.state]
+
+    def _at_start(self, key: Key, width: int) -> Tensor:
+        name, z0 = key[0], self.z0
+        if name == "Z":
+            return half_of(z0, str(key[1]))
+        if name == "C":
+            return z0.new_tensor([1.0, 0.0] if key[1] == "q" else [0.0, 1.0]).expand(len(z0), 2)
+        if name == "S":
+            return z0.new_zeros(len(z0), width)
+        n = self.program.networks.index(int(key[1]))
+        (W, b), reads = self.firsts[n], self.program.reads[n]
+        if name == "B":
+            return b.expand(len(z0), -1)
+        if name == "U":
+            return half_of(z0, "p" if reads == "q" else "q") @ W.T
+        return torch.addmm(b, half_of(z0, reads), W.T)
 
     @property
     def n_steps(self) -> int:
@@ -45,21 +89,22 @@ class Job(NamedTuple):
                 total += sum(2 * m * n for m, n in pairwise(self.networks[x.item].widths))
         return max(total, 1)
 
-    def tape_widths(self) -> list[int]:
-        """Numbers of a slot of every item on the tape."""
-        if self.memory == "none":
-            return [0] * len(self.program.items)
-        return [
-            tape_width(self.networks[n].widths or [self.widths[item.register]], self.memory)
-            if item.network
-            else self.widths[item.register]
-            for n, item in enumerate(self.program.items)
-        ]
-
     def sections(self) -> list[tuple[int, int]]:
         """Of each item on the tape: slots, and numbers of a slot."""
-        slots = (item.slots(self.n_steps) for item in self.program.items)
-        return list(zip(slots, self.tape_widths(), strict=True))
+        found = []
+        for n, item in enumerate(self.program.items):
+            width = self.widths[item.register]
+            if self.memory == "none":
+                width = 0
+            elif item.network:
+                width = tape_width(self.networks[n].widths or [width], self.memory)
+            found.append((item.slots(self.n_steps), width))
+        return found
+
+    @property
+    def tape_size(self) -> int:
+        """Numbers a sample on the tape."""
+        return sum(n * width for n, width in self.sections())
 
     def in_work_dtype(self) -> Job:
         """With every network in the dtype that is computed in."""
@@ -103,22 +148,34 @@ class _Tape:
         return self.slots[x.item][:, self.items[x.item].before(step) + x.slot]
 
 
-def _times(x: Tensor, job: Job, at: Instruction) -> Tensor:
+def _times(x: Tensor, matrices: Sequence[Tensor], at: Instruction) -> Tensor:
     if at.matrix < 0:
         return x
-    M = job.matrices[at.matrix]
+    M = matrices[at.matrix]
     return x * M if M.ndim == 1 else x @ (M.T if at.transposed else M)
 
 
-def _add(values: list[Tensor], x: Instruction, job: Job, dt: Tensor) -> None:
-    moved = _times(values[x.x], job, x)
+def _add(values: list[Tensor], x: Instruction, matrices: Sequence[Tensor], dt: Tensor) -> None:
+    moved = _times(values[x.x], matrices, x)
     values[x.y] = values[x.y] + (x.c * dt if x.scaled else x.c) * moved
 
 
-def run(job: Job, start: Sequence[Tensor], out: Sequence[Tensor] | None = None) -> Run:
-    """Run all steps from `start`, the registers of `Program.state`, [B, width] each; the path goes into `out` if that is given."""
+def run(
+    job: Job, start: Sequence[Tensor] | None = None, states: Tensor | None = None, want_end: bool = True, want_path: bool = True
+) -> Run:
+    """Run all steps.
+
+    Parameters
+    ----------
+    start : the registers of `Program.state`, [B, width] each; None for what they are at z0
+    states : Tensor [B, n_steps + 1 or 1, 2d], optional
+        Where the states go if the path is those, the first one too where every one is wanted.
+    want_end, want_path : bool
+        Whether `Run.state` and `Run.path` are looked at.
+    """
     job = job.in_work_dtype()
-    program, n_steps = job.program, job.n_steps
+    program, n_steps, matrices = job.program, job.n_steps, job.matrices
+    start = job.start() if start is None else start
     values = _registers(program, start)
     batch = start[0].shape[0]
     tapes: list[list[Tensor]] = [[] for _ in program.items]
@@ -136,7 +193,7 @@ def run(job: Job, start: Sequence[Tensor], out: Sequence[Tensor] | None = None) 
                 if x.energy >= 0:
                     energy[:, step + x.energy] += H
             elif x.op == ADD:
-                _add(values, x, job, dt)
+                _add(values, x, matrices, dt)
             elif x.op == CLEAR:
                 values[x.y] = start[0].new_zeros(())
             elif x.op == KEEP and job.memory != "none":
@@ -150,13 +207,14 @@ def run(job: Job, start: Sequence[Tensor], out: Sequence[Tensor] | None = None) 
     execute(program.end, n_steps)
     tape = [x for part in tapes for x in part]
     stacked = [torch.stack(rows, 1) for rows in path]
-    for to, x in zip(out or (), stacked, strict=False):
-        to.copy_(x)
+    if states is not None:
+        first = int(job.every_state)
+        for register, x in zip(program.path, stacked, strict=True):
+            half = half_of(states, str(program.registers[register][1]))
+            half[:, first:] = x
+            half[:, :first] = start[program.state.index(register)][:, None]
     return Run(
-        [values[i] for i in program.state],
-        stacked,
-        energy,
-        torch.cat(tape, 1) if tape else start[0].new_empty(batch, 0),
+        [values[i] for i in program.state], stacked, energy, torch.cat(tape, 1) if tape else start[0].new_empty(batch, 0)
     )
 
 
@@ -191,7 +249,7 @@ def run_back(
     Cotangents of the start; gdt [B, n_steps]
     """
     job = job.in_work_dtype()
-    program, n_steps = job.program, job.n_steps
+    program, n_steps, matrices = job.program, job.n_steps, job.matrices
     at, kept = _registers(program, values), _Tape(job, tape)
     zero = cotangents[0].new_zeros(())
     given = [zero] * len(program.registers)
@@ -214,7 +272,7 @@ def run_back(
                     )
                     given[x.y] = zero
             elif x.op == ADD:
-                _add(at, x, job, dt)
+                _add(at, x, matrices, dt)
             elif x.op == CLEAR:
                 at[x.y] = zero
             elif x.op == LOAD:
@@ -223,7 +281,7 @@ def run_back(
                 given[x.y] = zero
             elif x.op == ADJOINT and given[x.y] is not zero:
                 c = x.c * dt if x.scaled else x.c
-                back = _times(given[x.y], job, x._replace(transposed=not x.transposed))
+                back = _times(given[x.y], matrices, x._replace(transposed=not x.transposed))
                 if x.scaled:
                     gdt[:, step] += x.c * (back * at[x.x]).sum(-1)
                 given[x.x] = given[x.x] + c * back

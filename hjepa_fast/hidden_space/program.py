@@ -111,6 +111,8 @@ class Program(NamedTuple):
     matrices: tuple[Key, ...]
     networks: tuple[int, ...]
     """Terms that are networks."""
+    reads: tuple[str, ...]
+    """What each of them reads."""
     items: tuple[Item, ...]
     """One for each network, in their order, then the kept registers."""
     start: Code
@@ -424,6 +426,7 @@ def compiled(forms: tuple[Form, ...], stages: tuple[SubStep, ...], dense: bool, 
         registers=tuple(c.registers),
         matrices=tuple(c.matrices),
         networks=tuple(c.networks),
+        reads=tuple(forms[k].reads for k in c.networks),
         items=tuple(items),
         start=_with_meetings(resume),
         first=_with_meetings(_flattened(numbered[0])),

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from ..schemes import SubStep, explicit_moves, inverse
 from . import program, tao
 from .coupling import remembered
 from .fixed_point import Solver
-from .machine import Job, Run, Sums
+from .machine import Job, Run, Sums, half_of
 from .network import (
     Gradients,
     Network,
@@ -53,7 +55,8 @@ def kernel_stages(stages: tuple[SubStep, ...], with_energy: bool) -> tuple[SubSt
     return (SubStep(0.0, 0.0), *stages) if with_energy and stages and stages[0].implicit else stages
 
 
-class Outline(NamedTuple):
+@dataclass(frozen=True)
+class Outline:
     """A rollout without its numbers: enough to know what comes back and what is kept."""
 
     forms: tuple[Form, ...]
@@ -67,42 +70,42 @@ class Outline(NamedTuple):
     memory: str
     """"none", "store", "recompute", "checkpoint" or "reversible"."""
 
-    @property
+    @cached_property
     def stages(self) -> tuple[SubStep, ...]:
         return stages_of(self.integrator, self.forms)
 
-    @property
+    @cached_property
     def tao(self) -> bool:
         return self.integrator == "tao"
 
-    @property
+    @cached_property
     def in_kernel(self) -> bool:
         """Whether a `Kernel` runs it, not a program."""
         if not program.covers(self.forms, self.stages):
             return True
         return len(self.forms) == 1 and self.dense and self.forms[0].reads == "z"
 
-    @property
+    @cached_property
     def program(self) -> Program:
         return program.compiled(self.forms, self.stages, self.dense, self.with_energy)
 
-    @property
+    @cached_property
     def implicit(self) -> bool:
         return any(s.implicit for s in self.stages)
 
-    @property
+    @cached_property
     def stacked_widths(self) -> list[int]:
         """Of each term's share of a kernel's first layer."""
         return [self.d if form.quadratic else w[0] for form, w in zip(self.forms, self.widths, strict=True)]
 
-    @property
+    @cached_property
     def from_states(self) -> tuple[int, ...]:
         """Terms whose energies are those of the states."""
         if not self.with_energy or self.in_kernel:
             return ()
         return tuple(k for k in range(len(self.forms)) if k not in self.program.energies)
 
-    @property
+    @cached_property
     def every_path(self) -> bool:
         """Whether what states are made of is wanted after every step."""
         return self.every_state or bool(self.from_states)
@@ -112,6 +115,16 @@ class Outline(NamedTuple):
         if name in ("C", "Z", "Y"):
             return 2 if name == "C" else self.d
         return self.widths[int(rest[1 if name in ("S", "G", "X") else 0])][0]
+
+    @cached_property
+    def register_widths(self) -> tuple[int, ...]:
+        """Of every register of the program."""
+        return tuple(self.register_width(key) for key in self.program.registers)
+
+    @cached_property
+    def by_pair(self) -> bool:
+        """Whether the states themselves are registers."""
+        return not self.in_kernel and not self.dense
 
     def state_widths(self) -> list[int]:
         """Of the registers that say where a rollout is."""
@@ -213,11 +226,6 @@ class _Sweep:
         return [self.z0, self.dt, self.residual, *self.loop, *(x for term in self.terms or () for x in term.tensors)]
 
 
-def _half(z: Tensor, side: str) -> Tensor:
-    d = z.shape[-1] // 2
-    return z if side == "z" else z[..., :d] if side == "q" else z[..., d:]
-
-
 class _Loop:
     """Registers and what they mean. A loop has `run` and `run_back` of them; `state` names those that say where a rollout is."""
 
@@ -231,33 +239,18 @@ class _Loop:
         """The half of term k's first layer that reads this side, [h, d]."""
         term = self.problem.terms[k]
         W = term.weights[0]
-        return _half(W, side) if term.reads == "z" else W
+        return half_of(W, side) if term.reads == "z" else W
 
-    def of_half(self, sums: _Sweep, k: int, side: str) -> Tensor | None:
+    def ofhalf_of(self, sums: _Sweep, k: int, side: str) -> Tensor | None:
         """Its gradient."""
         if sums.terms is None:
             return None
         W = sums.terms[k].weights[0]
-        return _half(W, side) if self.problem.terms[k].reads == "z" else W
+        return half_of(W, side) if self.problem.terms[k].reads == "z" else W
 
     def start(self) -> list[Tensor]:
-        return [self.at_start(key) for key in self.state]
-
-    def at_start(self, key: Key) -> Tensor:
-        name, z0 = key[0], self.problem.z0
-        if name == "Z":
-            return _half(z0, str(key[1]))
-        if name == "C":
-            return z0.new_tensor([1.0, 0.0] if key[1] == "q" else [0.0, 1.0]).expand(len(z0), 2)
-        if name == "S":
-            return z0.new_zeros(len(z0), self.outline.register_width(key))
-        k = int(key[1])
-        term = self.problem.terms[k]
-        if name == "B":
-            return term.biases[0].expand(len(z0), -1)
-        if name == "U":
-            return _half(z0, "p" if term.reads == "q" else "q") @ term.weights[0].T
-        return torch.addmm(term.biases[0], _half(z0, term.reads), term.weights[0].T)
+        """The registers of `state` at z0."""
+        raise NotImplementedError
 
     def of_start(self, sums: _Sweep, cotangents: Sequence[Tensor]) -> None:
         """From the cotangents of the registers at the start to those of z0 and of the first layers."""
@@ -266,15 +259,15 @@ class _Loop:
             if name in ("C", "S"):
                 continue
             if name == "Z":
-                _half(sums.z0, str(key[1])).add_(l)
+                half_of(sums.z0, str(key[1])).add_(l)
                 continue
             k = int(key[1])
             term, own = self.problem.terms[k], None if sums.terms is None else sums.terms[k]
             side = term.reads if name != "U" else "p" if term.reads == "q" else "q"
             if name != "B":
-                _half(sums.z0, side).addmm_(l, term.weights[0])
+                half_of(sums.z0, side).addmm_(l, term.weights[0])
             if own is not None and name != "B":
-                own.weights[0].addmm_(l.T, _half(self.problem.z0, side))
+                own.weights[0].addmm_(l.T, half_of(self.problem.z0, side))
             if own is not None and name != "U":
                 own.biases[0].add_(l.sum(0))
 
@@ -289,7 +282,7 @@ class _Loop:
         """The states [B, n, 2d] that registers [B, n, width] stand for, into `out`."""
         z0, product = self.problem.z0, self.backend.product
         for half in "qp":
-            to, base = _half(out, half), _half(z0, half)
+            to, base = half_of(out, half), half_of(z0, half)
             if ("Z", half) in self.path:
                 to.copy_(path[self.path.index(("Z", half))])
                 continue
@@ -310,24 +303,34 @@ class _Loop:
         z0, product = self.problem.z0, self.backend.product
         found: list[Tensor] = [z0.new_empty(0)] * len(self.path)
         for half in "qp":
-            own = _half(G, half)
+            own = half_of(G, half)
             if ("Z", half) in self.path:
                 found[self.path.index(("Z", half))] = own
                 continue
             C = self.coefficients(half)
             if C < 0:
-                _half(sums.z0, half).add_(own.sum(1))
+                half_of(sums.z0, half).add_(own.sum(1))
             else:
                 found[C] = torch.einsum("bnd,bcd->bnc", own, z0.unflatten(1, (2, -1)))
                 sums.z0 += torch.einsum("bnc,bnd->bcd", path[C], own).flatten(1)
             for i, k, side in self.sums_in(half):
                 found[i] = product(own, self.half(k, side).T)
-                gW = self.of_half(sums, k, side)
+                gW = self.ofhalf_of(sums, k, side)
                 if gW is not None:
                     gW.addmm_(path[i].flatten(0, 1).T, own.flatten(0, 1))
         return found
 
-    def run(self, state: Sequence[Tensor], begin: int, end: int, memory: str, every: bool) -> _Ran:
+    def run(
+        self,
+        state: Sequence[Tensor] | None,
+        begin: int,
+        end: int,
+        memory: str,
+        every: bool,
+        states: Tensor | None = None,
+        want_end: bool = True,
+    ) -> _Ran:
+        """Steps begin..end-1 from this state, or from z0."""
         raise NotImplementedError
 
     def run_back(
@@ -378,12 +381,21 @@ class _Programmed(_Loop):
         self.program = self.outline.program
         self.state = [self.program.registers[i] for i in self.program.state]
         self.path = [self.program.registers[i] for i in self.program.path]
-        self.tails = [tail_of(problem.terms[k]) for k in self.program.networks]
-        self.matrices = [self.matrix(key) for key in self.program.matrices]
+        terms = [problem.terms[k] for k in self.program.networks]
+        given = [self.matrix(key) for key in self.program.matrices if key[0] != "W"]
+        self.whole = Job(
+            self.program, problem.z0, [(term.weights[0], term.biases[0]) for term in terms], given,
+            [tail_of(term) for term in terms], problem.dt, self.outline.with_energy, True, "none", self.outline.register_widths,
+        )  # fmt: skip
+
+    def start(self) -> list[Tensor]:
+        return self.whole.start()
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        return self.whole.matrices
 
     def matrix(self, key: Key) -> Tensor:
-        if key[0] == "W":
-            return self.half(int(key[1]), str(key[2]))
         if key[0] == "k":
             stiffness = self.problem.terms[int(key[1])].stiffness
             assert stiffness is not None
@@ -398,23 +410,30 @@ class _Programmed(_Loop):
 
         return remembered(product, *factors) if self.outline.memory == "none" else product(*factors)
 
-    def job(self, begin: int, end: int, memory: str, every: bool, p: Program | None = None, dt: Tensor | None = None) -> Job:
-        steps = self.problem.dt[:, begin:end] if dt is None else dt
-        p = p or self.program
-        widths = tuple(self.outline.register_width(key) for key in p.registers)
-        return Job(p, self.matrices, self.tails, steps, self.outline.with_energy, every, memory, widths)
+    def job(self, begin: int, end: int, memory: str, every: bool) -> Job:
+        steps = self.problem.dt if (begin, end) == (0, self.problem.n_steps) else self.problem.dt[:, begin:end]
+        return self.whole._replace(dt=steps, every_state=every, memory=memory)
 
-    def run(self, state: Sequence[Tensor], begin: int, end: int, memory: str, every: bool) -> _Ran:
-        run: Run = self.backend.run(self.job(begin, end, memory, every), state)
+    def run(
+        self,
+        state: Sequence[Tensor] | None,
+        begin: int,
+        end: int,
+        memory: str,
+        every: bool,
+        states: Tensor | None = None,
+        want_end: bool = True,
+    ) -> _Ran:
+        run: Run = self.backend.run(self.job(begin, end, memory, every), state, states, want_end)
         none = run.energy[:, :0]
-        return _Ran(run.state, run.path, run.energy, run.tape, none, none.int())
+        return _Ran(run.state, run.path, run.energy, run.tape, none, none)
 
     def new_sums(self, sums: _Sweep) -> None:
         if sums.terms is not None:
             sums.loop = [
                 torch.zeros_like(M, memory_format=torch.contiguous_format)
                 if key[0] != "W"
-                else self.of_half(sums, int(key[1]), str(key[2]))  # type: ignore[misc]
+                else self.ofhalf_of(sums, int(key[1]), str(key[2]))  # type: ignore[misc]
                 for key, M in zip(self.program.matrices, self.matrices, strict=True)
             ]
 
@@ -429,7 +448,7 @@ class _Programmed(_Loop):
             elif key[0] == "K":
                 _, k, side, j, other = key
                 for (n, s), (m, t), part in (((k, side), (j, other), g), ((j, other), (k, side), g.T)):
-                    gW = self.of_half(sums, int(n), str(s))
+                    gW = self.ofhalf_of(sums, int(n), str(s))
                     assert gW is not None
                     gW.add_(self.backend.product(part, self.half(int(m), str(t))))
 
@@ -458,9 +477,15 @@ class _Programmed(_Loop):
         back = program.compiled(self.outline.forms, stages, self.outline.dense, False)
         # another program's registers and matrices may be numbered in another order
         named = dict(zip(self.state, state, strict=True))
-        matrices = dict(zip(self.program.matrices, self.matrices, strict=True))
-        job = self.job(begin, end, "none", False, back, -self.problem.dt[:, begin:end].flip(1))
-        job = job._replace(matrices=[matrices[key] for key in back.matrices], with_energy=False)
+        given = dict(zip([key for key in self.program.matrices if key[0] != "W"], self.whole.given, strict=True))
+        job = self.whole._replace(
+            program=back,
+            given=[given[key] for key in back.matrices if key[0] != "W"],
+            dt=-self.problem.dt[:, begin:end].flip(1),
+            with_energy=False,
+            every_state=False,
+            widths=tuple(self.outline.register_width(key) for key in back.registers),
+        )
         run: Run = self.backend.run(job, [named[back.registers[i]] for i in back.state])
         found = dict(zip([back.registers[i] for i in back.state], run.state, strict=True))
         before = [found[key] for key in self.state]
@@ -498,13 +523,12 @@ class _Kernel(_Loop):
     def half(self, k: int, side: str) -> Tensor:
         return self.Wq if side == "q" else self.Wp
 
-    def of_half(self, sums: _Sweep, k: int, side: str) -> Tensor | None:
-        return _half(sums.loop[1], side) if sums.loop else None
+    def ofhalf_of(self, sums: _Sweep, k: int, side: str) -> Tensor | None:
+        return half_of(sums.loop[1], side) if sums.loop else None
 
-    def at_start(self, key: Key) -> Tensor:
-        if key[0] == "S":
-            return self.problem.z0.new_zeros(len(self.problem.z0), self.W.shape[0])
-        return torch.addmm(self.b, self.problem.z0, self.W.T)
+    def start(self) -> list[Tensor]:
+        a = torch.addmm(self.b, self.problem.z0, self.W.T)
+        return [a, torch.zeros_like(a), torch.zeros_like(a)]
 
     def of_start(self, sums: _Sweep, cotangents: Sequence[Tensor]) -> None:
         la = cotangents[0]
@@ -538,11 +562,20 @@ class _Kernel(_Loop):
         sizes = self.outline.stacked_widths
         for term, own, W, b in zip(self.problem.terms, sums.terms, gW.split(sizes), gb.split(sizes), strict=True):
             if own.stiffness is None:
-                own.weights[0].add_(_half(W, term.reads))
+                own.weights[0].add_(half_of(W, term.reads))
                 own.biases[0].add_(b)
 
-    def run(self, state: Sequence[Tensor], begin: int, end: int, memory: str, every: bool) -> _Ran:
-        a, sq, sp = state
+    def run(
+        self,
+        state: Sequence[Tensor] | None,
+        begin: int,
+        end: int,
+        memory: str,
+        every: bool,
+        states: Tensor | None = None,
+        want_end: bool = True,
+    ) -> _Ran:
+        a, sq, sp = state or self.start()
         problem = self.problem
         rolled = self.kernel.forward(
             a, self.K, self.F, problem.dt[:, begin:end], self.stages, end - begin, every, self.outline.with_energy, memory,
@@ -644,34 +677,43 @@ def forward(problem: Problem) -> Result:
     loop, memory = problem.loop(), outline.memory
     length = segment_length(n_steps, memory)
     inner = memory if memory in ("store", "recompute") else "none"
-    state = loop.start()
+    first, every = int(outline.every_path), outline.every_path
+    states = z0.new_empty(len(z0), n_steps + 1 if every else 1, 2 * outline.d)
+    state: Sequence[Tensor] | None = loop.start() if memory == "checkpoint" else None
     runs, kept = [], []
     for begin in range(0, n_steps, length):
+        end = min(begin + length, n_steps)
         if memory == "checkpoint":
-            kept += state
-        run = loop.run(state, begin, min(begin + length, n_steps), inner, outline.every_path)
+            kept += state or []
+        to = None
+        if outline.by_pair:
+            to = states[:, begin : end + 1] if every and length < n_steps else states
+        run = loop.run(state, begin, end, inner, every, to, length < n_steps or memory == "reversible")
         state = run.state
         if memory == "reversible":
             kept += state
         runs.append(run)
-    path = [_joined([run.path[i] for run in (runs if outline.every_path else runs[-1:])]) for i in range(len(loop.path))]
-    first = int(outline.every_path)
-    states = z0.new_empty(len(z0), path[0].shape[1] + first, 2 * outline.d)
-    states[:, :first] = z0[:, None]
-    loop.to_states(path, states[:, first:])
+    path: list[Tensor] = []
+    if not outline.by_pair:
+        path = [_joined([run.path[i] for run in (runs if every else runs[-1:])]) for i in range(len(loop.path))]
+        states[:, :first] = z0[:, None]
+        loop.to_states(path, states[:, first:])
     energy = none
     if outline.with_energy:
         energy = _joined([run.energy[:, : None if run is runs[-1] else -1] for run in runs])
         if outline.from_states:
             energy = energy + _energy(problem, states, outline.from_states)
-    if not outline.every_state:
-        states = states[:, -1:] if states.shape[1] == 1 else states[:, -1:].clone()
+    of_path = outline.saved(n_steps)[1]
+    if of_path and outline.by_pair:
+        path = [half_of(states, str(key[1]))[:, first:] for key in loop.path]
+    if not outline.every_state and states.shape[1] > 1:
+        states = states[:, -1:].clone()
     residual, evaluations = _joined([run.residual for run in runs]), _joined([run.evaluations for run in runs])
     if problem.must_converge and residual.numel():
         _check_converged(problem, residual)
     if inner == "none":
-        return _result(states, energy, torch.cat((none, *(x.expand(len(z0), -1) for x in kept)), dim=1), none, residual, evaluations)
-    _, of_path = outline.saved(n_steps)
+        tape = torch.cat([x.expand(len(z0), -1) for x in kept], dim=1) if kept else none
+        return _result(states, energy, tape, none, residual, evaluations)
     kept_path = none
     if of_path:
         n = of_path // sum(outline.path_widths())
@@ -680,8 +722,8 @@ def forward(problem: Problem) -> Result:
 
 
 def _result(*parts: Tensor) -> Result:
-    """Outputs of an operator must not be one another: empty ones are made anew."""
-    return Result(*(x if x.numel() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts))
+    states, energy, tape, kept, residual, evaluations = parts
+    return Result(states, energy, tape, kept, residual, evaluations if evaluations.dtype == torch.int32 else evaluations.int())
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -705,8 +747,8 @@ def _of_energy(problem: Problem, sums: _Sweep, states: Tensor, gE: Tensor, terms
     flat_gE = gE.reshape(-1)
     for k in terms:
         term, own = _in_work_dtype(problem.terms[k], states.dtype), None if sums.terms is None else sums.terms[k]
-        x = _half(states, term.reads).flatten(0, 1)
-        to = _half(G, term.reads)
+        x = half_of(states, term.reads).flatten(0, 1)
+        to = half_of(G, term.reads)
         if term.stiffness is not None:
             to += (flat_gE[:, None] * term.stiffness * x).view_as(to)
             if own is not None and own.stiffness is not None:
@@ -720,7 +762,7 @@ def _of_energy(problem: Problem, sums: _Sweep, states: Tensor, gE: Tensor, terms
 def _forward_tao(problem: Problem) -> Result:
     outline, z0, dt = problem.outline, problem.z0, problem.dt
     loop = _Kernel(problem)
-    a = loop.at_start(("A", 0))
+    a = loop.start()[0]
     end, sq, sp, energy, tape = tao.forward(
         a, tao.Grams.of(loop.Wq, loop.Wp), loop.F, dt, problem.n_steps, problem.omega, outline.with_energy
     )
@@ -819,7 +861,7 @@ def _tao_back(
         gsq, gsp = loop.of_states(sums, g_states[:, first:], [sq, sp])
     tape = tape.unflatten(1, (problem.n_steps, tao.POINTS, h))
     la, grams, gdt = tao.backward(
-        gsq, gsp, g_energy, loop.at_start(("A", 0)), tape, tao.Grams.of(loop.Wq, loop.Wp), loop.F, problem.dt, problem.omega,
+        gsq, gsp, g_energy, loop.start()[0], tape, tao.Grams.of(loop.Wq, loop.Wp), loop.F, problem.dt, problem.omega,
         loop.gradients(sums),
     )  # fmt: skip
     sums.dt += gdt

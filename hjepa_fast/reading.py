@@ -1,0 +1,112 @@
+"""What was read of a module, remembered for as long as nothing about it has changed.
+
+Reading a module takes as long as a step of a small network does. What is remembered belongs to one module, never to its class,
+and holds only while every part is the very object that was read: layers, parameters with their shapes, forwards, no hooks, and
+the settings of activations. A module with anything else about it (dropout, parametrizations, a forward that must be followed at
+every call) is read anew each time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import activations, reader
+from .models import SeparableHNN
+
+_CALL = nn.Module.__call__
+_EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+class _Part(NamedTuple):
+    """A module as it was, but for the module itself."""
+
+    kind: type[nn.Module]
+    forward: Any
+    children: list[nn.Module]
+    tensors: list[tuple[Tensor | None, Any, Any, Any]]
+    """Each parameter with its shape, dtype and device."""
+    settings: Any
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Part:
+        tensors = [(t, *((t.shape, t.dtype, t.device) if t is not None else (None,) * 3)) for t in module._parameters.values()]
+        return cls(type(module), type(module).forward, list(module._modules.values()), tensors, activations.from_module(module))
+
+    def holds(self, module: nn.Module) -> bool:
+        own = module.__dict__
+        if (
+            type(module) is not self.kind
+            or self.kind.forward is not self.forward
+            or self.kind.__call__ is not _CALL
+            or "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return False
+        parameters = own["_parameters"]
+        if len(parameters) != len(self.tensors) or list(own["_modules"].values()) != self.children:
+            return False
+        for now, (t, shape, dtype, device) in zip(parameters.values(), self.tensors, strict=True):
+            if now is not t or (t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device)):
+                return False
+        return self.settings is None or activations.from_module(module) == self.settings
+
+
+class _Reading(NamedTuple):
+    found: Any
+    root: _Part
+    parts: list[tuple[nn.Module, _Part]]
+    named: bool
+    """Whether the layers are the root's `.net`."""
+
+
+_readings: weakref.WeakKeyDictionary[nn.Module, _Reading] = weakref.WeakKeyDictionary()
+
+
+def recall(module: nn.Module) -> Any:
+    """What was remembered of a module, or None."""
+    reading = _readings.get(module)
+    if reading is None or any(_EVERYWHERE):
+        return None
+    if not reading.root.holds(module) or not all(part.holds(m) for m, part in reading.parts):
+        return None
+    if reading.named and ("net" in module.__dict__ or not reader.is_net(module)):
+        return None
+    return reading.found
+
+
+def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Remember `found`, which was read of the module and holds these tensors, if that is safe."""
+    _readings.pop(module, None)
+    if any(type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return
+    nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
+    named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)
+    if not (reader.is_net(module) if named else type(module) in (nn.Sequential, SeparableHNN)):
+        return
+    parts: list[nn.Module] = []
+    if named:
+        parts.append(module.net)  # type: ignore[arg-type]
+    if nets != [module]:
+        parts += nets
+    pending = [x for net in nets for x in (module.net if named else net)]
+    while pending:
+        layer = pending.pop()
+        if type(layer) is nn.Sequential:
+            pending += layer
+        elif type(layer) not in (nn.Linear, nn.Identity) and activations.from_module(layer) is None:
+            return
+        parts.append(layer)
+    if any(isinstance(part, nn.Sequential) and type(part) is not nn.Sequential for part in parts):
+        return
+    snapshots = [(part, _Part.of(part)) for part in parts]
+    root = _Part.of(module)
+    if any(m is module for m, _ in snapshots) or not root.holds(module) or not all(p.holds(m) for m, p in snapshots):
+        return
+    _readings[module] = _Reading(found, root, snapshots, named)
