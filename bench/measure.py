@@ -118,7 +118,7 @@ def expected(problem: Problem, network: str) -> Expected:
         part = problem.to(torch.float64, slice(first, first + CHECKED_ROWS))
         parameters = list(part.baseline.parameters()) if network == "baseline" else part.parameters
         value = loss(*roll(part), part.target) * (part.z0.shape[0] / case.batch)
-        terms = [value.detach(), *torch.autograd.grad(value, parameters)]
+        terms = [value.detach(), *torch.autograd.grad(value, parameters, materialize_grads=True)]
         sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
     sizes = [x.abs().max().item() for x in sums]
     # the output bias has no effect on the loss: its gradient is rounding, which has no size of its own

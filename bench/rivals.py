@@ -140,13 +140,13 @@ def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Conte
 
     def train() -> list[Tensor]:
         value = loss_of()
-        return [value.detach(), *torch.autograd.grad(value, parameters)]
+        return [value.detach(), *torch.autograd.grad(value, parameters, materialize_grads=True)]
 
     if problem.case.kind == "backward":
         value = loss_of()
 
         def back() -> list[Tensor]:
-            return [value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True)]
+            return [value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)]
 
         return Contestant(name, back, roll=roll, **kwargs)
     return Contestant(name, train if problem.training else infer, roll=roll, **kwargs)
