@@ -975,3 +975,89 @@ def test_gradients_of_many_states_have_more_tolerance():
     # still below what a wrong contestant is off by in these tests
     assert tolerance_of(few) < tolerance_of(many) < 1e-2
     assert tolerance_of(dataclasses.replace(many, kind="rollout")) == TOLERANCE["float32", "rollout"]
+
+
+def judged(name="small-2-200-200-rollout-b32-t15", ours="cpp", gflops=50.0, **ratios):
+    """An entry of a grid's cell in which each rival takes so many times as long as ours, 2 ms."""
+    (case,) = (case for case in cases.FULL if case.name == name)
+    fact = {"median_s": 2e-3, "p20_s": 2e-3, "p80_s": 2e-3, "error": 0.0, "first_call_s": 0.0}
+    return {
+        "case": dataclasses.asdict(case),
+        "rounds": 3,
+        "left_out": {},
+        "contestants": {ours: fact | {"ours": True, "gflops_per_s": gflops}, **dict.fromkeys(ratios, fact | {"ours": False})},
+        "ratios": {ours: ratios},
+        "chip": {"matrix_gflops_per_s": {"float32": 200.0}},
+    }
+
+
+def of_cells(*entries):
+    return {"environment": {"hardware": {"device": "cpu"}}, "cases": {entry["case"]["name"]: entry for entry in entries}}
+
+
+TRAINED = "small-2-200-200-training-b32-t15"
+
+
+def test_losing_cells_are_listed_with_their_ratio_and_fraction():
+    results = of_cells(
+        judged(eager=3.0, manual=1.5, jax=0.8, compiled=0.1), judged(TRAINED, eager=0.94, manual=2.0, jax=3.0, gflops=20.0)
+    )
+    text = report.losing(results)
+    assert "Losing cells, 2 of 2, in which ours takes more than 5 % longer than the best of eager, manual, jax:" in text
+    assert "| small-2-200-200-rollout-b32-t15 | cpp | jax | 0.80x | 25 % |" in text
+    assert f"| {TRAINED} | cpp | eager | 0.94x | 10 % |" in text
+    assert report.details(results).startswith(text)
+
+
+def test_no_losing_cell_is_said():
+    # within five percent; torch.compile and the baseline are no bar; without a rival there is nothing to lose
+    results = of_cells(judged(eager=3.0, jax=0.96, compiled=0.1, baseline=0.1), judged(TRAINED, compiled=0.1))
+    said = "Losing cells: none. In no one of 1 does ours take more than 5 % longer than the best of eager, jax."
+    assert report.losing(results).strip() == said
+    assert report.losing(of_cells()) == ""
+
+
+def test_ours_is_judged_as_a_user_gets_it():
+    entry = judged(jax=0.5)
+    entry["contestants"]["torch"] = entry["contestants"]["cpp"] | {"median_s": 1e-3}
+    entry["ratios"]["torch"] = {"jax": 1.0}
+    assert report.bar(entry) == ("cpp", "jax", 0.5)
+    assert report.bar(judged(ours="torch", eager=2.0)) == ("torch", "eager", 2.0)
+
+
+def test_the_grid_is_shown_by_network():
+    residual = judged("small-2-200-200-residual-b750", eager=1.5)
+    text = report.grid(
+        of_cells(
+            judged(eager=3.0, jax=0.8), judged(TRAINED, manual=1.25), residual, judged("small-hamjepa-rollout-b1-t1", jax=2.0)
+        )
+    )
+    assert "2-200-200-1, tanh:" in text
+    assert "| 32 | 15 | 2 | 0.80x jax | 25 % | 2 | 1.25x manual | 25 % |" in text
+    assert "| 750 | 1 |  |  |  | 2 | 1.50x eager | 25 % |" in text
+    assert "|p|^2 / 2 + V(q) + k q^2 / 2, V 512-256-256-1, gelu:" in text
+    assert "| 1 | 1 | 2 | 2.00x jax | 25 % |  |  |  |" in text
+    assert report.grid(of_cells()) == ""
+
+
+def test_the_small_set_has_a_file_of_its_own_and_can_be_compared(checkout, quick_measure, monkeypatch, capsys):
+    (cell,) = cases.select(cases.SMALL, "small-2-200-200-rollout-b1-t1")
+    cell = dataclasses.replace(cell, backends="every", rivals=("eager",))
+    monkeypatch.setattr(cases, "SMALL", (cell, dataclasses.replace(CHEAP, name="small-other", batch=2)))
+    assert main("--small", "--only", "small-2-*") == 0
+    assert quick_measure == [cell.name]
+    (path,) = stored(checkout)
+    assert path.name.startswith("small-cpu-")
+    assert "2-200-200-1, tanh:" in path.with_suffix(".md").read_text()
+    results = json.loads(path.read_text())
+    entry = results["cases"][cell.name]
+    entry["date"] = "earlier"
+    ratio = entry["ratios"]["torch"]["eager"]
+    for name, factor in (("same", 1.0), ("better", 1.5)):
+        entry["ratios"]["torch"]["eager"] = ratio * factor
+        (checkout / f"{name}.json").write_text(json.dumps(results))
+    assert main("--small", "--only", "small-2-*", "--against", str(checkout / "same.json"), "--tolerance", "0.1") == 0
+    assert main("--small", "--only", "small-2-*", "--against", str(checkout / "better.json"), "--tolerance", "0.1") == 1
+    assert f"SLOWER       {cell.name} torch: 1.50" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main("--small", "--full")
