@@ -20,7 +20,7 @@ from . import against, cases, machine, report
 from .cases import Case
 from .chip import beside_case, measure_chip
 from .machine import environment
-from .measure import FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
+from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
 from .progress import Progress, duration, prepare_streams
 from .rivals import Builder, entrants
 
@@ -155,7 +155,8 @@ def _expected(case: Case, builders: dict[str, Builder], effort: Effort, gflops_p
     call = case.eager_flops / (gflops_per_s * 1e9 / 2) + LAUNCH_SECONDS * case.passes * case.eager_gradients
     # nested autograd through an iteration
     implicit = sum(not name.startswith(("leapfrog", "tao", "rk4")) for name in case.integrators)
-    checks = (2 * len(builders) + 5 + implicit * (30 if case.kind == "rollout" else 150)) * call
+    reference = 5 + implicit * (30 if case.kind == "rollout" else 150)  # of at most so many rows
+    checks = (2 * len(builders) + reference * min(1.0, CHECKED_ROWS / case.batch)) * call
     checks += JAX_SECONDS * ("jax" in builders)
     checks += (COMPILE_SECONDS + case.passes * case.n_steps) * sum(name.startswith("compiled") for name in builders)
     every_round = len(builders) * call
