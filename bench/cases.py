@@ -11,6 +11,8 @@ STANDARD = ("eager", "manual", "jax", "baseline")
 EXTENDED = (*STANDARD, "func", "compiled")
 """With the slow ones: compiling 15 unrolled steps takes minutes on two cores."""
 LATENT_SIZES = (64, 256, 1024, 4096, 16384)
+WITHOUT_ROLLOUT = ("matching", "residual")
+"""Kinds whose call is one gradient of H at given states."""
 SLOPE_STEPS = (15, 115)
 """Numbers of steps whose difference in time gives the cost of a step alone, without the products at both ends of a rollout."""
 
@@ -22,7 +24,8 @@ class Case:
     name: str
     kind: str
     """"rollout" (no gradients), "training" (forward, loss with energy term, backward), or "backward", which is that of
-    "training" alone; "matching" is a training step on the vector field at every state, with no rollout."""
+    "training" alone; "matching" is a training step on the vector field at every state, and "residual" one on the residual of
+    the implicit midpoint rule between two states, both with no rollout."""
     batch: int
     n_steps: int = 15
     latent_dim: int = 1024
@@ -30,6 +33,8 @@ class Case:
     activation: str = "softplus"
     separable: bool = False
     """H = T(p) + V(q), two networks of these widths, instead of one of q and p."""
+    quadratic: bool = False
+    """Of a separable H: T = |p|^2 / 2 instead of a network, and V has sum_i k_i q_i^2 / 2 besides its own."""
     dtype: str = "float32"
     precision: str = "highest"
     """Of float32 products, as in `torch.set_float32_matmul_precision`."""
@@ -39,7 +44,11 @@ class Case:
     """What ours keeps for the backward pass; each is a contestant."""
     integrators: tuple[str, ...] = ("leapfrog",)
     """What ours runs; each is a contestant, checked against its own reference. Rivals run the published leapfrog step."""
+    dt: float = 0.875
+    """Exact in bfloat16 too."""
     rivals: tuple[str, ...] = STANDARD
+    backends: str = "every"
+    """Of ours: "every" one that is there, or only the one that "auto" takes."""
 
     @staticmethod
     def arithmetic_of(dtype: str, precision: str) -> str:
@@ -51,30 +60,77 @@ class Case:
         return self.arithmetic_of(self.dtype, self.precision)
 
     @property
-    def gradients_a_step(self) -> int:
-        """Of the leapfrog step; for a separable H the last one of a step is the first of the next."""
-        return 2 if self.separable else 3
+    def matches(self) -> bool:
+        """Whether a call is one gradient of H at given states, instead of a rollout."""
+        return self.kind in WITHOUT_ROLLOUT
 
     @property
-    def gradient_flops(self) -> int:
-        """Of one gradient of H, or of a term of it, for one sample in the hidden space: the product with K, and every later
-        layer forward and back."""
-        h = self.hidden_dims
-        return 2 * (h[0] * h[0] + 2 * sum(a * b for a, b in pairwise(h)))
+    def passes(self) -> int:
+        """How often each product is made, if none is repeated: each has two in the backward pass."""
+        return {"rollout": 1, "backward": 2}.get(self.kind, 3)
+
+    @property
+    def gradients(self) -> int:
+        """Of networks in one call of the published leapfrog; of a separable H the last kick of a step is the first of the
+        next, and T = |p|^2 / 2 has no network."""
+        if self.matches:
+            return 1
+        return 3 * self.n_steps if not self.separable else (1 if self.quadratic else 2) * self.n_steps + 1
 
     @property
     def flops(self) -> int:
-        """Of one call under the published leapfrog, by count: the gradients in the hidden space, and in training their
-        backward pass, of which each product has two. What surrounds the steps, and what is computed twice, is not counted."""
-        if self.kind == "matching":  # forward and back through all layers, and twice that in the backward pass
-            return 3 * self.batch * 2 * 2 * sum(a * b for a, b in pairwise((self.latent_dim, *self.hidden_dims)))
-        passes = {"rollout": 1, "training": 3, "backward": 2}[self.kind]
-        return passes * self.gradients_a_step * self.n_steps * self.batch * self.gradient_flops
+        """Of one call under the published leapfrog, by count, two for each multiplication: what the problem needs at least.
+
+        A gradient of H at one sample goes through the layers after the first one forward and back, 2 sum h_l h_{l+1}
+        multiplications. It then moves q or p, and with it the first pre-activation, in one of two ways:
+
+            pair    W_q^T and then W_p, 2 h_1 d multiplications a move (d of q alone)
+            dense   their product K = W_p W_q^T, h_1^2 a move, and h_1^2 d once a call to make K, however large the batch
+
+        The one with fewer multiplications in the whole call counts. In "matching" and "residual" nothing is moved, and a
+        gradient goes through the first layer forward and back. Training counts three times as much, since each product has
+        two in the backward pass. What is not counted: the first pre-activation of the initial states, the states made from
+        hidden ones, energies, activations, and what is computed twice.
+        """
+        h, d = self.hidden_dims, self.latent_dim // 2
+        gradients = self.batch * self.gradients
+        through = 2 * gradients * sum(a * b for a, b in pairwise(h))
+        if self.matches:
+            coupling = gradients * 2 * h[0] * (d if self.separable else 2 * d)
+        else:
+            pair = gradients * 2 * h[0] * d
+            dense = gradients * h[0] * h[0] + h[0] * h[0] * d
+            coupling = min(pair, dense)
+        return 2 * self.passes * (through + coupling)
+
+    @property
+    def eager_flops(self) -> int:
+        """Of one call of the published code: three gradients a step, each through every layer, first one included."""
+        inputs = self.latent_dim // 2 if self.separable else self.latent_dim
+        networks = 2 if self.separable and not self.quadratic else 1
+        layers = networks * sum(a * b for a, b in pairwise((inputs, *self.hidden_dims)))
+        return self.passes * self.batch * self.eager_gradients * 4 * layers
+
+    @property
+    def eager_bytes(self) -> int:
+        """That a call of the published code holds at its largest, about: states, and what their backward pass needs."""
+        numbers = 2 * self.latent_dim * (self.n_steps + 1)  # the states, one by one and together
+        if self.passes > 1:
+            # found by counting: five numbers a hidden unit and two an entry of z for each gradient, two more for the squares
+            # of a quadratic term; the second half of the sum is targets and loss
+            an_entry = 4 if self.quadratic else 2
+            numbers += self.eager_gradients * (5 * sum(self.hidden_dims) + an_entry * self.latent_dim) + numbers
+        return 4 * self.batch * numbers
+
+    @property
+    def eager_gradients(self) -> int:
+        """Of H in one call of the published code."""
+        return 1 if self.matches else 3 * self.n_steps
 
     @property
     def problem(self) -> Case:
         """What is computed, whoever takes part."""
-        return replace(self, memory=("store",), integrators=("leapfrog",), rivals=())
+        return replace(self, memory=("store",), integrators=("leapfrog",), rivals=(), backends="every")
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> Case:
@@ -141,6 +197,75 @@ QUICK = (
     *MATCHING,
 )
 """The table of ratios."""
+
+GRID_PREFIX = "small-"
+"""Of the names of the grid's cells."""
+_GRID: dict[str, dict[str, Any]] = {
+    **{
+        "-".join(map(str, widths)): {"latent_dim": widths[0], "hidden_dims": widths[1:], "activation": activation}
+        for widths, activation in (
+            ((2, 200, 200), "tanh"),
+            ((4, 200, 200), "tanh"),
+            ((20, 200, 200), "tanh"),
+            ((64, 256, 256), "tanh"),
+            ((192, 256, 256), "softplus"),
+            ((1024, 512, 512, 256), "softplus"),
+        )
+    },
+    "hamjepa": {
+        **{"latent_dim": 1024, "hidden_dims": (256, 256), "activation": "gelu"},
+        **{"separable": True, "quadratic": True},
+    },
+}
+"""Networks of public repositories, the published one, and HamJEPA's H = |p|^2 / 2 + f(q) + sum_i k_i q_i^2 / 2."""
+_MATCHED = {"2-200-200": 750, "4-200-200": 200, "20-200-200": 200, "64-256-256": 1000}
+"""Those that are trained on derivatives or single steps, and the batch that they are trained with."""
+GRID_BATCHES, GRID_STEPS = (1, 32, 1000, 10000), (1, 15, 100)
+
+
+def _step_size(activation: str, n_steps: int) -> float:
+    """Shorter where the network's motion is chaotic, so that rounding does not grow beyond what is checked."""
+    long = n_steps > 15
+    return {"tanh": 0.0625 if long else 0.125, "gelu": 0.125 if long else 0.875, "softplus": 0.875}[activation]
+
+
+def _in_grid(network: str, kind: str, batch: int, n_steps: int) -> Case:
+    """`small-<network>-rollout-b32-t15`, `small-<network>-matching-b32` and the like."""
+    name = f"{GRID_PREFIX}{network}-{kind}-b{batch}" + ("" if kind in WITHOUT_ROLLOUT else f"-t{n_steps}")
+    compiled = ("compiled",) if n_steps == 1 else ()  # more steps take more than a minute to compile
+    dt = _step_size(_GRID[network]["activation"], n_steps)
+    rivals = ("eager", "manual", "jax", *compiled)
+    return Case(name, kind, batch, n_steps, **_GRID[network], dt=dt, rivals=rivals, backends="auto")
+
+
+GRID = tuple(
+    _in_grid(network, kind, batch, n_steps)
+    for network in _GRID
+    for kinds, batches, steps in (
+        (("rollout", "training"), GRID_BATCHES, GRID_STEPS),
+        (WITHOUT_ROLLOUT, (1, 32, _MATCHED[network], 10000) if network in _MATCHED else (), (1,)),
+    )
+    for kind in kinds
+    for batch in batches
+    for n_steps in steps
+)
+"""Every cell in which ours is to be at least as fast as the best rival."""
+MOST_SECONDS, MOST_BYTES, ASSUMED_RATE = 8.0, 8e9, 1e11
+"""Of one call of the published code, and the operations a second that its seconds are estimated with."""
+
+
+def impractical(case: Case) -> str:
+    """Why a cell of the grid is not measured, from counts alone, so that every machine has the same ones; empty if it is."""
+    seconds = case.eager_flops / ASSUMED_RATE
+    if seconds > MOST_SECONDS:
+        return f"one call of the published code takes about {seconds:.0f} s at {ASSUMED_RATE / 1e9:.0f} GFLOP/s"
+    if case.eager_bytes > MOST_BYTES:
+        return f"one call of the published code holds about {case.eager_bytes / 1e9:.0f} GB"
+    return ""
+
+
+SMALL = tuple(case for case in GRID if not impractical(case))
+"""The cells that can be measured in a sensible time and memory."""
 FULL = (
     *(_integrators(case.kind) if len(case.integrators) > 1 else case for case in QUICK),
     *(Case(_named("rollout", batch), "rollout", batch) for batch in (8, 256, 4096)),
@@ -159,6 +284,7 @@ FULL = (
     _matching(1000, 64, 256, 256),
     _matching(256, 1024, 512, 512, 256),
     *(_reversible(n) for n in (32, 128)),
+    *SMALL,
 )
 
 

@@ -14,7 +14,7 @@ from hjepa_fast.errors import HJEPAError
 from hjepa_fast.pipeline import files
 
 from . import machine
-from .cases import SLOPE_STEPS, Case
+from .cases import GRID_PREFIX, MOST_BYTES, MOST_SECONDS, SLOPE_STEPS, WITHOUT_ROLLOUT, Case
 from .chip import matrix_rate
 from .measure import FAILED, NOT_TIMED
 from .progress import prepare_streams
@@ -23,6 +23,10 @@ from .rivals import is_ours
 RIVALS = ("eager", "jax", "compiled", "baseline", "manual", "func", "eager-float32")
 Entry = dict[str, Any]
 Curves = dict[str, list[tuple[float, float]]]
+BARS = ("eager", "manual", "jax")
+"""What no cell should lose against."""
+LOST = 1.05
+"""How many times as long as the best of them ours takes in a cell that is said to be lost, at least."""
 BUSY = 0.5
 """Load average from which times are said to be disturbed."""
 
@@ -41,6 +45,16 @@ def _fastest(entry: Entry, wanted: Callable[[str], bool]) -> str | None:
 def _graphed(entry: Entry) -> str | None:
     """The fastest of our calls that were captured in a CUDA graph."""
     return _fastest(entry, lambda name: name.endswith(":graphed") and name.count(":") == 1)
+
+
+def bar(entry: Entry) -> tuple[str, str, float] | None:
+    """Ours as a user gets it, the best of `BARS`, and how many times as long as ours that takes; None without one of both."""
+    mine = "cpp" if "cpp" in entry["contestants"] else ours(entry)
+    ratios = {} if mine is None else {rival: r for rival, r in entry["ratios"][mine].items() if rival in BARS}
+    if mine is None or not ratios:
+        return None
+    best = min(ratios, key=lambda rival: ratios[rival])
+    return mine, best, ratios[best]
 
 
 @dataclass(frozen=True)
@@ -127,13 +141,18 @@ def rows(
         fact, ratios, n_steps = entry["contestants"][chosen], entry["ratios"][chosen], entry["case"]["n_steps"]
         spread = f"{_ms(fact['p20_s'] / n_steps)} to {_ms(fact['p80_s'] / n_steps)}"
         rate = f"{fact['gflops_per_s']:.0f}" if "gflops_per_s" in fact else ""
-        most = matrix_rate(chip, entry["case"], device)
-        share = f"{100 * fact['gflops_per_s'] / most:.0f} %" if most and "gflops_per_s" in fact else ""
+        share = _share(entry, chosen, device, chip)
         faster = [f"{ratios[rival]:.2f}x" if rival in ratios else _instead(entry, rival) for rival in rivals]
         found.append([name, chosen, _ms(fact["median_s"] / n_steps), spread, str(entry["rounds"]), rate, share, *faster])
     if beside is not None:
         found += [[beside.label, *row[1:]] for row in rows(name, beside.entry, rivals, device, beside.chip)]
     return found
+
+
+def _share(entry: Entry, contestant: str, device: str, chip: dict[str, Any] | None) -> str:
+    """Of the chip's own matrix rate."""
+    fact, most = entry["contestants"][contestant], matrix_rate(entry.get("chip", chip), entry["case"], device)
+    return f"{100 * fact['gflops_per_s'] / most:.0f} %" if most and "gflops_per_s" in fact else ""
 
 
 def _instead(entry: Entry, rival: str) -> str:
@@ -149,7 +168,8 @@ def introduction(results: dict[str, Any], beside: Iterable[Beside] = ()) -> str:
     text += (
         "How many times as long each rival takes as ours: the median over rounds of the ratio within a round. Times are\n"
         "medians, with 20th and 80th percentiles. A training step is forward, loss with energy term, and backward.\n"
-        "GFLOP/s count the gradients of H in the hidden space, in training three times, for forward and backward pass.\n\n"
+        "GFLOP/s count the gradients of H, coupled in the way that takes fewer multiplications, and in training three times\n"
+        "that, for forward and backward pass.\n\n"
     )
     if chip:
         rates = ", ".join(
@@ -190,9 +210,9 @@ def of_device(contestant: str, results: dict[str, Any]) -> bool:
 
 
 def details(results: dict[str, Any]) -> str:
-    """What the table of ratios does not show: who is missing, integrators, memory, first calls."""
+    """What the table of ratios does not show: lost cells, the grid, who is missing, integrators, memory, first calls."""
     entries = results["cases"]
-    text = ""
+    text = losing(results) + grid(results)
     absent: dict[str, list[str]] = {}
     for name, entry in entries.items():
         for contestant, reason in entry.get("left_out", {}).items():
@@ -238,6 +258,71 @@ def details(results: dict[str, Any]) -> str:
     if compiled:
         text += "\nSeconds of the first call, which compiles:\n\n" + _markdown(["case", "contestant", "s"], compiled)
     return text
+
+
+def losing(results: dict[str, Any]) -> str:
+    """The cells in which one of `BARS` is clearly faster than ours, or the sentence that there is none."""
+    device = results["environment"]["hardware"]["device"]
+    found = {name: judged for name, entry in results["cases"].items() if (judged := bar(entry)) is not None}
+    if not found:
+        return ""
+    timed = {rival for entry in results["cases"].values() for rival in entry["contestants"]}
+    rivals = ", ".join(rival for rival in BARS if rival in timed)
+    more = f"more than {100 * (LOST - 1):.0f} % longer than the best of {rivals}"
+    lost = [
+        [name, mine, best, f"{ratio:.2f}x", _share(results["cases"][name], mine, device, results.get("chip"))]
+        for name, (mine, best, ratio) in found.items()
+        if ratio * LOST < 1
+    ]
+    if not lost:
+        return f"\nLosing cells: none. In no one of {len(found)} does ours take {more}.\n"
+    header = ["case", "ours", "best rival", "its time by ours", "of matrix rate"]
+    return f"\nLosing cells, {len(lost)} of {len(found)}, in which ours takes {more}:\n\n" + _markdown(header, lost)
+
+
+def grid(results: dict[str, Any]) -> str:
+    """Two tables for each network of the grid: rollouts without and with gradients, and the two that have no rollout."""
+    networks: dict[str, dict[tuple[int, int], dict[str, Entry]]] = {}
+    for name, entry in results["cases"].items():
+        if name.startswith(GRID_PREFIX):
+            case = Case.of(entry["case"])
+            networks.setdefault(_network(case), {}).setdefault((case.batch, case.n_steps), {})[case.kind] = entry
+    text = ""
+    for network, cells in networks.items():
+        for kinds in (("rollout", "training"), WITHOUT_ROLLOUT):
+            lines = [
+                [str(batch), str(n_steps), *(part for kind in kinds for part in _cell(row.get(kind), results))]
+                for (batch, n_steps), row in sorted(cells.items())
+                if row.keys() & {*kinds}
+            ]
+            if lines:
+                header = [part for kind in kinds for part in (f"{kind}, ms", "best rival", "of matrix rate")]
+                text += f"\n{network}:\n\n" + _markdown(["batch", "steps", *header], lines)
+    if not text:
+        return ""
+    return (
+        "\nThe grid: milliseconds of ours for a whole call, and how many times as long the best of "
+        f"{', '.join(BARS)} takes. A call that\nwould take the published code about {MOST_SECONDS:g} s or "
+        f"{MOST_BYTES / 1e9:g} GB and more is not measured.\n{text}"
+    )
+
+
+def _network(case: Case) -> str:
+    """Its widths and activation."""
+    inputs = case.latent_dim // 2 if case.separable else case.latent_dim
+    layers = f"{'-'.join(map(str, (inputs, *case.hidden_dims, 1)))}, {case.activation}"
+    if not case.separable:
+        return layers
+    return f"|p|^2 / 2 + V(q) + k q^2 / 2, V {layers}" if case.quadratic else f"T(p) + V(q), each {layers}"
+
+
+def _cell(entry: Entry | None, results: dict[str, Any]) -> list[str]:
+    judged = None if entry is None else bar(entry)
+    if entry is None or judged is None:
+        return [""] * 3
+    mine, best, ratio = judged
+    share = _share(entry, mine, results["environment"]["hardware"]["device"], results.get("chip"))
+    return [_ms(entry["contestants"][mine]["median_s"]), f"{ratio:.2f}x {best}", share]
 
 
 def _against(entry: Entry, contestant: str) -> list[str]:
@@ -294,7 +379,8 @@ def plots(results: dict[str, Any]) -> dict[str, tuple[str, str, Curves]]:
         case = entry["case"]
         single = len(case["memory"]) == 1 == len(case.get("integrators", ("leapfrog",)))
         full = case["dtype"] == "float32" and case.get("precision", "highest") == "highest"
-        plain = case["states"] == "all" and full and single
+        published = not case["name"].startswith(GRID_PREFIX) and not case.get("separable", False)
+        plain = case["states"] == "all" and full and single and published
         return plain and case["kind"] == kind and case["n_steps"] == 15
 
     def step_ms(entry: Entry, fact: Entry) -> float:

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +28,15 @@ from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
 from .cases import Case
 
-DT = 0.875
-"""Exact in bfloat16 too."""
 ENERGY_WEIGHT = 100.0
 """So large that the energy term has a visible share in every gradient."""
 OUTPUT_SCALE = 10.0
 """Of the last layer: the latent then moves by about its own size in 15 steps, as with a trained network."""
+STIFFNESS = 0.05
+"""Of the quadratic term of HamJEPA's H."""
+DISTINCT_ROWS = 61
+"""Of a batch with gradients: the others repeat them, so that the float64 reference of so many gives the loss and gradients of
+the whole batch. A prime, so that a contestant that takes one row for another eight or sixteen further on is found."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Problem:
     z0: Tensor
     """[B, 2d]."""
     target: Tensor
-    """[B, n_steps + 1, 2d]; read only in training."""
+    """[B, n_steps + 1, 2d], or [B, 1, 2d] where there is no rollout; read only in training. Of "matching" what the vector field
+    should be, of "residual" the states one step later."""
     dt: Tensor
     """0-d; requires grad in training."""
 
@@ -72,9 +77,29 @@ class Problem:
 
 def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
     dtype = getattr(torch, case.dtype)
+    hnn = _make_network(case)
+    torch.manual_seed(0)
+    baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
+    training = case.kind != "rollout"
+    n_targets = 0 if not training else 1 if case.matches else case.n_steps + 1
+    rows = torch.arange(case.batch)
+    if training:
+        rows %= DISTINCT_ROWS
+    distinct = int(rows.max()) + 1
+    return Problem(
+        case,
+        hnn.to(device, dtype),
+        baseline.to(device, dtype),
+        make_states(distinct, case.latent_dim, dtype=dtype)[rows].to(device),
+        make_states(distinct, n_targets, case.latent_dim, dtype=dtype, seed=2)[rows].to(device),
+        torch.tensor(case.dt, dtype=dtype, device=device, requires_grad=training),
+    )
+
+
+def _make_network(case: Case) -> nn.Module:
     hnn: nn.Module
     if case.separable:
-        hnn = make_two_networks(case.latent_dim, case.hidden_dims, case.hidden_dims)
+        hnn = make_two_networks(case.latent_dim, case.hidden_dims, case.hidden_dims, case.activation)
         outputs = [hnn.potential[-1], hnn.kinetic[-1]]
     else:
         hnn = make_hnn(case.latent_dim, case.hidden_dims, case.activation)
@@ -82,18 +107,13 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
     with torch.no_grad():
         for layer in outputs:
             layer.weight.mul_(OUTPUT_SCALE)
-    torch.manual_seed(0)
-    baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
-    training = case.kind != "rollout"
-    n_targets = case.n_steps + 1 if training else 0
-    return Problem(
-        case,
-        hnn.to(device, dtype),
-        baseline.to(device, dtype),
-        make_states(case.batch, case.latent_dim, dtype=dtype).to(device),
-        make_states(case.batch, n_targets, case.latent_dim, dtype=dtype, seed=2).to(device),
-        torch.tensor(DT, dtype=dtype, device=device, requires_grad=training),
-    )
+    if not case.quadratic:
+        return hnn
+    sum_of_squares = hf.SeparableHNN(case.latent_dim, case.hidden_dims, activation=case.activation, quadratic=True).double()
+    sum_of_squares.potential.load_state_dict(hnn.potential.state_dict())
+    with torch.no_grad():
+        sum_of_squares.stiffness.fill_(STIFFNESS)
+    return sum_of_squares
 
 
 def loss(states: Tensor, energy: Tensor | None, target: Tensor) -> Tensor:
@@ -105,8 +125,15 @@ def loss(states: Tensor, energy: Tensor | None, target: Tensor) -> Tensor:
     return mse if energy is None else mse + ENERGY_WEIGHT * (energy[:, 1:] - energy[:, 1:2]).square().mean()
 
 
+def objective(problem: Problem, states: Tensor, energy: Tensor | None) -> Tensor:
+    """What is differentiated in a case with gradients, of what its contestants compute: the loss, or the mean squared
+    residual."""
+    return states.square().mean() if problem.case.kind == "residual" else loss(states, energy, problem.target)
+
+
 Roll = Callable[[], tuple[Tensor, Tensor | None]]
-"""A rollout: states [B, n_steps + 1, 2d] or, if only the final one is asked for, [B, 2d]; energies in training."""
+"""A rollout: states [B, n_steps + 1, 2d] or, if only the final one is asked for, [B, 2d]; energies in training. Without a
+rollout the vector field or the residual, [B, 2d]."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +159,7 @@ class Contestant:
 def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Contestant:
     """Of a rollout in torch: under no_grad, or with the loss and every gradient by autograd."""
     parameters = kwargs.pop("parameters", problem.parameters)
-    loss_of = kwargs.pop("loss_of", lambda: loss(*roll(), problem.target))
+    loss_of = kwargs.pop("loss_of", lambda: objective(problem, *roll()))
 
     def infer() -> list[Tensor]:
         with torch.no_grad():
@@ -140,24 +167,21 @@ def _contestant(name: str, problem: Problem, roll: Roll, **kwargs: Any) -> Conte
 
     def train() -> list[Tensor]:
         value = loss_of()
-        return [value.detach(), *torch.autograd.grad(value, parameters)]
+        return [value.detach(), *torch.autograd.grad(value, parameters, materialize_grads=True)]
 
     if problem.case.kind == "backward":
         value = loss_of()
 
         def back() -> list[Tensor]:
-            return [value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True)]
+            return [value.detach(), *torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)]
 
         return Contestant(name, back, roll=roll, **kwargs)
     return Contestant(name, train if problem.training else infer, roll=roll, **kwargs)
 
 
 def _leapfrog(problem: Problem, gradient: Callable[..., tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Kick, drift, kick with `gradient(q, p, half)`, which may return H at (q, p) too; in matching the vector field alone."""
+    """Kick, drift, kick with `gradient(q, p, half)`, which may return H at (q, p) too."""
     d = problem.z0.shape[-1] // 2
-    if problem.case.kind == "matching":
-        g = gradient(problem.z0[:, :d], problem.z0[:, d:], slice(None))[0]
-        return torch.cat((g[:, d:], -g[:, :d]), dim=-1), None
     in_q, in_p = slice(0, d), slice(d, 2 * d)
     dt, every_state = problem.dt, problem.case.states == "all"
     q, p = problem.z0[:, in_q], problem.z0[:, in_p]
@@ -179,46 +203,116 @@ def _leapfrog(problem: Problem, gradient: Callable[..., tuple[Tensor, Tensor | N
     return path, torch.stack([*(H for H in energies if H is not None), final], dim=1)
 
 
+def _matched(problem: Problem, gradient: Callable[[Tensor], Tensor]) -> tuple[Tensor, None]:
+    """With `gradient(z)` = grad H: the vector field, or the residual of the implicit midpoint rule, which needs one gradient
+    since both ends of the step are known."""
+    z0, z1, d = problem.z0, problem.target[:, -1], problem.z0.shape[-1] // 2
+    residual = problem.case.kind == "residual"
+    g = gradient((z0 + z1) / 2 if residual else z0)
+    field = torch.cat((g[:, d:], -g[:, :d]), dim=-1)
+    return z1 - z0 - problem.dt * field if residual else field, None
+
+
 def eager_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """As published: three full input gradients a step by autograd, with their graph in training."""
 
-    def gradient(q: Tensor, p: Tensor, half: slice) -> tuple[Tensor, None]:
+    def gradient(z: Tensor) -> Tensor:
         with torch.enable_grad():
-            z = torch.cat((q, p), dim=-1)
             if not z.requires_grad:
-                z.requires_grad_()
-            dH = torch.autograd.grad(problem.hnn(z).sum(), z, create_graph=problem.training)[0]
-        return dH[:, half], None
+                z = z.detach().requires_grad_()
+            return torch.autograd.grad(problem.hnn(z).sum(), z, create_graph=problem.training)[0]
 
-    return _leapfrog(problem, gradient)
+    if problem.case.matches:
+        return _matched(problem, gradient)
+    return _leapfrog(problem, lambda q, p, half: (gradient(torch.cat((q, p), dim=-1))[:, half], None))
 
 
 def func_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """torch.func.grad, only with respect to the half that is needed."""
+    if problem.case.matches:
+        return _matched(problem, torch.func.grad(lambda z: problem.hnn(z).sum()))
     grads = [torch.func.grad(lambda q, p: problem.hnn(torch.cat((q, p), dim=-1)).sum(), argnums=i) for i in (0, 1)]
     return _leapfrog(problem, lambda q, p, half: (grads[half.start > 0](q, p), None))
 
 
 def manual_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """A hand-written gradient of the MLP, only the half that is needed; H costs nothing more."""
-    *hidden, out = [layer for layer in problem.hnn.net if isinstance(layer, nn.Linear)]
+    case, hnn = problem.case, problem.hnn
+    if case.separable:
+        return _matched(problem, partial(_separable_gradient, hnn, case)) if case.matches else _separable_leapfrog(problem)
+    if case.matches:
+        return _matched(problem, lambda z: _mlp_gradient(hnn.net, case.activation, z)[0])
 
     def gradient(q: Tensor, p: Tensor, half: slice) -> tuple[Tensor, Tensor | None]:
-        x, slopes = torch.cat((q, p), dim=-1), []
-        for layer in hidden:
-            a = layer(x)
-            if problem.case.activation == "tanh":
-                x = torch.tanh(a)
-                slopes.append(1 - x * x)
-            else:
-                x = F.softplus(a)
-                slopes.append(torch.sigmoid(a))
-        g = out.weight * slopes[-1]
-        for layer, slope in zip(hidden[:0:-1], slopes[-2::-1], strict=True):
-            g = (g @ layer.weight) * slope
-        return g @ hidden[0].weight[:, half], out(x).squeeze(-1) if problem.training else None
+        return _mlp_gradient(hnn.net, case.activation, torch.cat((q, p), dim=-1), half, problem.training)
 
     return _leapfrog(problem, gradient)
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "softplus": (F.softplus, lambda g, a, x: torch.ops.aten.softplus_backward(g, a, 1.0, 20.0)),
+    "tanh": (torch.tanh, lambda g, a, x: torch.ops.aten.tanh_backward(g, x)),
+    "gelu": (F.gelu, lambda g, a, x: torch.ops.aten.gelu_backward(g, a)),
+}
+"""s, and g s'(a) where x = s(a), in one pass over memory each."""
+
+
+def _mlp_gradient(
+    net: nn.Sequential, activation: str, x: Tensor, columns: slice = slice(None), value: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Some columns of an MLP's gradient, and its value."""
+    act, back = _ACTIVATIONS[activation]
+    *hidden, out = [layer for layer in net if isinstance(layer, nn.Linear)]
+    kept = []
+    for layer in hidden:
+        a = layer(x)
+        x = act(a)
+        kept.append((a, x))
+    g = out.weight.expand_as(x)
+    for layer, (a, s) in zip(hidden[:0:-1], kept[:0:-1], strict=True):
+        g = back(g, a, s) @ layer.weight
+    return back(g, *kept[0]) @ hidden[0].weight[:, columns], out(x).squeeze(-1) if value else None
+
+
+def _separable_gradient(hnn: nn.Module, case: Case, z: Tensor) -> Tensor:
+    q, p = z.chunk(2, dim=-1)
+    Vq = _mlp_gradient(hnn.potential, case.activation, q)[0]
+    if case.quadratic:
+        return torch.cat((Vq + hnn.stiffness * q, p), dim=-1)
+    return torch.cat((Vq, _mlp_gradient(hnn.kinetic, case.activation, p)[0]), dim=-1)
+
+
+def _separable_leapfrog(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """H = T(p) + V(q): the last kick of a step is the first of the next, so that grad V is taken once a step; the value of
+    V's network comes with it."""
+    case, hnn, dt = problem.case, problem.hnn, problem.dt
+    every_state = case.states == "all"
+
+    def grad_V(q: Tensor) -> tuple[Tensor, Tensor | None]:
+        g, V = _mlp_gradient(hnn.potential, case.activation, q, value=problem.training)
+        return (g + hnn.stiffness * q if case.quadratic else g), V
+
+    def grad_T(p: Tensor) -> Tensor:
+        return p if case.quadratic else _mlp_gradient(hnn.kinetic, case.activation, p)[0]
+
+    q, p = problem.z0.chunk(2, dim=-1)
+    Vq, V = grad_V(q)
+    states, potential = [problem.z0], [V]
+    for _ in range(case.n_steps):
+        p = p - dt / 2 * Vq
+        q = q + dt * grad_T(p)
+        Vq, V = grad_V(q)
+        p = p - dt / 2 * Vq
+        if every_state or problem.training:
+            states.append(torch.cat((q, p), dim=-1))
+            potential.append(V)
+    if not problem.training:
+        return torch.stack(states, dim=1) if every_state else torch.cat((q, p), dim=-1), None
+    path = torch.stack(states, dim=1)
+    q, p = path.chunk(2, dim=-1)
+    H = torch.stack([V for V in potential if V is not None], dim=1)
+    rest = 0.5 * (p * p + hnn.stiffness * q * q).sum(-1) if case.quadratic else hnn.kinetic(p).squeeze(-1)
+    return path if every_state else path[:, -1], H + rest
 
 
 def baseline_rollout(problem: Problem) -> Tensor:
@@ -257,6 +351,8 @@ def _ours(problem: Problem, backend: str, memory: str, integrator: str) -> Conte
     def roll() -> tuple[Tensor, Tensor | None]:
         if problem.case.kind == "matching":
             return hf.vector_field(problem.hnn, problem.z0, backend=backend), None
+        if problem.case.kind == "residual":
+            return hf.step_residual(problem.hnn, problem.z0, problem.target[:, -1], problem.dt, backend=backend), None
         return hf.rollout(
             problem.hnn, problem.z0, problem.dt, problem.case.n_steps, energy=problem.training, integrator=integrator,
             states=problem.case.states, memory=memory, backend=backend,
@@ -272,13 +368,13 @@ def _our_name(backend: str, memory: str, integrator: str) -> str:
 
 def _compiled(problem: Problem, mode: str = "default") -> Contestant:
     """The hand-written gradient, every step unrolled; in training with the loss."""
-    from torch._dynamo import config as dynamo
-
-    # each case is another shape of the same code, and the compile time is part of what is measured
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    if mode == "default":
+        # each case is another shape of the same code, and the compile time is part of what is measured
+        torch.compiler.reset()
     torch.compiler.config.force_disable_caches = True
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # which is what was asked for, once a case
     roll = torch.compile(lambda: manual_rollout(problem), mode=mode, dynamic=False)
-    loss_of = torch.compile(lambda: loss(*manual_rollout(problem), problem.target), mode=mode, dynamic=False)
+    loss_of = torch.compile(lambda: objective(problem, *manual_rollout(problem)), mode=mode, dynamic=False)
     name = "compiled" if mode == "default" else f"compiled-{mode}"
     return replace(_contestant(name, problem, roll, loss_of=loss_of), roll=None)
 
@@ -307,8 +403,12 @@ def _graphed(build: Callable[[Problem], Contestant], problem: Problem) -> Contes
 def _jax(problem: Problem) -> Contestant:
     """jax.jit of a lax.scan over jax.grad steps; states are kept time first, as scan stacks them."""
     jax = _import_jax()
-    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if problem.case.precision == "high" else "highest")
-    jnp, d, every_state = jax.numpy, problem.z0.shape[-1] // 2, problem.case.states == "all"
+    case = problem.case
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if case.precision == "high" else "highest")
+    jnp, d, every_state = jax.numpy, problem.z0.shape[-1] // 2, case.states == "all"
+    gelu = partial(jax.nn.gelu, approximate=False)
+    activation = {"tanh": jnp.tanh, "softplus": jax.nn.softplus, "gelu": gelu}[case.activation]
+    layers = {name: len(net) for name, net in problem.hnn.named_children() if isinstance(net, nn.Sequential)}
 
     def array(x: Tensor) -> Any:
         return jnp.asarray(x.detach().cpu().numpy())
@@ -317,33 +417,56 @@ def _jax(problem: Problem) -> Contestant:
         # JAX's own layout, [in, out]: with [out, in] its products of one row were 13 times slower
         return array(x.T.contiguous() if x.ndim == 2 else x)
 
+    def mlp(params: Any, name: str, x: Any) -> Any:
+        last = layers[name] - 1
+        for i in range(0, last, 2):  # an activation stands between
+            x = activation(x @ params[f"{name}.{i}.weight"] + params[f"{name}.{i}.bias"])
+        return (x @ params[f"{name}.{last}.weight"] + params[f"{name}.{last}.bias"])[..., 0]
+
+    def V(params: Any, q: Any) -> Any:
+        potential = mlp(params, "potential", q)
+        return potential + 0.5 * (params["stiffness"] * q * q).sum(-1) if case.quadratic else potential
+
+    def T(params: Any, p: Any) -> Any:
+        return 0.5 * (p * p).sum(-1) if case.quadratic else mlp(params, "kinetic", p)
+
     def H(params: Any, z: Any) -> Any:
-        *hidden, (w_out, b_out) = zip(params[::2], params[1::2], strict=True)
-        for w, b in hidden:
-            z = (jnp.tanh if problem.case.activation == "tanh" else jax.nn.softplus)(z @ w + b)
-        return (z @ w_out + b_out)[..., 0]
+        return V(params, z[..., :d]) + T(params, z[..., d:]) if case.separable else mlp(params, "net", z)
+
+    def grad(function: Any, params: Any, x: Any) -> Any:
+        return jax.grad(lambda x: function(params, x).sum())(x)
 
     def step(params: Any, dt: Any, z: Any) -> Any:
-        def grad(i: int, q: Any, p: Any) -> Any:
+        def half(i: int, q: Any, p: Any) -> Any:
             return jax.grad(lambda *qp: H(params, jnp.concatenate(qp, -1)).sum(), argnums=i)(q, p)
 
         q, p = z[:, :d], z[:, d:]
-        p = p - dt / 2 * grad(0, q, p)
-        q = q + dt * grad(1, q, p)
-        p = p - dt / 2 * grad(0, q, p)
+        p = p - dt / 2 * half(0, q, p)
+        q = q + dt * half(1, q, p)
+        p = p - dt / 2 * half(0, q, p)
         return jnp.concatenate((q, p), -1)
 
-    def roll(params: Any, dt: Any, z0: Any) -> Any:
-        def body(z: Any, _: None) -> Any:
-            z = step(params, dt, z)
-            return z, z if every_state else None
+    def separable_step(params: Any, dt: Any, z: Any, Vq: Any) -> Any:
+        p = z[:, d:] - dt / 2 * Vq
+        q = z[:, :d] + dt * grad(T, params, p)
+        Vq = grad(V, params, q)
+        return jnp.concatenate((q, p - dt / 2 * Vq), -1), Vq
 
-        final, path = jax.lax.scan(body, z0, None, length=problem.case.n_steps)
+    def roll(params: Any, dt: Any, z0: Any) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            z, Vq = carry
+            z, Vq = separable_step(params, dt, z, Vq) if case.separable else (step(params, dt, z), None)
+            return (z, Vq), z if every_state else None
+
+        # the last kick of a step of a separable H is the first of the next
+        Vq = grad(V, params, z0[:, :d]) if case.separable else None
+        (final, _), path = jax.lax.scan(body, (z0, Vq), None, length=case.n_steps)
         return jnp.concatenate((z0[None], path)) if every_state else final
 
-    def matching_loss(params: Any, z0: Any, target: Any) -> Any:
-        g = jax.grad(lambda z: H(params, z).sum())(z0)
-        return ((jnp.concatenate((g[:, d:], -g[:, :d]), -1) - target) ** 2).mean()
+    def matched(params: Any, dt: Any, z0: Any, target: Any) -> Any:
+        g = grad(H, params, z0 if case.kind == "matching" else (z0 + target) / 2)
+        field = jnp.concatenate((g[:, d:], -g[:, :d]), -1)
+        return ((field - target if case.kind == "matching" else target - z0 - dt * field) ** 2).mean()
 
     def loss_of(params: Any, dt: Any, z0: Any, target: Any) -> Any:
         states = roll(params, dt, z0)
@@ -351,21 +474,17 @@ def _jax(problem: Problem) -> Contestant:
         mse = ((states[1:] - target[1:]) ** 2).mean()
         return mse + ENERGY_WEIGHT * ((energy[1:] - energy[1:2]) ** 2).mean()
 
-    params, dt, z0 = [layer(p) for p in problem.hnn.parameters()], array(problem.dt), array(problem.z0)
-    if problem.case.kind == "matching":
-        target = array(problem.target[:, -1])
-        matching = jax.jit(jax.value_and_grad(matching_loss))
+    params = {name: layer(p) for name, p in problem.hnn.named_parameters()}
+    names, dt, z0 = list(params), array(problem.dt), array(problem.z0)
+    if problem.training:
+        of_dt = case.kind != "matching"
+        target = array(problem.target[:, -1] if case.matches else problem.target.transpose(0, 1))
+        differentiated = matched if case.matches else loss_of
+        gradients = jax.jit(jax.value_and_grad(differentiated, argnums=(0, 1) if of_dt else (0,)))
 
         def run() -> list[Any]:
-            value, g_params = jax.block_until_ready(matching(params, z0, target))
-            return [value, *[g.T if g.ndim == 2 else g for g in g_params]]
-    elif problem.training:
-        target = array(problem.target.transpose(0, 1))
-        gradients = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
-
-        def run() -> list[Any]:
-            value, (g_params, g_dt) = jax.block_until_ready(gradients(params, dt, z0, target))
-            return [value, *[g.T if g.ndim == 2 else g for g in g_params], g_dt]
+            value, (g_params, *g_dt) = jax.block_until_ready(gradients(params, dt, z0, target))
+            return [value, *(g_params[n].T if g_params[n].ndim == 2 else g_params[n] for n in names), *g_dt]
     else:
         rollout = jax.jit(roll)
 
@@ -407,8 +526,9 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
     """Builders by name, ours first, and the reason for each one that is left out."""
     builders: dict[str, Builder] = {}
     left_out = {}
+    auto = api.choose_backend("auto", torch.empty(case.batch, 0, device=device)) if case.backends == "auto" else None
     for backend, state in api.available_backends().items():
-        if backend == "reference":
+        if backend == "reference" or backend != (auto or backend):
             continue
         try:
             if state == "available":

@@ -1,4 +1,4 @@
-"""Measure, keep, report: `python -m bench.run [--quick | --full]`."""
+"""Measure, keep, report: `python -m bench.run [--quick | --small | --full]`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from . import against, cases, machine, report
 from .cases import Case
 from .chip import beside_case, measure_chip
 from .machine import environment
-from .measure import FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
+from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
 from .progress import Progress, duration, prepare_streams
 from .rivals import Builder, entrants
 
-QUICK_MINUTES = 5.0
-"""A quick run on a processor is planned to end in."""
+QUICK_MINUTES, SMALL_MINUTES, SMALL_COMPILE_MINUTES = 5.0, 40.0, 30.0
+"""A quick run on a processor is planned to end in, one of the grid, and what that takes more with torch.compile."""
 QUICK_LONGEST_CALL, LONGEST_CALL = 5.0, 30.0
 """Seconds of a call, up to which a rival is timed."""
+LAUNCH_SECONDS, JAX_SECONDS, COMPILE_SECONDS = 2e-4, 1.5, 12.0
+"""Of a gradient's operations however small, of what JAX compiles for a case, and of torch.compile, to which each step adds."""
 AFTER = 10.0
 """Seconds of those that are left for the start and for plots."""
 
@@ -150,10 +152,13 @@ def run(
 
 def _expected(case: Case, builders: dict[str, Builder], effort: Effort, gflops_per_s: float) -> tuple[float, float]:
     """Seconds of a case as asked, and with the fewest rounds; roughly, from what calls and references took on one processor."""
-    call = case.flops / (gflops_per_s * 1e9 / 3)
+    call = case.eager_flops / (gflops_per_s * 1e9 / 2) + LAUNCH_SECONDS * case.passes * case.eager_gradients
     # nested autograd through an iteration
     implicit = sum(not name.startswith(("leapfrog", "tao", "rk4")) for name in case.integrators)
-    checks = (2 * len(builders) + 5 + implicit * (30 if case.kind == "rollout" else 150)) * call
+    reference = 5 + implicit * (30 if case.kind == "rollout" else 150)  # of at most so many rows
+    checks = (2 * len(builders) + reference * min(1.0, CHECKED_ROWS / case.batch)) * call
+    checks += JAX_SECONDS * ("jax" in builders)
+    checks += (COMPILE_SECONDS + case.passes * case.n_steps) * sum(name.startswith("compiled") for name in builders)
     every_round = len(builders) * call
     return checks + max(effort.seconds, effort.rounds * every_round), checks + FEWEST_ROUNDS * every_round
 
@@ -239,6 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time hjepa_fast against its rivals.")
     subset = parser.add_mutually_exclusive_group()
     subset.add_argument("--quick", action="store_true", help="the table of ratios, five minutes (default without --only)")
+    subset.add_argument(
+        "--small",
+        action="store_true",
+        help="the grid of small and large networks, batches and steps in which no cell should be lost, "
+        f"{SMALL_MINUTES:g} minutes ({SMALL_MINUTES + SMALL_COMPILE_MINUTES:g} with --compile)",
+    )
     subset.add_argument("--full", action="store_true", help="every case, with --compile")
     parser.add_argument(
         "--compile",
@@ -266,7 +277,8 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes",
         type=_number(float, 0),
         help="fewer rounds, but three, so that the run ends in so many minutes if it can; 0: no limit "
-        f"(default: {QUICK_MINUTES:g} for the quick set on a processor without --compile, else 0)",
+        f"(default: {QUICK_MINUTES:g} for the quick set on a processor without --compile, {SMALL_MINUTES:g} for the small one, "
+        f"{SMALL_MINUTES + SMALL_COMPILE_MINUTES:g} if that compiles, else 0)",
     )
     parser.add_argument(
         "--longest-call",
@@ -330,17 +342,18 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
     device = _device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
-    full = bool(options.full or (options.only and not options.quick))
+    subset = "small" if options.small else "full" if options.full or (options.only and not options.quick) else "quick"
     quick, every = cases.of_device(device.type)
-    selected = cases.select(every if full else quick, options.only)
+    selected = cases.select({"quick": quick, "small": cases.SMALL, "full": every}[subset], options.only)
     if not selected:
         parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in every)}")
     compile = options.full or device.type == "cuda" if options.compile is None else options.compile
     minutes = options.minutes
     if minutes is None:
-        minutes = 0.0 if full or compile or device.type == "cuda" else QUICK_MINUTES
+        limits = {"quick": 0.0 if compile else QUICK_MINUTES, "small": SMALL_MINUTES + SMALL_COMPILE_MINUTES * compile}
+        minutes = 0.0 if device.type == "cuda" else limits.get(subset, 0.0)
     progress.limit = max(1.0, minutes * 60 - AFTER) if minutes else None
-    path = _path(options, f"{'full' if full else 'quick'}-{device.type}", device, parser)
+    path = _path(options, f"{subset}-{device.type}", device, parser)
     before = report.read(options.against) if options.against else None
 
     load_average = _load_average()
@@ -360,7 +373,7 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
         again=options.again,
         rounds=options.rounds,
         seconds=options.seconds,
-        longest_call=options.longest_call or (LONGEST_CALL if full else QUICK_LONGEST_CALL),
+        longest_call=options.longest_call or (QUICK_LONGEST_CALL if subset == "quick" else LONGEST_CALL),
         progress=progress,
         watch=_Shown(path, selected, progress),
     )
