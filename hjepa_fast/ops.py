@@ -160,7 +160,7 @@ def run(z0: Tensor, parameters: tuple[Tensor, ...], dt: Tensor, x: Attributes) -
         states, energy, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(z0, list(parameters), dt, *x)
         return states, energy, residual, evaluations
     if x.memory == "none":
-        states, energy, _, _, residual, evaluations = _rollout(z0, parameters, dt, *x)
+        states, energy, _, _, residual, evaluations = _forward(z0, parameters, dt, x)
         return states, energy, residual, evaluations
     return _Direct.apply(x, *tensors)
 
@@ -180,8 +180,8 @@ def _problem(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes
     )
 
 
-def _rollout(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
-    out = rollout.forward(_problem(z0, parameters, dt, Attributes(*attributes)))
+def _forward(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes) -> tuple[Tensor, ...]:
+    out = rollout.forward(_problem(z0, parameters, dt, x))
     return out.states.to(z0.dtype), out.energy.to(z0.dtype), *out[2:]
 
 
@@ -202,12 +202,13 @@ def _rollout_backward(
     return g_z0.to(z0.dtype), [g.to(z0.dtype) for g in g_parameters], g_dt.sum_to_size(dt.shape).to(dt.dtype)
 
 
-def _rollout_operator(*arguments: Any) -> tuple[Tensor, ...]:
+def _rollout(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, *attributes: Any) -> tuple[Tensor, ...]:
     # outputs of an operator must not be one another: empty ones are made anew
-    return tuple([x if x.numel() else x.new_empty(x.shape) for x in _rollout(*arguments)])
+    found = _forward(z0, parameters, dt, Attributes(*attributes))
+    return tuple([x if x.numel() else x.new_empty(x.shape) for x in found])
 
 
-torch.library.impl("hjepa_fast::rollout", "CompositeExplicitAutograd", _rollout_operator)
+torch.library.impl("hjepa_fast::rollout", "CompositeExplicitAutograd", _rollout)
 torch.library.impl("hjepa_fast::rollout_backward", "CompositeExplicitAutograd", _rollout_backward)
 
 
@@ -249,7 +250,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Attributes, z0: Tensor, dt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        states, energy, tape, kept, residual, evaluations = _rollout(z0, parameters, dt, *x)
+        states, energy, tape, kept, residual, evaluations = _forward(z0, parameters, dt, x)
         ctx.mark_non_differentiable(residual, evaluations)
         ctx.set_materialize_grads(False)
         ctx.attributes = x

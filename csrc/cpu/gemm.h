@@ -174,24 +174,43 @@ HJEPA_INLINE void over_rows(i64 rows, F f) {
   }
 }
 
-// C [MR, NR] = X [MR, inner] M, M as it lies: [inner, columns], of which `left` from here on are there.
-template <class T, int MR>
+// C [MR, PANELS NR] = X [MR, inner] M, M as it lies: [inner, columns], of which `left` from here on are there. What is beyond a row's
+// end is that of the next row, and cleared in the result; the last row has no next.
+template <class T, int MR, int PANELS>
 void product_tile_as_is(const T* X, i64 ldx, const T* M, i64 ldm, i64 inner, i64 left, T* C) {
-  if (left >= NR<T>) return product_tile<Plain<T>, MR>(X, ldx, M, ldm, inner, C, NR<T>);
-  Vec<T> acc[MR][2] = {};
-  for (i64 k = 0; k < inner; ++k, M += ldm) {
-    const Vec<T> b0 = load_first(M, left), b1 = left > LANES<T> ? load_first(M + LANES<T>, left - LANES<T>) : Vec<T>{};
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      acc[i][0] += X[i * ldx + k] * b0;
-      acc[i][1] += X[i * ldx + k] * b1;
+  constexpr int N = 2 * PANELS;
+  Vec<T> acc[MR][N] = {};
+  const bool whole = left >= N * LANES<T>;
+  const i64 safe = whole ? inner : ldm >= N * LANES<T> ? inner - 1 : 0;
+  const T* row = M;
+  for (i64 k = 0; k < safe; ++k, row += ldm) {
+    Vec<T> b[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) b[j] = load(row + j * LANES<T>);
+    if constexpr (PANELS == 1) {
+      __builtin_prefetch(row + AHEAD * ldm);
+      __builtin_prefetch(row + AHEAD * ldm + LANES<T>);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] += X[i * ldx + k] * b[j];
   }
+  for (i64 k = safe; k < inner; ++k, row += ldm)
+    for (int j = 0; j < N; ++j) {
+      const i64 n = left - j * LANES<T>;
+      const Vec<T> b = n > 0 ? load_first(row + j * LANES<T>, n) : Vec<T>{};
+      for (int i = 0; i < MR; ++i) acc[i][j] += X[i * ldx + k] * b;
+    }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    store(C + i * NR<T>, acc[i][0]);
-    store(C + i * NR<T> + LANES<T>, acc[i][1]);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) store(C + (i * N + j) * LANES<T>, acc[i][j]);
+    for (i64 c = left; c < N * LANES<T>; ++c) C[i * N * LANES<T> + c] = 0;
   }
 }
+
+constexpr i64 WIDE_ROWS = HJEPA_VECTOR_BYTES == 64 ? 4 : 2, WIDE_PANELS = HJEPA_VECTOR_BYTES == 64 ? 3 : 2;
 
 // x . rows of M, `n` <= NR of them: a panel of x M^T with M as it lies.
 template <class T>
@@ -233,9 +252,21 @@ HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 i
           product_row_transposed(X + r * ldx, M.raw + column * M.ld, M.ld, inner, left < NR<T> ? left : NR<T>, block);
           epilogue(block, r, column);
         }
+      } else if (rows <= WIDE_ROWS && crew.last(panels) - panel >= WIDE_PANELS) {
+        // with few rows, more columns at a time: else every sum waits for its last addition
+        alignas(HJEPA_VECTOR_BYTES) T wide[WIDE_ROWS * WIDE_PANELS * NR<T>];
+        with_rows(rows, [&]<int MR>() {
+          if constexpr (MR <= WIDE_ROWS) {
+            product_tile_as_is<T, MR, WIDE_PANELS>(X, ldx, M.raw + column, M.ld, inner, left, wide);
+            for (i64 i = 0; i < MR; ++i)
+              for (i64 j = 0; j < WIDE_PANELS; ++j)
+                epilogue(wide + (i * WIDE_PANELS + j) * NR<T>, i, column + j * NR<T>);
+          }
+        });
+        panel += WIDE_PANELS - 1;
       } else {
         over_rows(rows, [&]<int MR>(i64 row) {
-          product_tile_as_is<T, MR>(X + row * ldx, ldx, M.raw + column, M.ld, inner, left, block);
+          product_tile_as_is<T, MR, 1>(X + row * ldx, ldx, M.raw + column, M.ld, inner, left, block);
           for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, column);
         });
       }

@@ -238,8 +238,8 @@ struct ProgramCall {
 
   void forward() {
     const double work = this->work() * p.B * (p.end - p.begin);
-    const i64 n_threads = work < WORTH_A_THREAD ? 1 : in.n_threads();
     const bool crew = wants_crew(p.B, CREW_ROWS, in.path());
+    const i64 n_threads = work < (crew ? 2 : 1) * WORTH_A_THREAD ? 1 : in.n_threads();
     Team team(int(crew ? std::min(n_threads, narrowest()) : n_threads), work);
     const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
     const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;

@@ -75,11 +75,11 @@ HJEPA_INLINE To bits(From x) {
 // In halves, so that the order of additions is fixed and short.
 template <class T>
 HJEPA_INLINE T sum(Vec<T> v) {
-  T x[LANES<T>];
-  store(x, v);
-  for (int n = LANES<T> / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+  IntVec<T> lane;
+  for (int i = 0; i < LANES<T>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int n = LANES<T> / 2; n; n /= 2) v += shuffle(v, v, (lane + n) & (LANES<T> - 1));
+  return v[0];
 }
 
 template <class T>

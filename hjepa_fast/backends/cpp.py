@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,84 +213,108 @@ def backward(
 
 MAX_NETWORKS, MAX_REGISTERS, MAX_MATRICES, MAX_ITEMS = 8, 64, 32, 24
 
-_written: dict[int, tuple[Program, dict[tuple[int, ...], Tensor]]] = {}
-
-
-def _as_numbers(program: Program, widths: tuple[int, ...], networks: Sequence[Tail], d: int) -> Tensor:
+class _Written(NamedTuple):
     """A program as the extension reads it."""
-    _, known = _written.setdefault(id(program), (program, {}))
-    if widths not in known:
-        codes = (
-            program.start, program.first, program.later, program.end, program.back_end, program.back_later, program.back_first,
-        )  # fmt: skip
-        numbers: list[float] = [
-            len(program.registers), len(program.state), len(program.known), len(program.path), len(program.matrices),
-            len(program.networks), len(program.items), *widths, *program.state, *program.known, *program.path,
-            len(program.tracked), *program.tracked,
-        ]  # fmt: skip
-        place = {k: n for n, k in enumerate(program.networks)}
-        for key in program.matrices:
-            half = key[0] == "W"
-            n = place[int(key[1])] if half else -1
-            numbers += [n, d if half and program.reads[n] == "z" and key[2] == "p" else 0]
-        for i in program.state:
-            name, *rest = program.registers[i]
-            if name == "A":
-                n = place[int(rest[0])]
-                numbers += [2, d if program.reads[n] == "p" else 0, n]
-            elif name in ("Z", "C"):
-                second = rest[0] == "p"
-                numbers += [1 if name == "Z" else 3, second * (d if name == "Z" else 1), 0]
-            else:
-                numbers += [0 if name == "S" else 4, 0, 0]
-        for k, F in zip(program.networks, networks, strict=True):
-            name, beta, threshold = F.activation
-            numbers += [program.number("A", k), program.number("D", k), len(F.weights) + 1, KINDS[name], beta, threshold]
-        for item in program.items:
-            numbers += [item.register, item.network, item.first, item.later, item.end]
-        numbers += [len(code) for code in codes]
-        for code in codes:
-            for x in code:
-                numbers += [
-                    x.op, x.x, x.y, x.c, x.scaled, x.matrix, x.transposed, x.item, x.slot, x.energy, x.meet,
-                ]  # fmt: skip
-        known[widths] = torch.tensor(numbers, dtype=torch.float64)
-    return known[widths]
+
+    program: Program
+    numbers: Tensor
+    multiplications: int
+    """Of one row in one step."""
+    starts: bool
+    """Whether the extension knows every register's start."""
+    delegated: bool
+    """Whether it does not know such a program."""
 
 
-def _program_delegated(job: Job, batch: int) -> bool:
-    program = job.program
-    return (
-        not (batch and job.n_steps and program.networks)
-        or any(not 0 < len(F.weights) <= MAX_LAYERS or 0 in F.widths for F in job.networks)
+_written: dict[tuple[int, tuple[int, ...], int], _Written] = {}
+
+
+def _as_written(job: Job) -> _Written:
+    # a program lives for as long as it is remembered here, so that its number is nobody else's
+    key = id(job.program), job.widths, job.z0.shape[1]
+    found = _written.get(key)
+    if found is None or found.program is not job.program:
+        found = _written[key] = _write(job)
+    return found
+
+
+def _write(job: Job) -> _Written:
+    program, widths, networks, d = job.program, job.widths, job.networks, job.z0.shape[1] // 2
+    codes = (
+        program.start, program.first, program.later, program.end, program.back_end, program.back_later, program.back_first,
+    )  # fmt: skip
+    numbers: list[float] = [
+        len(program.registers), len(program.state), len(program.known), len(program.path), len(program.matrices),
+        len(program.networks), len(program.items), *widths, *program.state, *program.known, *program.path,
+        len(program.tracked), *program.tracked,
+    ]  # fmt: skip
+    place = {k: n for n, k in enumerate(program.networks)}
+    for key in program.matrices:
+        half = key[0] == "W"
+        n = place[int(key[1])] if half else -1
+        numbers += [n, d if half and program.reads[n] == "z" and key[2] == "p" else 0]
+    for i in program.state:
+        name, *rest = program.registers[i]
+        if name == "A":
+            n = place[int(rest[0])]
+            numbers += [2, d if program.reads[n] == "p" else 0, n]
+        elif name in ("Z", "C"):
+            second = rest[0] == "p"
+            numbers += [1 if name == "Z" else 3, second * (d if name == "Z" else 1), 0]
+        else:
+            numbers += [0 if name == "S" else 4, 0, 0]
+    for k, F in zip(program.networks, networks, strict=True):
+        name, beta, threshold = F.activation
+        numbers += [program.number("A", k), program.number("D", k), len(F.weights) + 1, KINDS[name], beta, threshold]
+    for item in program.items:
+        numbers += [item.register, item.network, item.first, item.later, item.end]
+    numbers += [len(code) for code in codes]
+    for code in codes:
+        for x in code:
+            numbers += [
+                x.op, x.x, x.y, x.c, x.scaled, x.matrix, x.transposed, x.item, x.slot, x.energy, x.meet,
+            ]  # fmt: skip
+    return _Written(
+        program,
+        torch.tensor(numbers, dtype=torch.float64),
+        job.multiplications,
+        not any(program.registers[i][0] in ("U", "B") for i in program.state),
+        not program.networks
+        or any(not 0 < len(F.weights) <= MAX_LAYERS or 0 in F.widths for F in networks)
         or len(program.networks) > MAX_NETWORKS
         or len(program.registers) > MAX_REGISTERS
         or len(program.matrices) > MAX_MATRICES
-        or len(program.items) > MAX_ITEMS
+        or len(program.items) > MAX_ITEMS,
     )
 
 
-def _program_arguments(job: Job) -> tuple[list[Tensor], Tensor, Tensor, int]:
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, in this dtype."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """With rows of neighbouring numbers."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _program_arguments(job: Job, written: _Written) -> tuple[list[Tensor], Tensor, Tensor, int]:
     """Parameters, dt, program and options of both operators."""
     work = job.dt.dtype
-    program = job.program
     parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.given]
     for (W, b), F in zip(job.firsts, job.networks, strict=True):
-        parameters += [x.to(work).contiguous() for part in ((W, *F.weights), (b, *F.biases)) for x in part]
-    low = work == torch.float32 and (
-        job.networks[0].weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+        parameters += [_own(W, work), *[_own(w, work) for w in F.weights], _own(b, work), *[_own(w, work) for w in F.biases]]
+    low = work is torch.float32 and (
+        job.networks[0].weights[0].dtype is torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
     )
     options = torch.get_num_threads() | (isa + 1) << 16 | path << 24 | low << 32 | (job.memory != "recompute") << 33
-    options |= job.every_state << 34
-    return parameters, job.dt.contiguous(), _as_numbers(program, job.widths, job.networks, job.z0.shape[1] // 2), options
+    return parameters, job.dt.contiguous(), written.numbers, options | job.every_state << 34
 
 
-def _program_chunks(job: Job, batch: int, factor: int) -> list[tuple[int, int]]:
+def _program_chunks(written: _Written, batch: int, n_steps: int, factor: int) -> list[tuple[int, int]]:
     """Ranges of steps, each about a second's work or one step."""
-    steps = max(1, int(CHUNK / (factor * batch * job.multiplications)))
-    if steps >= job.n_steps:
-        return [(0, job.n_steps)]
-    return [(begin, min(begin + steps, job.n_steps)) for begin in range(0, job.n_steps, steps)]
+    steps = max(1, int(CHUNK / (factor * batch * written.multiplications)))
+    return [(begin, min(begin + steps, n_steps)) for begin in range(0, n_steps, steps)]
 
 
 def run(
@@ -297,8 +322,8 @@ def run(
 ) -> Run:
     """As `hidden_space.machine.run`; low precision as in `forward`."""
     require()
-    batch = job.z0.shape[0]
-    if _program_delegated(job, batch):
+    batch, written = job.z0.shape[0], _as_written(job)
+    if written.delegated or not batch or not job.n_steps:
         return torch_backend.run(job, start, states, want_end, want_path)
     # everything is allocated before any work is done
     program, like, n_steps = job.program, job.z0, job.n_steps
@@ -309,13 +334,13 @@ def run(
         path = [like.new_empty(batch, n_steps if job.every_state else 1, job.widths[i]) for i in program.path]
     energy = like.new_zeros(batch, n_steps + 1) if job.with_energy else like.new_empty(batch, 0)
     tape = like.new_empty(batch, job.tape_size if job.memory != "none" else 0)
-    chunks = _program_chunks(job, batch, 1)
+    chunks = _program_chunks(written, batch, n_steps, 1)
     end = [like.new_empty(batch, job.widths[i]) for i in program.state] if want_end or len(chunks) > 1 else []
-    parameters, dt, numbers, options = _program_arguments(job)
-    if start is None and any(program.registers[i][0] in ("U", "B") for i in program.state):
-        start = job.start()  # what the extension does not know to start
-    starts = [] if start is None else [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in start]
-    z0 = like if like.stride(-1) == 1 else like.contiguous()
+    parameters, dt, numbers, options = _program_arguments(job, written)
+    if start is None and not written.starts:
+        start = job.start()
+    starts = [] if start is None else [_by_rows(x) for x in start]
+    z0 = _by_rows(like)
     for begin, stop in chunks:
         torch.ops.hjepa_fast_cpp.program_forward(
             end, path, energy, z0, starts, tape, parameters, dt, numbers, begin, stop, options
@@ -335,8 +360,8 @@ def run_back(
 ) -> tuple[list[Tensor], Tensor]:
     """As `hidden_space.machine.run_back`."""
     require()
-    batch, program = cotangents[0].shape[0], job.program
-    if _program_delegated(job, batch):
+    batch, program, written = cotangents[0].shape[0], job.program, _as_written(job)
+    if written.delegated or not batch or not job.n_steps:
         return torch_backend.run_back(job, cotangents, values, g_path, g_energy, tape, sums)
     like = cotangents[0]
     own = [x.clone(memory_format=torch.contiguous_format) for x in cotangents]
@@ -344,11 +369,11 @@ def run_back(
     followed = [x.clone(memory_format=torch.contiguous_format) for x in values]
     gdt = like.new_empty(batch, job.n_steps)
     totals = [] if sums is None else [*sums.matrices, *(x for g in sums.networks for x in (*g.weights, *g.biases))]
-    made = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in totals]
-    given = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in g_path or ()]
+    made = [_by_rows(x) for x in totals]
+    given = [_by_rows(x) for x in g_path or ()]
     gE = like.new_empty(0) if g_energy is None else g_energy.contiguous()
-    parameters, dt, numbers, options = _program_arguments(job)
-    for begin, stop in reversed(_program_chunks(job, batch, 2 if sums is None else 3)):
+    parameters, dt, numbers, options = _program_arguments(job, written)
+    for begin, stop in reversed(_program_chunks(written, batch, job.n_steps, 2 if sums is None else 3)):
         torch.ops.hjepa_fast_cpp.program_backward(
             own, followed, gdt, made, given, gE, job.z0[:0], tape, parameters, dt, numbers, begin, stop, options
         )

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schemes import SubStep
 from . import program
 from .program import Form, stages_of
 
@@ -50,22 +49,26 @@ def choose(
     batch, n_steps, every_state : rows, steps, and whether the states after all of them are wanted
     differentiate : whether there is a backward pass
     """
-    able = possible(forms, integrator)
-    if len(able) == 1 or forced in able:
-        return able[0] if len(able) == 1 else str(forced)
-    return _choose(forms, widths, d, stages_of(integrator, forms), batch, n_steps, n_steps if every_state else 1, differentiate)
+    if forced and forced in possible(forms, integrator):
+        return str(forced)
+    return _choose(forms, widths, d, integrator, batch, n_steps, every_state, differentiate)
 
 
+@functools.lru_cache(maxsize=1024)
 def _choose(
-    forms: Sequence[Form],
-    widths: Sequence[int],
+    forms: tuple[Form, ...],
+    widths: tuple[int, ...],
     d: int,
-    stages: Sequence[SubStep],
+    integrator: str,
     batch: int,
     n_steps: int,
-    n_kept: int,
+    every_state: bool,
     differentiate: bool,
 ) -> str:
+    able = possible(forms, integrator)
+    if len(able) == 1:
+        return able[0]
+    stages, n_kept = stages_of(integrator, forms), n_steps if every_state else 1
     networks = [(form, h) for form, h in zip(forms, widths, strict=True) if not form.quadratic]
     dense = once = pair = states = 0.0
     for side, other in (("q", "p"), ("p", "q")):
