@@ -175,7 +175,7 @@ def rollout(
             n_steps, ops.text_of(mlp.terms), ops.softplus_of(mlp.terms), integrator, coupling, every_state, energy, memory,
             tolerance, max_evaluations, unconverged == "raise", omega, backend,
         )  # fmt: skip
-        path, H, residual, evaluations = ops.run(z0, mlp.tensors, dt, attributes)
+        path, H, residual, evaluations = ops.run(z0, mlp.tensors, dt, ops.with_tiles(attributes, mlp.terms, z0))
         if _solves(integrator, separable):
             residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
             solve = Solve(residual <= tolerance, residual, evaluations)

@@ -136,6 +136,22 @@ class Attributes(NamedTuple):
         )  # fmt: skip
 
 
+LONGEST_TAPE = 2**29
+"""Bytes. A longer one is not written: the C++ backend goes forward again, a few rows at a time, which took 2 to 9 % longer where a
+gigabyte was kept before."""
+
+
+def with_tiles(x: Attributes, terms: Sequence[Term], z0: Tensor) -> Attributes:
+    """With memory "tiles" for "store" where the tape would be longer than `LONGEST_TAPE`."""
+    if x.memory != "store" or x.backend != "cpp" or torch.compiler.is_compiling() or not x.n_steps:
+        return x
+    outline = x.outline(terms, z0.shape[1])
+    size = z0.shape[0] * work_dtype(z0.dtype).itemsize
+    if outline.in_kernel or size * outline.tape_widths(x.n_steps, "store") <= LONGEST_TAPE:
+        return x
+    return x._replace(memory="tiles")
+
+
 @functools.lru_cache(maxsize=1024)
 def _outline(
     forms: tuple[Form, ...],

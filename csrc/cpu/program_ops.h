@@ -38,6 +38,9 @@ void check_program(const std::vector<std::vector<Tensor>>& lists, const ProgramA
                       "hjepa_fast_cpp: unlike tensors");
 }
 
+// Of a tape: a tile as large as this goes forward and back.
+constexpr i64 AGAIN_BYTES = i64(1) << 21;
+
 template <class T>
 struct ProgramCall {
   const ProgramArguments& in;
@@ -236,6 +239,12 @@ struct ProgramCall {
 
   i64 narrowest() const { return kernels.n_panels(p.width[p.reg_a[0]]); }
 
+  // Rows whose tape stays in the cache between the way there and the way back.
+  i64 tile_rows_again() const {
+    const i64 fit = AGAIN_BYTES / (p.tape_width * i64(sizeof(T)) + 1), quarter = kernels.tile_rows / 4;
+    return std::clamp(fit / quarter * quarter, quarter, kernels.tile_rows);
+  }
+
   void forward() {
     const double work = this->work() * p.B * (p.end - p.begin);
     const bool crew = wants_crew(p.B, CREW_ROWS, in.path());
@@ -265,7 +274,8 @@ struct ProgramCall {
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
     const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path());
     const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
-    const i64 tiles = crew ? 1 : (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
+    const i64 most = p.again ? tile_rows_again() : kernels.tile_rows;
+    const i64 tiles = crew ? 1 : (share + most - 1) / most, rows = (share + tiles - 1) / tiles;
     Team team(int(crew && !small ? std::min(in.n_threads(), narrowest()) : n_tasks), 3 * work);
     const int n_scratch = crew ? 1 : team.size(), crew_size = crew ? team.size() : 1;
     std::vector<T*> scratch(n_scratch);

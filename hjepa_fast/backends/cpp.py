@@ -35,6 +35,9 @@ _CHUNK_ROWS = 1024
 
 _FEW_COLUMNS = 32
 
+# Rows that a call without a tape takes at least.
+_FEWEST_ROWS = 64
+
 # For tests: the instruction set (0 baseline, 1 AVX2, 2 AVX-512, 3 with bfloat16, -1 the best there is) and the loop
 # (0 by batch size; threads share 1 the rows, 2 the features, 3 the columns of products of all rows).
 isa = -1
@@ -361,7 +364,7 @@ def run_back(
     """As `hidden_space.machine.run_back`."""
     require()
     batch, program, written = cotangents[0].shape[0], job.program, _as_written(job)
-    if written.delegated or not batch or not job.n_steps:
+    if written.delegated or not batch or not job.n_steps or not (tape.shape[1] or written.starts):
         return torch_backend.run_back(job, cotangents, values, g_path, g_energy, tape, sums)
     like = cotangents[0]
     own = [x.clone(memory_format=torch.contiguous_format) for x in cotangents]
@@ -373,10 +376,21 @@ def run_back(
     given = [_by_rows(x) for x in g_path or ()]
     gE = like.new_empty(0) if g_energy is None else g_energy.contiguous()
     parameters, dt, numbers, options = _program_arguments(job, written)
-    for begin, stop in reversed(_program_chunks(written, batch, job.n_steps, 2 if sums is None else 3)):
-        torch.ops.hjepa_fast_cpp.program_backward(
-            own, followed, gdt, made, given, gE, job.z0[:0], tape, parameters, dt, numbers, begin, stop, options
-        )
+    factor = 2 if sums is None else 3
+    if tape.shape[1]:
+        for begin, stop in reversed(_program_chunks(written, batch, job.n_steps, factor)):
+            torch.ops.hjepa_fast_cpp.program_backward(
+                own, followed, gdt, made, given, gE, like[:0], tape, parameters, dt, numbers, begin, stop, options
+            )
+    else:
+        rows = max(_FEWEST_ROWS, int(CHUNK / ((factor + 1) * job.n_steps * written.multiplications)))
+        z0 = _by_rows(job.z0)
+        for first in range(0, batch, rows):
+            some = slice(first, first + rows)
+            torch.ops.hjepa_fast_cpp.program_backward(
+                [x[some] for x in own], [x[some] for x in followed], gdt[some], made, [x[some] for x in given], gE[some], z0[some],
+                tape, parameters, dt[some] if len(dt) > 1 else dt, numbers, 0, job.n_steps, options,
+            )  # fmt: skip
     for total, x in zip(totals, made, strict=True):
         if total is not x:
             total.copy_(x)

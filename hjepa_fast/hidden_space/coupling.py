@@ -117,3 +117,4 @@ def of_halves(W: Tensor, other: Tensor) -> Tensor:
     """W other^T, [h, h']."""
     product: Tensor = torch.mm(W, other.T)
     return product
+

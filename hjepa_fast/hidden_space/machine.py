@@ -242,6 +242,7 @@ def run_back(
     values : of the state's registers where they end; only those of `Program.tracked`, and the constant ones, are read
     g_path : of `Run.path`, or None
     g_energy : Tensor [B, n_steps + 1] or None
+    tape : what `run` left; or nothing, [B, 0], and the rollout is run again from z0
     sums : None if gradients of matrices and networks are not wanted
 
     Returns
@@ -249,6 +250,8 @@ def run_back(
     Cotangents of the start; gdt [B, n_steps]
     """
     job = job.in_work_dtype()
+    if not tape.shape[1]:
+        tape = run(job).tape
     program, n_steps, matrices = job.program, job.n_steps, job.matrices
     at, kept = _registers(program, values), _Tape(job, tape)
     zero = cotangents[0].new_zeros(())

@@ -68,7 +68,8 @@ class Outline:
     every_state: bool
     with_energy: bool
     memory: str
-    """"none", "store", "recompute", "checkpoint" or "reversible"."""
+    """"none", "store", "recompute", "checkpoint" or "reversible"; or "tiles", which keeps no tape: the backward pass runs a few rows
+    forward again and back while what they leave is in the cache."""
 
     @cached_property
     def stages(self) -> tuple[SubStep, ...]:
@@ -163,7 +164,7 @@ class Outline:
         of_path = sum(self.path_widths())
         if not self.in_kernel and not self.dense and not self.from_states:
             n_kept = 1 if self.program.tracked else 0
-        return self.tape_widths(n_steps, self.memory), n_kept * of_path
+        return 0 if self.memory == "tiles" else self.tape_widths(n_steps, self.memory), n_kept * of_path
 
 
 _CHUNK, _MOST_ANCHORS = 16, 8
@@ -711,7 +712,7 @@ def forward(problem: Problem) -> Result:
     residual, evaluations = _joined([run.residual for run in runs]), _joined([run.evaluations for run in runs])
     if problem.must_converge and residual.numel():
         _check_converged(problem, residual)
-    if inner == "none":
+    if memory in ("none", "checkpoint", "reversible"):
         tape = torch.cat([x.expand(len(z0), -1) for x in kept], dim=1) if kept else none
         return _result(states, energy, tape, none, residual, evaluations)
     kept_path = none
@@ -901,7 +902,8 @@ class _Backwards:
         elif outline.memory == "reversible":
             self.by_reversal(start, tape)
         else:
-            self.segment(0, n_steps, self.values(kept), self.path_of(kept), tape, outline.memory)
+            memory = "store" if outline.memory == "tiles" else outline.memory
+            self.segment(0, n_steps, self.values(kept), self.path_of(kept), tape, memory)
         first = self.first_states()
         if first is not None:
             self.sums.z0 += first
