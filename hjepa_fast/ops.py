@@ -24,8 +24,8 @@ from .transforms import is_plain
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These
 # attributes follow the tensors in both operators.
 _SCHEMA = (
-    "SymInt n_steps, str terms, float[] softplus, str integrator, str coupling, bool every_state, bool with_energy, str memory, "
-    "float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
+    "SymInt n_steps, str terms, float[] softplus, str integrator, str coupling, bool every_state, bool with_energy, "
+    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
 )
 torch.library.define(
     "hjepa_fast::rollout",
@@ -77,8 +77,8 @@ def choose_coupling(
     differentiate: bool,
     backend: str,
 ) -> str:
-    """ "dense" or "pair": see `hidden_space.coupling`; "usual" in a graph, where the batch and the number of steps may be symbols,
-    on whose values nothing should depend. The GPU kernels know the dense one alone."""
+    """ "dense" or "pair": see `hidden_space.coupling`; "usual" in a graph, where the batch and the number of steps may be
+    symbols, on whose values nothing should depend. The GPU kernels know the dense one alone."""
     if len(terms) == 1 and backend in ("triton", "cuda"):
         return "dense"
     if torch.compiler.is_compiling():
@@ -137,8 +137,8 @@ class Attributes(NamedTuple):
 
 
 LONGEST_TAPE = 2**29
-"""Bytes. A longer one is not written: the C++ backend goes forward again, a few rows at a time, which took 2 to 9 % longer where a
-gigabyte was kept before."""
+"""Bytes. A longer one is not written: the C++ backend goes forward again, a few rows at a time, which took 2 to 9 % longer
+where a gigabyte was kept before."""
 
 
 def with_tiles(x: Attributes, terms: Sequence[Term], z0: Tensor) -> Attributes:

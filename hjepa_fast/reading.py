@@ -26,7 +26,7 @@ class _Part(NamedTuple):
 
     kind: type[nn.Module]
     forward: Any
-    children: list[nn.Module]
+    children: list[nn.Module | None]
     tensors: list[tuple[Tensor | None, Any, Any, Any]]
     """Each parameter with its shape, dtype and device."""
     settings: Any
@@ -95,7 +95,7 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> None
         parts.append(module.net)  # type: ignore[arg-type]
     if nets != [module]:
         parts += nets
-    pending = [x for net in nets for x in (module.net if named else net)]
+    pending: list[nn.Module] = [x for net in (parts[:1] if named else nets) for x in net.children()]
     while pending:
         layer = pending.pop()
         if type(layer) is nn.Sequential:

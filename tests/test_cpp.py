@@ -29,7 +29,10 @@ ROWS, FEATURES, CREW = 1, 2, 3
 MANY = (SubStep(0.3, 0.2), SubStep(0.0, 0.5), SubStep(0.4, 0.0), SubStep(0.0, 0.0), SubStep(-0.2, 0.3))
 # with energies, so that one list serves both; a composition only repeats its base
 ALL_SCHEMES = {
-    **{name: kernel_stages(SCHEMES[name].stages, True) for name in ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")},
+    **{
+        name: kernel_stages(SCHEMES[name].stages, True)
+        for name in ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
+    },
     "many": MANY,
 }
 SOLVER = Solver(4 * torch.finfo(torch.float64).eps, 50)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import hjepa_fast as hf
-from hjepa_fast.hidden_space import rollout as hidden_space
 from hjepa_fast.api import INTEGRATORS
 from hjepa_fast.errors import ConvergenceError
+from hjepa_fast.hidden_space import rollout as hidden_space
 from hjepa_fast.schemes import SCHEMES, for_separable, inverse
 from hjepa_fast.testing import make_hnn, make_states
 from test_ops import assert_all_close, gradients

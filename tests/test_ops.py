@@ -156,7 +156,7 @@ def test_a_second_derivative_is_refused_by_name(backend):
 
 
 def test_what_is_kept_for_the_backward_pass(monkeypatch):
-    """Numbers per sample, by the definitions of the modes; none without gradients. A pair keeps its states nowhere but in them."""
+    """Numbers per sample, by the definitions of the modes; none without gradients."""
     hnn, z0 = make_hnn(6, (8, 4)), make_states(3, 6).requires_grad_()
 
     def kept(memory):

@@ -167,7 +167,10 @@ def test_the_coupling_follows_the_work():
     assert coupling.choose(one, (512,), 512, "leapfrog", 1024, 15, False, True) == "dense"
     assert coupling.choose(one, (512,), 8192, "leapfrog", 32, 100, False, True) == "dense"
     # a diagonal quadratic form leaves no choice, nor does an equation to be solved
-    assert coupling.choose((form("q"), QUADRATIC._replace(scalar=False)), (512, 1), 512, "leapfrog", 1024, 99, False, True) == "pair"
+    assert (
+        coupling.choose((form("q"), QUADRATIC._replace(scalar=False)), (512, 1), 512, "leapfrog", 1024, 99, False, True)
+        == "pair"
+    )
     assert coupling.choose(one, (200,), 1, "implicit-midpoint", 1, 1, True, True) == "dense"
 
 
@@ -189,16 +192,21 @@ class Inputs:
 
         self.widths = tuple(width(key) for key in made.registers)
         sizes = {key: (width(("A", key[1])), width(("A", key[3]))) for key in made.matrices if key[0] == "K"}
-        sizes |= {key: (width(("A", key[1])), D) for key in made.matrices if key[0] == "W"}
-        sizes |= {key: (D if key[2] == "d" else 2 if key[2] == 2 else width(("A", key[3])),) for key in made.matrices if key[0] == "k"}
-        matrices = [random(*sizes[key]) for key in made.matrices]
+        sizes |= {
+            key: (D if key[2] == "d" else 2 if key[2] == 2 else width(("A", key[3])),) for key in made.matrices if key[0] == "k"
+        }
+        given = [random(*sizes[key]) for key in made.matrices if key[0] != "W"]
+        firsts = [
+            (random(width(("A", k)), 2 * D if reads == "z" else D), random(width(("A", k))))
+            for k, reads in zip(made.networks, made.reads, strict=True)
+        ]
         tails = []
         for k in made.networks:
             widths = [width(("A", k)), 21, 1]
             weights = [random(n, m) for m, n in itertools.pairwise(widths)]
             tails.append(Tail(weights, [random(n) for n in widths[1:]], Activation("gelu" if k else "softplus")))
         dt = random(batch, n_steps).abs() + 0.1
-        self.job = Job(made, matrices, tails, dt, True, True, memory, self.widths)
+        self.job = Job(made, random(batch, 2 * D), firsts, given, tails, dt, True, True, memory, self.widths)
         self.start = [random(batch, self.widths[i]) for i in made.state]
         self.cotangents = [random(batch, self.widths[i]) for i in made.state]
         self.g_path = [random(batch, n_steps, self.widths[i]) for i in made.path]
@@ -211,8 +219,8 @@ class Inputs:
         ]
         return Sums([torch.zeros_like(M) for M in self.job.matrices], networks)
 
-    def run(self, backend, with_sums=True):
-        out = backend.run(self.job, self.start)
+    def run(self, backend, with_sums=True, from_z0=False):
+        out = backend.run(self.job, None if from_z0 else self.start)
         sums = self.sums() if with_sums else None
         back, gdt = backend.run_back(self.job, self.cotangents, out.state, self.g_path, self.g_energy, out.tape, sums)
         totals = [] if sums is None else [*sums.matrices, *(x for g in sums.networks for x in (*g.weights, *g.biases))]
@@ -252,12 +260,30 @@ def test_cpp_equals_torch(name, how, path, isa, settings):
 
 
 @pytest.mark.parametrize(("name", "how"), KINDS)
+def test_the_start_is_made_of_z0(name, how, settings):
+    for batch in (1, 5, 61):
+        inputs = Inputs(name, how, batch)
+        assert_close(inputs.run(cpp, from_z0=True), inputs.run(torch_backend, from_z0=True), 1e-10, 1e-11)
+        again = backward_of(inputs, cpp, inputs.job.z0.new_empty(batch, 0))
+        assert_close(again, backward_of(inputs, torch_backend, torch_backend.run(inputs.job).tape), 1e-10, 1e-11)
+
+
+def backward_of(inputs, backend, tape):
+    """The adjoint alone, from what is on this tape, or without one."""
+    state = torch_backend.run(inputs.job).state
+    back, gdt = backend.run_back(inputs.job, inputs.cotangents, state, inputs.g_path, inputs.g_energy, tape, inputs.sums())
+    return [*back, gdt]
+
+
+@pytest.mark.parametrize(("name", "how"), KINDS)
 def test_float32_is_as_accurate_as_torchs(name, how, settings):
     exact = oracle(name, how, 13, "store", True)
     errors = []
     for backend in (cpp, torch_backend):
         found = Inputs(name, how, 13, dtype=torch.float32).run(backend)
-        errors.append([((x.double() - y).abs().max() / y.abs().max().clamp_min(1)).item() for x, y in zip(found, exact, strict=True)])
+        errors.append(
+            [((x.double() - y).abs().max() / y.abs().max().clamp_min(1)).item() for x, y in zip(found, exact, strict=True)]
+        )
     for ours, torchs in zip(*errors, strict=True):
         assert ours < 2 * torchs + 1e-6
 

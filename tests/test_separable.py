@@ -117,10 +117,10 @@ def test_learnable_masses(size, states, backend):
     expected = (expected if states == "all" else expected[:, -1:]), H.energy(expected)
     if states == "final":
         expected = expected[0], H.energy(reference.rollout(H, z0, dt, 3, "leapfrog", 1.0))
-    for coupling, memory in itertools.product(("dense", "pair") if size == 1 else ("pair",), MEMORY):
+    for how, memory in itertools.product(("dense", "pair") if size == 1 else ("pair",), MEMORY):
         found = torch.ops.hjepa_fast.rollout(
-            z0, H.tensors, dt, 3, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", coupling, states == "all", True, memory, 1e-14, 50, True,
-            1.0, backend,
+            z0, H.tensors, dt, 3, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how, states == "all", True,
+            memory, 1e-14, 50, True, 1.0, backend,
         )[:2]  # fmt: skip
         grads = []
         for out in (found, expected):
@@ -261,8 +261,8 @@ def test_opcheck_and_compile(name, backend, memory, every_state):
     H = hamiltonian.from_module(hnn)
     for how in ("dense", "pair") if name != "quadratic" else ("pair",):
         arguments = (
-            z0, list(H.tensors), torch.full((1, 1), 0.3), 4, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how, every_state, True, memory,
-            1e-6, 50, True, 1.0, backend,
+            z0, list(H.tensors), torch.full((1, 1), 0.3), 4, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how,
+            every_state, True, memory, 1e-6, 50, True, 1.0, backend,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.hjepa_fast.rollout.default, arguments)
 

@@ -216,6 +216,7 @@ def backward(
 
 MAX_NETWORKS, MAX_REGISTERS, MAX_MATRICES, MAX_ITEMS = 8, 64, 32, 24
 
+
 class _Written(NamedTuple):
     """A program as the extension reads it."""
 
@@ -388,14 +389,13 @@ def run_back(
         for first in range(0, batch, rows):
             some = slice(first, first + rows)
             torch.ops.hjepa_fast_cpp.program_backward(
-                [x[some] for x in own], [x[some] for x in followed], gdt[some], made, [x[some] for x in given], gE[some], z0[some],
-                tape, parameters, dt[some] if len(dt) > 1 else dt, numbers, 0, job.n_steps, options,
+                [x[some] for x in own], [x[some] for x in followed], gdt[some], made, [x[some] for x in given], gE[some],
+                z0[some], tape, parameters, dt[some] if len(dt) > 1 else dt, numbers, 0, job.n_steps, options,
             )  # fmt: skip
     for total, x in zip(totals, made, strict=True):
         if total is not x:
             total.copy_(x)
     return own[: len(cotangents)], gdt
-
 
 
 def _gradient_delegated(x: Tensor, W: Tensor, tail: Tail) -> bool:

@@ -22,9 +22,11 @@ from torch import Tensor
 from ..schemes import SubStep
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .torch import Gradients, Rolled, Solver, Tail, evaluate, run, run_back, tape_width  # noqa: F401  (programs are PyTorch's)
+from .torch import Gradients, Rolled, Solver, Tail, evaluate, tape_width
 
 product = torch_backend.product
+# programs are PyTorch's
+run, run_back = torch_backend.run, torch_backend.run_back
 
 # as in csrc/cuda/problem.h
 _KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}

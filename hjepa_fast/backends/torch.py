@@ -38,8 +38,10 @@ from ..hidden_space.network import (
 )
 from ..schemes import SubStep
 
-__all__ = ["Gradients", "Rolled", "Solver", "Tail", "adjoint", "backward", "energy", "evaluate", "forward", "gradient", "gradient_backward",
-           "product", "run", "run_back", "tape_width"]
+__all__ = [
+    "Gradients", "Rolled", "Solver", "Tail", "adjoint", "backward", "energy", "evaluate", "forward", "gradient",
+    "gradient_backward", "product", "run", "run_back", "tape_width",
+]  # fmt: skip
 
 
 def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:

@@ -26,9 +26,11 @@ from torch import Tensor
 from ..activations import Activation
 from ..schemes import SubStep
 from . import torch as torch_backend
-from .torch import Gradients, Rolled, Solver, Tail, run, run_back, tape_width  # noqa: F401  (programs are PyTorch's)
+from .torch import Gradients, Rolled, Solver, Tail, tape_width
 
 product = torch_backend.product
+# programs are PyTorch's
+run, run_back = torch_backend.run, torch_backend.run_back
 
 _KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}  # as in `triton_kernels`
 _MAX_LAYERS = 8
@@ -332,14 +334,14 @@ def _n_programs(choice: Blocks, batch: int, device: torch.device) -> int:
     return min(_multiprocessors(device), -(-batch // choice.rows))
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(launch: Callable[[], object]) -> float:
     """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that compiles."""
-    run()
+    launch()
     times: list[float] = []
     while len(times) < 3 and sum(times) < 0.1:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        run()
+        launch()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)

@@ -1,7 +1,7 @@
 """How a move of the state reaches the first layers: through h x h products (dense), or through the state itself (a pair).
 
-Multiplications of one row and move: dense h^2, pair 2 h d. Once a call: dense h^2 d for K, thrice that with gradients, and 2 h d a
-wanted state; of a pair nothing, since the state is there.
+Multiplications of one row and move: dense h^2, pair 2 h d. Once a call: dense h^2 d for K, thrice that with gradients, and
+2 h d a wanted state; of a pair nothing, since the state is there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def possible(forms: Sequence[Form], integrator: str) -> tuple[str, ...]:
     if not program.covers(forms, stages_of(integrator, forms)):
         return ("dense",)
     return ("dense", "pair") if program.closes(forms) else ("pair",)
+
 
 _PREDICTION = 0.1
 """What K counts for without gradients: it is remembered from call to call."""
@@ -117,4 +118,3 @@ def of_halves(W: Tensor, other: Tensor) -> Tensor:
     """W other^T, [h, h']."""
     product: Tensor = torch.mm(W, other.T)
     return product
-

@@ -32,8 +32,9 @@ Key = tuple[str | int, ...]
 """Names a register or a matrix.
 
 Registers: ("A", k) the first pre-activation of term k; ("D", k) delta there; ("S", half, k, side) the coefficient in q or p
-(`half`) of the half `side` of term k's first layer; ("C", half) of the state at the start; ("U", k); ("B", k) the bias; ("Z", half)
-the state's half; ("Y",) a move of it; ("G", i, k) and ("X", i, k) the gradient of sub-step i, and that mixed with earlier ones.
+(`half`) of the half `side` of term k's first layer; ("C", half) of the state at the start; ("U", k); ("B", k) the bias;
+("Z", half) the state's half; ("Y",) a move of it; ("G", i, k) and ("X", i, k) the gradient of sub-step i, and that mixed
+with earlier ones.
 
 Matrices: ("K", k, side, j, other) the product of two halves, the second one transposed; ("W", k, side) a half; ("k", term, n)
 the diagonal of n numbers of a quadratic form.
@@ -153,8 +154,8 @@ def stages_of(integrator: str, forms: Sequence[Form]) -> tuple[SubStep, ...]:
 
 
 def covers(forms: Sequence[Form], stages: Sequence[SubStep]) -> bool:
-    """Whether these sub-steps can be a program: explicit; a quadratic form is not evaluated, so that where q and p move at once,
-    or by a mixture of gradients, there is nothing to move it by."""
+    """Whether these sub-steps can be a program: explicit ones; and where q and p move at once, or by a mixture of gradients,
+    without quadratic forms, which leave no gradient behind."""
     at_once = any((s.kick and s.drift) or s.mix for s in stages)
     return bool(stages) and not any(s.implicit for s in stages) and not (at_once and any(f.quadratic for f in forms))
 
@@ -196,9 +197,7 @@ class _Compiler:
     def matrix(self, *key: str | int) -> int:
         return _number(self.matrices, key)
 
-    def add(
-        self, x: int, y: int, c: float = 1.0, scaled: bool = False, matrix: tuple[Key, bool] | None = None
-    ) -> Instruction:
+    def add(self, x: int, y: int, c: float = 1.0, scaled: bool = False, matrix: tuple[Key, bool] | None = None) -> Instruction:
         if matrix is None:
             return Instruction(ADD, x, y, c, scaled)
         return Instruction(ADD, x, y, c, scaled, self.matrix(*matrix[0]), matrix[1])
@@ -306,9 +305,7 @@ class _Compiler:
                 known = {k for k in known if not self.forms[k].sees(_OTHER[side])}
         return code, prologue, known
 
-    def mix(
-        self, i: int, s: SubStep, gradient: dict[int, int], code: list[Instruction | _Group]
-    ) -> list[Instruction]:
+    def mix(self, i: int, s: SubStep, gradient: dict[int, int], code: list[Instruction | _Group]) -> list[Instruction]:
         """Sub-step i's gradient where it is needed later, and that mixed with earlier ones."""
         values: list[Instruction] = []
         needed = any(j > i and len(t.mix) > i and t.mix[i] for j, t in enumerate(self.stages))
@@ -400,27 +397,29 @@ def compiled(forms: tuple[Form, ...], stages: tuple[SubStep, ...], dense: bool, 
     for k in energies:
         D = c.register("D", k)
         for code, at_start in ((first, True), (later, k not in known)):
-            own = [i for i, x in enumerate(code) if isinstance(x, Instruction) and x.y == D]
+            own = [(i, x) for i, x in enumerate(code) if isinstance(x, Instruction) and x.y == D]
             if k in known:
-                code[own[-1]] = code[own[-1]]._replace(energy=1)  # type: ignore[union-attr]
+                i, x = own[-1]
+                code[i] = x._replace(energy=1)
             if at_start:
-                code[own[0]] = code[own[0]]._replace(energy=0)  # type: ignore[union-attr]
+                i, x = own[0]
+                code[i] = x._replace(energy=0)
         if k not in known:
             end.append(c.evaluate(k, 0, 0))
     tracked: set[int] = set()
     if any(f.quadratic for f in forms):
         names = ("S", "C") if dense else ("Z",)
         tracked = {i for i, key in enumerate(c.registers) if key[0] in names}
-    counts = [
-        [sum(isinstance(x, Instruction) and x.item == n for x in code) for n in range(len(c.networks))]
-        for code in (first, later, end)
-    ]
-    items = [Item(c.register("A", k), True, *(count[n] for count in counts)) for n, k in enumerate(c.networks)]
-    for register in c.kept:
-        items.append(Item(register, False, *(sum(x.op == KEEP and x.x == register for x in _flattened(s)) for s in (first, later)), 0))
+    codes = [_flattened(code) for code in (first, later, end)]
+
+    def count(op: int, item: int) -> list[int]:
+        return [sum(x.op == op and x.item == item for x in code) for code in codes]
+
+    items = [Item(c.register("A", k), True, *count(EVALUATE, n)) for n, k in enumerate(c.networks)]
+    items += [Item(register, False, *count(KEEP, len(items) + n)) for n, register in enumerate(c.kept)]
     numbered = [_numbered(code) for code in (first, later)]
     resume = [c.evaluate(k, -1) for k in sorted(known)]
-    state = [i for i, key in enumerate(c.registers) if key[0] in "ASCUBZ"]
+    state = [i for i, key in enumerate(c.registers) if key[0] in ("A", "S", "C", "U", "B", "Z")]
     path = [i for i, key in enumerate(c.registers) if key[0] in ("S", "C", "Z")]
     return Program(
         registers=tuple(c.registers),

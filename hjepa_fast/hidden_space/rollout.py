@@ -1,8 +1,8 @@
 """From states to the hidden space and back: what surrounds a loop, forward and adjoint.
 
-A loop works on registers (see `program.py`), whose start comes from z0 by products with the first layers' weights, and from which
-the states come by products again, or which hold them. Here are those, their share of the gradients, and what is kept meanwhile.
-This is the only place where the latent size counts, with a dense coupling.
+A loop works on registers (see `program.py`), whose start comes from z0 by products with the first layers' weights, and from
+which the states come by products again, or which hold them. Here are those, their share of the gradients, and what is kept
+meanwhile. This is the only place where the latent size counts, with a dense coupling.
 
 Explicit schemes are programs. What no program covers (implicit sub-steps, Tao's method, quadratic forms under Runge-Kutta
 methods), and one network of q and p with a dense coupling, for which kernels stand ready, runs in a `Kernel`: all first layers
@@ -68,8 +68,8 @@ class Outline:
     every_state: bool
     with_energy: bool
     memory: str
-    """"none", "store", "recompute", "checkpoint" or "reversible"; or "tiles", which keeps no tape: the backward pass runs a few rows
-    forward again and back while what they leave is in the cache."""
+    """"none", "store", "recompute", "checkpoint" or "reversible"; or "tiles", which keeps no tape: the backward pass runs a few
+    rows forward again and back while what they leave is in the cache."""
 
     @cached_property
     def stages(self) -> tuple[SubStep, ...]:
@@ -228,7 +228,7 @@ class _Sweep:
 
 
 class _Loop:
-    """Registers and what they mean. A loop has `run` and `run_back` of them; `state` names those that say where a rollout is."""
+    """Registers and what they mean; `state` names those that say where a rollout is, `path` those that states are made of."""
 
     state: Sequence[Key]
     path: Sequence[Key]
@@ -255,22 +255,22 @@ class _Loop:
 
     def of_start(self, sums: _Sweep, cotangents: Sequence[Tensor]) -> None:
         """From the cotangents of the registers at the start to those of z0 and of the first layers."""
-        for key, l in zip(self.state, cotangents, strict=True):
+        for key, given in zip(self.state, cotangents, strict=True):
             name = key[0]
             if name in ("C", "S"):
                 continue
             if name == "Z":
-                half_of(sums.z0, str(key[1])).add_(l)
+                half_of(sums.z0, str(key[1])).add_(given)
                 continue
             k = int(key[1])
             term, own = self.problem.terms[k], None if sums.terms is None else sums.terms[k]
             side = term.reads if name != "U" else "p" if term.reads == "q" else "q"
             if name != "B":
-                half_of(sums.z0, side).addmm_(l, term.weights[0])
+                half_of(sums.z0, side).addmm_(given, term.weights[0])
             if own is not None and name != "B":
-                own.weights[0].addmm_(l.T, half_of(self.problem.z0, side))
+                own.weights[0].addmm_(given.T, half_of(self.problem.z0, side))
             if own is not None and name != "U":
-                own.biases[0].add_(l.sum(0))
+                own.biases[0].add_(given.sum(0))
 
     def sums_in(self, half: str) -> list[tuple[int, int, str]]:
         """Which of the path's registers are coefficients in this half of the state: of term k's half `side`."""
@@ -518,7 +518,8 @@ class _Kernel(_Loop):
             parts = [Quadratic([term.stiffness], d) if term.stiffness is not None else tail_of(term) for term in terms]
             self.W, self.b, self.F = torch.cat(rows), torch.cat(biases), Stack(parts, outline.stacked_widths)
         self.Wq, self.Wp = self.W.chunk(2, dim=1)
-        self.K = remembered(_product_of_halves, self.W) if outline.memory == "none" else self.backend.product(self.Wp, self.Wq.T)
+        remember = outline.memory == "none"
+        self.K = remembered(_product_of_halves, self.W) if remember else self.backend.product(self.Wp, self.Wq.T)
         self.stages = kernel_stages(outline.stages, outline.with_energy)
 
     def half(self, k: int, side: str) -> Tensor:
@@ -551,7 +552,7 @@ class _Kernel(_Loop):
         if sums.terms is None:
             return None
         weights, biases = [], []
-        for term, own in zip(self.problem.terms, sums.terms, strict=True):
+        for own in sums.terms:
             weights += own.weights[1:] if own.stiffness is None else [own.stiffness]
             biases += own.biases[1:]
         return Gradients(sums.loop[0], weights, biases)
@@ -681,7 +682,8 @@ def forward(problem: Problem) -> Result:
     first, every = int(outline.every_path), outline.every_path
     states = z0.new_empty(len(z0), n_steps + 1 if every else 1, 2 * outline.d)
     state: Sequence[Tensor] | None = loop.start() if memory == "checkpoint" else None
-    runs, kept = [], []
+    runs: list[_Ran] = []
+    kept: list[Tensor] = []
     for begin in range(0, n_steps, length):
         end = min(begin + length, n_steps)
         if memory == "checkpoint":
@@ -890,9 +892,7 @@ class _Backwards:
         self.g_energy, self.g_states = g_energy, g_states
         if g_energy is not None and self.outline.from_states and g_states is not None and not self.outline.every_state:
             self.g_states = torch.cat((torch.zeros_like(g_states).expand(-1, self.n_steps, -1), g_states), dim=1)
-        self.cotangents = [
-            problem.z0.new_zeros(len(problem.z0), width) for width in self.outline.state_widths()
-        ]
+        self.cotangents = [problem.z0.new_zeros(len(problem.z0), width) for width in self.outline.state_widths()]
 
     def run(self, tape: Tensor, kept: Tensor) -> None:
         loop, outline, n_steps = self.loop, self.outline, self.n_steps
