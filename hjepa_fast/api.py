@@ -83,7 +83,7 @@ def rollout(
         "yoshida6" (compositions of the first; with "-midpoint" appended, of the second). Symplectic: "symplectic-euler" (1).
         "tao" (2, explicit, symplectic for two coupled copies of the state). "leapfrog" is H-JEPA's Algorithm 1: symplectic
         only for a separable H, of order 1 for any other. "euler" (1) and "rk4" (4) are not symplectic. `schemes.SCHEMES`
-        has their sources. A `SeparableHNN` takes those that are explicit for it, for which "implicit-leapfrog" is "leapfrog".
+        has their sources. For a `SeparableHNN` those that can be are explicit: "implicit-leapfrog" is "leapfrog".
     energy : bool
         Also return H at every state.
     states : str
@@ -93,7 +93,8 @@ def rollout(
         sub-step), "checkpoint" (the first layer's, every sqrt(n_steps) steps). Less memory, more time; same gradients.
         "reversible" keeps at most eight states of a rollout, however long, and rebuilds the others by stepping back, which
         takes a reversible integrator; where that turns out to have lost accuracy it warns and computes those steps again.
-        A `SeparableHNN` takes "reversible" for "checkpoint"; one with a quadratic term in V keeps its states and nothing else.
+        A `SeparableHNN` takes "reversible" for "checkpoint" where the integrator is not reversible. Where "store" would take
+        more than half a GiB the C++ backend keeps no layer's values and goes forward again, a few rows at a time.
     tolerance : float, optional
         Of implicit integrators: the largest residual (see `Solve`) that counts as solved; by default four units of rounding.
     max_evaluations : int
@@ -107,8 +108,8 @@ def rollout(
         autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
         runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
-        everything else to "triton", or to "torch" where that is missing. For a `SeparableHNN` "cpp" has a loop of its own and
-        every other is PyTorch's; one with a quadratic term in V is always left to PyTorch operations.
+        everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
+        operations: on a GPU, under "tao", and under integrators that stay implicit for it.
 
     Returns
     -------

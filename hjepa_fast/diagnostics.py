@@ -22,7 +22,6 @@ from . import hamiltonian, validation
 from .api import INTEGRATORS, rollout
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
-from .models import SeparableHNN
 from .schemes import SCHEMES, Properties
 
 SYMPLECTICITY, VOLUME, REVERSAL, ORDER, GROWTH, GRADIENTS = 1e-12, 1e-10, 1e-9, 0.2, 3.0, 1e-6
@@ -268,9 +267,8 @@ def convergence_order(
 ) -> Order:
     """The order that the global error at t_end shows, in float64.
 
-    The reference solution is "rk4" with 4 and 8 times the most steps, extrapolated (Richardson); a `SeparableHNN`, for which
-    "rk4" is only there with backend="reference", takes that. Errors that are not above 1e-12, or not above the reference
-    solution's own, are left out.
+    The reference solution is "rk4" with 4 and 8 times the most steps, extrapolated (Richardson). Errors that are not above
+    1e-12, or not above the reference solution's own, are left out.
 
     Parameters
     ----------
@@ -542,8 +540,6 @@ def _reversal(network: nn.Module, z0: Tensor, dt: float, integrator: str, backen
 
 def _exact(network: nn.Module, z0: Tensor, t_end: float, finest: int, backend: str) -> tuple[Tensor, float]:
     """States at t_end, far nearer to the solution than `finest` steps of order 4 come, and a bound of their error."""
-    if isinstance(network, SeparableHNN):
-        backend = "reference"
     coarse, fine = (_end(network, z0, t_end / steps, steps, "rk4", backend) for steps in (4 * finest, 8 * finest))
     exact = fine + (fine - coarse) / 15
     return exact, (exact - fine).norm().item()
