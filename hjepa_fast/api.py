@@ -12,7 +12,7 @@ from . import hamiltonian, ops, transforms, validation
 from .backends import cpp, cuda, reference, triton
 from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
-from .hidden_space.rollout import work_dtype
+from .hidden_space.outline import work_dtype
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .activations import Activation
 from .hidden_space.network import Tail
-from .hidden_space.rollout import work_dtype
+from .hidden_space.outline import work_dtype
 from .transforms import is_plain
 
 _ATTRIBUTES = "str activation, float beta, float threshold, str backend"

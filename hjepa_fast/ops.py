@@ -17,8 +17,9 @@ from .activations import Activation
 from .hamiltonian import Term
 from .hidden_space import coupling, rollout
 from .hidden_space.fixed_point import Solver
+from .hidden_space.loops import Problem
+from .hidden_space.outline import Outline, work_dtype
 from .hidden_space.program import Form
-from .hidden_space.rollout import Outline, Problem, work_dtype
 from .transforms import is_plain
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These

@@ -20,7 +20,7 @@ from hjepa_fast.activations import NAMES, Activation
 from hjepa_fast.backends import cpp
 from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends.torch import Gradients, Solver, Tail
-from hjepa_fast.hidden_space.rollout import kernel_stages
+from hjepa_fast.hidden_space.outline import kernel_stages
 from hjepa_fast.schemes import SCHEMES, SubStep
 
 N_STEPS = 3

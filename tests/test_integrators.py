@@ -10,7 +10,7 @@ import torch
 import hjepa_fast as hf
 from hjepa_fast.api import INTEGRATORS
 from hjepa_fast.errors import ConvergenceError
-from hjepa_fast.hidden_space import rollout as hidden_space
+from hjepa_fast.hidden_space import memory, outline
 from hjepa_fast.schemes import SCHEMES, for_separable, inverse
 from hjepa_fast.testing import make_hnn, make_states
 from test_ops import assert_all_close, gradients
@@ -133,8 +133,8 @@ def test_samples_do_not_depend_on_each_other(backend):
 @pytest.mark.parametrize("states", ["all", "final"])
 @pytest.mark.parametrize("integrator", REVERSIBLE)
 def test_reversible_memory_gives_the_stored_gradients(integrator, states, backend, monkeypatch):
-    monkeypatch.setattr(hidden_space, "_CHUNK", 3)
-    monkeypatch.setattr(hidden_space, "_MOST_ANCHORS", 2)
+    monkeypatch.setattr(outline, "CHUNK", 3)
+    monkeypatch.setattr(outline, "MOST_ANCHORS", 2)
     hnn, z0 = make_hnn(6, (5, 4)), make_states(3, 6).requires_grad_()
     dt = torch.full((14,), 0.3, dtype=torch.float64, requires_grad=True)
     options = {"integrator": integrator, "states": states, "backend": backend}
@@ -148,8 +148,8 @@ def test_reversible_memory_gives_the_stored_gradients(integrator, states, backen
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("states", ["all", "final"])
 def test_reversal_that_lost_accuracy_is_noticed_and_repeated(states, backend, monkeypatch):
-    monkeypatch.setattr(hidden_space, "_CHUNK", 3)
-    monkeypatch.setattr(hidden_space, "_LOST", 0.001)  # less than rounding: every interval fails its check
+    monkeypatch.setattr(outline, "CHUNK", 3)
+    monkeypatch.setattr(memory, "_LOST", 0.001)  # less than rounding: every interval fails its check
     hnn, z0 = make_hnn(6, (5, 4)), make_states(3, 6).requires_grad_()
     options = {"integrator": "implicit-leapfrog", "states": states, "backend": backend}
     with pytest.warns(UserWarning, match=r'"reversible" rebuilt step \d+ of 14 only to .* computed again from a kept state'):

@@ -77,11 +77,12 @@ class TestZoo:
                 assert spec == own
         assert zoo.spec_of("hnn") == zoo.spec_of("hnn", "auto") == zoo.spec_of("hnn", "leapfrog") == zoo.MODELS["hnn"]
 
-    def test_what_a_separable_h_has_not_is_named(self):
-        spec = dataclasses.replace(zoo.MODELS["hnn-separable"], integrator="implicit-midpoint")
-        message = "Separable HNN: integrator 'implicit-midpoint' is not there for a separable H; expected one of leapfrog, "
+    def test_what_is_not_there_is_named(self):
+        spec = dataclasses.replace(zoo.MODELS["hnn-separable"], integrator="verlet")
+        message = "Separable HNN: integrator 'verlet' is not there for a separable H; expected one of leapfrog, "
         with pytest.raises(UsageError, match=message):
             zoo.assemble(spec, 6, 1.0, 0)
+        assert zoo.assemble(dataclasses.replace(spec, integrator="implicit-midpoint"), 6, 1.0, 0)
         with pytest.raises(UsageError, match="unknown kind of Hamiltonian 'quadratic'"):
             zoo.assemble(dataclasses.replace(spec, hamiltonian="quadratic"), 6, 1.0, 0)
 

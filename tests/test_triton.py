@@ -22,7 +22,7 @@ from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.backends.torch import Solver
 from hjepa_fast.backends.triton import SHAPES, Blocks
-from hjepa_fast.hidden_space.rollout import kernel_stages
+from hjepa_fast.hidden_space.outline import kernel_stages
 from hjepa_fast.schemes import SCHEMES
 from hjepa_fast.testing import make_hnn, make_states
 from test_cpp import Case, error
