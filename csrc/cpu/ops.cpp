@@ -395,15 +395,18 @@ void clear(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kern
   });
 }
 
-// The tasks' sums are added to the totals in their order.
+// The tasks' sums are added to the totals in their order; or are the totals, which hold nothing yet.
 template <class T>
-void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kernels) {
+void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kernels, bool fresh = false) {
   constexpr i64 SHARES = 16;
   share_out(team, i64(parts.size()) * SHARES, [&](i64 i, int) {
     const Part<T>& part = parts[i / SHARES];
-    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r)
+    for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r) {
+      T* total = part.total + r * part.ld;
+      if (fresh) std::fill_n(total, part.n, T(0));
       for (const T* own : part.of_task)
-        for (i64 c = 0; c < part.n; ++c) part.total[r * part.ld + c] += own[r * kernels.ld(part.n) + c];
+        for (i64 c = 0; c < part.n; ++c) total[c] += own[r * kernels.ld(part.n) + c];
+    }
   });
 }
 

@@ -3,7 +3,7 @@
 
 // parameters: the matrices that are no halves of first layers, then every network's weights and biases. program: numbers that say the rest
 // (hjepa_fast/backends/cpp.py writes them). options: threads, then bits from 16 on: instruction set + 1 (8), path (8), bfloat16
-// products, every layer on the tape, the path after every step.
+// products, every layer on the tape, the path after every step, sums that hold nothing yet.
 #define PROGRAM_ARGUMENTS "Tensor tape, Tensor[] parameters, Tensor dt, Tensor program, int begin, int end, int options) -> ()"
 
 constexpr const char* PROGRAM_FORWARD =
@@ -24,6 +24,7 @@ struct ProgramArguments {
   bool bf16() const { return options >> 32 & 1; }
   bool layers() const { return options >> 33 & 1; }
   bool every() const { return options >> 34 & 1; }
+  bool fresh() const { return options >> 35 & 1; }
 };
 
 void check_program(const std::vector<std::vector<Tensor>>& lists, const ProgramArguments& in) {
@@ -219,12 +220,13 @@ struct ProgramCall {
       const i64 d = p.matrix[m].m = p.width[half_register(m)], from = column[m];
       if (straight[m]) p.matrix[m].straight = packer.columns(M, from, d);
       Right<T>& back = p.matrix[m].transposed = whole[n];
-      if (back.packed && from % kernels.depth) {
-        if (transposed[m]) back = packer.columns(M, from, d, true);
-      } else if (back.packed) {
-        back.packed += from / kernels.depth * 2 * kernels.lanes;
-      } else {
+      // while counting there are no packed operands yet: not their addresses say what is packed
+      if (!packer.transposed_too) {
         back.raw += from;
+      } else if (from % kernels.depth) {
+        if (transposed[m]) back = packer.columns(M, from, d, true);
+      } else if (memory.base) {
+        back.packed += from / kernels.depth * 2 * kernels.lanes;
       }
     }
     return packer.packs;
@@ -270,9 +272,9 @@ struct ProgramCall {
   void backward(const std::vector<Tensor>& sums) {
     const i64 steps = p.end - p.begin;
     const double work = this->work() * p.B * steps;
-    const bool small = work < WORTH_A_THREAD;
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
     const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path());
+    const bool small = work < (crew ? 2 : 1) * WORTH_A_THREAD;
     const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
     const i64 most = p.again ? tile_rows_again() : kernels.tile_rows;
     const i64 tiles = crew ? 1 : (share + most - 1) / most, rows = (share + tiles - 1) / tiles;
@@ -304,7 +306,7 @@ struct ProgramCall {
       kernels.program_backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, size > 1 ? thread : 0, size, barrier,
                                scratch[crew ? 0 : thread], sums.empty() ? nullptr : &task_sums[i]);
     });
-    add_up(parts, team, kernels);
+    add_up(parts, team, kernels, in.fresh());
   }
 };
 

@@ -372,7 +372,8 @@ def run_back(
     own += [like.new_zeros(batch, job.widths[i]) for i in program.known]
     followed = [x.clone(memory_format=torch.contiguous_format) for x in values]
     gdt = like.new_empty(batch, job.n_steps)
-    totals = [] if sums is None else [*sums.matrices, *(x for g in sums.networks for x in (*g.weights, *g.biases))]
+    totals = [] if sums is None else sums.tensors
+    fresh = (sums is not None and sums.fresh) << 35
     made = [_by_rows(x) for x in totals]
     given = [_by_rows(x) for x in g_path or ()]
     gE = like.new_empty(0) if g_energy is None else g_energy.contiguous()
@@ -381,8 +382,9 @@ def run_back(
     if tape.shape[1]:
         for begin, stop in reversed(_program_chunks(written, batch, job.n_steps, factor)):
             torch.ops.hjepa_fast_cpp.program_backward(
-                own, followed, gdt, made, given, gE, like[:0], tape, parameters, dt, numbers, begin, stop, options
+                own, followed, gdt, made, given, gE, like[:0], tape, parameters, dt, numbers, begin, stop, options | fresh
             )
+            fresh = 0
     else:
         rows = max(_FEWEST_ROWS, int(CHUNK / ((factor + 1) * job.n_steps * written.multiplications)))
         z0 = _by_rows(job.z0)
@@ -390,8 +392,10 @@ def run_back(
             some = slice(first, first + rows)
             torch.ops.hjepa_fast_cpp.program_backward(
                 [x[some] for x in own], [x[some] for x in followed], gdt[some], made, [x[some] for x in given], gE[some],
-                z0[some], tape, parameters, dt[some] if len(dt) > 1 else dt, numbers, 0, job.n_steps, options,
+                z0[some], tape, parameters, dt[some] if len(dt) > 1 else dt, numbers, 0, job.n_steps,
+                options | fresh,
             )  # fmt: skip
+            fresh = 0
     for total, x in zip(totals, made, strict=True):
         if total is not x:
             total.copy_(x)

@@ -66,9 +66,11 @@ class Sweep:
     """What the backward pass adds up."""
 
     def __init__(self, problem: Problem, need_parameters: bool) -> None:
+        # whether the loop is the first to write the sums of parameters' gradients, and writes them all
+        self.fresh = bool(problem.n_steps) and problem.outline.loop_writes_sums
         self.z0 = torch.zeros_like(problem.z0, memory_format=torch.contiguous_format)
         self.dt = problem.z0.new_zeros(problem.z0.shape[0], problem.n_steps)
-        self.terms = [TermSums(term, problem.z0.dtype) for term in problem.terms] if need_parameters else None
+        self.terms = [TermSums(term, problem.z0.dtype, self.fresh) for term in problem.terms] if need_parameters else None
         self.residual = problem.z0.new_zeros(problem.z0.shape[0])
         self.loop: list[Tensor] = []
         """What the loop adds gradients of its matrices to."""
@@ -323,7 +325,10 @@ class Programmed(Loop):
         memory: str,
         every: bool,
     ) -> list[Tensor]:
-        gradients = None if sums.terms is None else Sums(sums.loop, [sums.terms[k].tail() for k in self.program.networks])
+        gradients = None
+        if sums.terms is not None:
+            gradients = Sums(sums.loop, [sums.terms[k].tail() for k in self.program.networks], sums.fresh)
+            sums.fresh = False
         job = self.job(begin, end, memory, every)
         found, gdt = self.backend.run_back(job, cotangents, values, g_path, g_energy, tape, gradients)
         sums.dt[:, begin:end] = gdt

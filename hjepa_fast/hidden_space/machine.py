@@ -135,6 +135,12 @@ class Sums(NamedTuple):
 
     matrices: list[Tensor]
     networks: list[Gradients]
+    fresh: bool = False
+    """Whether they hold nothing yet, not even zeros."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.matrices, *(x for g in self.networks for x in (*g.weights, *g.biases))]
 
 
 class _Tape:
@@ -252,6 +258,8 @@ def run_back(
     job = job.in_work_dtype()
     if not tape.shape[1]:
         tape = run(job).tape
+    for x in sums.tensors if sums is not None and sums.fresh else ():
+        x.zero_()
     program, n_steps, matrices = job.program, job.n_steps, job.matrices
     at, kept = _registers(program, values), _Tape(job, tape)
     zero = cotangents[0].new_zeros(())

@@ -259,8 +259,10 @@ def tail_of(term: Term) -> Tail:
 class TermSums:
     """Sums of the gradients of a term's parameters."""
 
-    def __init__(self, term: Term, work: torch.dtype) -> None:
-        self.weights = [torch.zeros_like(w, dtype=work, memory_format=torch.contiguous_format) for w in term.weights]
+    def __init__(self, term: Term, work: torch.dtype, fresh: bool = False) -> None:
+        # large ones that a loop writes are not filled with zeros first: that takes as long as a step of a small network
+        make = torch.empty_like if fresh else torch.zeros_like
+        self.weights = [make(w, dtype=work, memory_format=torch.contiguous_format) for w in term.weights]
         self.biases = [torch.zeros_like(b, dtype=work) for b in term.biases]
         self.stiffness = None if term.stiffness is None else torch.zeros_like(term.stiffness, dtype=work)
 

@@ -67,7 +67,8 @@ class Outline:
         """Whether a `Kernel` runs it, not a program."""
         if not program.covers(self.forms, self.stages):
             return True
-        return len(self.forms) == 1 and self.dense and self.forms[0].reads == "z"
+        mixes = any(s.mix for s in self.stages)
+        return len(self.forms) == 1 and self.dense and self.forms[0].reads == "z" and not mixes
 
     @cached_property
     def program(self) -> Program:
@@ -109,6 +110,11 @@ class Outline:
     def by_pair(self) -> bool:
         """Whether the states themselves are registers."""
         return not self.in_kernel and not self.dense
+
+    @cached_property
+    def loop_writes_sums(self) -> bool:
+        """Whether the adjoint of the loop writes every parameter's gradient before anything else is added to it."""
+        return self.by_pair and not self.from_states and self.memory != "reversible"
 
     def state_widths(self) -> list[int]:
         """Of the registers that say where a rollout is."""

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import hjepa_fast as hf
+from hjepa_fast import ops
 from hjepa_fast.activations import NAMES, Activation
 from hjepa_fast.backends import cpp
-from hjepa_fast.schemes import SCHEMES, for_separable
+from hjepa_fast.hidden_space import coupling
+from hjepa_fast.schemes import SCHEMES
 
 ACTIVATIONS = [Activation(name).module for name in NAMES]
 UNITS = 3000
@@ -73,7 +75,7 @@ class Case:
         separable = rng.random() < 0.25
         d = rng.randint(1, rng.choice([3, 40, 150]))
         depth, widest = rng.randint(0, 6), rng.choice([8, 40, 130])
-        integrator = rng.choice([name for name in SCHEMES if not separable or for_separable(SCHEMES[name])])
+        integrator = rng.choice(list(SCHEMES))
         n_steps = rng.choice([0, 1, 2, rng.randint(0, 20 if len(SCHEMES[integrator].stages) < 6 else 3)])
         batch = rng.choice([0, 1, 2, 3, 5, 8, 16, 17, 33, rng.randint(0, 70)])
         dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
@@ -158,8 +160,11 @@ def play(number: int) -> tuple[int, float, list[str]]:
     callers = rng.choice([1, 1, 1, 3])
     cases = [Case.draw(rng) for _ in range(callers)]
     set_up(1, -1, 0, "highest")
+    coupling.forced, ops.LONGEST_TAPE = None, 2**29
     exact = [case.exact().run("torch", number) for case in cases]
     set_up(*settings)
+    coupling.forced, ops.LONGEST_TAPE = rng.choice([None, "dense", "pair"]), rng.choice([2**29, 2**29, 0])
+    settings = *settings, coupling.forced, ops.LONGEST_TAPE
     worst, wrong = 0.0, []
 
     def call(i: int) -> None:
