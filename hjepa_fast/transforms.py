@@ -63,6 +63,7 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     as long as a small network does."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
         and not torch.jit.is_tracing()
