@@ -61,13 +61,14 @@ def _func_levels() -> list[torch._functorch.pyfunctorch.FuncTorchInterpreter]:
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing watches or rewrites operators: then a call may go past PyTorch's dispatcher, whose rules in Python take
     as long as a small network does."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
         and not torch.jit.is_tracing()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and all(type(t) in (Tensor, torch.nn.Parameter) and not legacy(t) for t in tensors)
         and tensors[0].device.type in ("cpu", "cuda")
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )

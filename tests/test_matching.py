@@ -250,3 +250,11 @@ def test_bad_arguments_are_named(call, error, message):
         pytest.skip("Triton can be there")
     with pytest.raises(error, match=message):
         call(make_hnn(4, (3,)), make_states(2, 4))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_batches_of_gradients_are_refused(backend):
+    hnn, z = make_hnn(4, (6,)), make_states(3, 4).requires_grad_()
+    field = hf.vector_field(hnn, z, backend=backend)
+    with pytest.raises(RuntimeError, match="has no rule for batches of gradients"):
+        torch.autograd.grad(field, z, torch.randn(5, *field.shape, dtype=field.dtype), is_grads_batched=True)
