@@ -162,7 +162,7 @@ struct ProgramCall {
   double work() const {
     double all = 0;
     for (const Line* x = p.later.at; x != p.later.at + p.later.n; ++x) {
-      if (x->op == ADD && x->matrix >= 0) all += double(p.width[x->x]) * p.width[x->y];
+      if (x->op == ADD && x->matrix >= 0 && matrices[x->matrix].dim() > 1) all += double(p.width[x->x]) * p.width[x->y];
       if (x->op != EVALUATE) continue;
       const Net<T>& net = p.network[x->item];
       for (int l = 0; l + 1 < net.L; ++l) all += 2.0 * net.width[l] * net.width[l + 1];

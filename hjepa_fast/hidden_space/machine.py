@@ -83,7 +83,7 @@ class Job(NamedTuple):
         """Of one row in one step, in products and networks."""
         total = 0
         for x in self.program.later:
-            if x.op == ADD and x.matrix >= 0:
+            if x.op == ADD and x.matrix >= 0 and self.program.matrices[x.matrix][0] != "k":
                 total += self.widths[x.x] * self.widths[x.y]
             elif x.op == EVALUATE:
                 total += sum(2 * m * n for m, n in pairwise(self.networks[x.item].widths))
