@@ -29,9 +29,8 @@ from .network import (
     TermSums,
     adjoint,
     evaluate,
-    evaluate_term,
     tail_of,
-    term_adjoint,
+    value_adjoint,
 )
 from .network import energy as energy_of
 from .outline import Outline, kernel_stages
@@ -528,6 +527,5 @@ def of_energy_of_states(problem: Problem, sums: Sweep, states: Tensor, gE: Tenso
                 own.stiffness += squares.sum_to_size(own.stiffness.shape)
             continue
         x = half.flatten(0, 1)
-        at = evaluate_term(term, x)
-        to += term_adjoint(term, at, torch.zeros_like(x), flat_gE, own).view_as(to)
+        to += value_adjoint(term, x, flat_gE, own).view_as(to)
     return G

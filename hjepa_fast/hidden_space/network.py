@@ -275,30 +275,34 @@ class TermSums:
 
 
 class Evaluation(NamedTuple):
-    """A term's gradient [B, n] and value [B] at x [B, n], and what its adjoint needs."""
+    """A term's gradient [B, n] and value [B]."""
 
-    x: Tensor
     gradient: Tensor
     value: Tensor
-    point: Point | Points | None
-    delta: Tensor | None
 
 
 def evaluate_term(term: Term, x: Tensor) -> Evaluation:
     """Gradient and value of a term at what it reads, x [B, n]."""
     if term.stiffness is not None:
-        return Evaluation(x, term.stiffness * x, 0.5 * (term.stiffness * x * x).sum(-1), None, None)
-    point, delta, value = evaluate(tail_of(term), torch.addmm(term.biases[0], x, term.weights[0].T))
-    return Evaluation(x, delta @ term.weights[0], value, point, delta)
+        return Evaluation(term.stiffness * x, 0.5 * (term.stiffness * x * x).sum(-1))
+    _, delta, value = evaluate(tail_of(term), torch.addmm(term.biases[0], x, term.weights[0].T))
+    return Evaluation(delta @ term.weights[0], value)
 
 
-def term_adjoint(term: Term, at: Evaluation, v: Tensor, gE: Tensor | None, sums: TermSums | None) -> Tensor:
-    """Gradient of v . grad(x) + gE value(x): returns that of x, [B, n], and adds those of the parameters to `sums`."""
-    W = term.weights[0]
-    assert at.delta is not None
-    assert at.point is not None
-    r = adjoint(tail_of(term), at.point, v @ W.T, gE, None if sums is None else sums.tail())
-    if sums is not None:
-        sums.weights[0].addmm_(r.T, at.x).addmm_(at.delta.expand_as(r).T, v)
-        sums.biases[0].add_(r.sum(0))
-    return r @ W
+def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None) -> Tensor:
+    """Gradient of gE value(x), of a network at what it reads, x [B, n]: returns that of x, and adds those of the parameters."""
+    assert term.activation is not None
+    values, slopes = [x], []
+    for weight, bias in zip(term.weights[:-1], term.biases[:-1], strict=True):
+        z, slope, _ = term.activation.derivatives(torch.addmm(bias, values[-1], weight.T))
+        values.append(z)
+        slopes.append(slope)
+    e = gE[:, None]
+    for i in range(len(values) - 1, -1, -1):
+        if sums is not None:
+            sums.weights[i].addmm_(e.T, values[i])
+            sums.biases[i].add_(e.sum(0))
+        e = e @ term.weights[i]
+        if i:
+            e = e * slopes[i - 1]
+    return e
