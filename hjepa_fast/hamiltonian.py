@@ -38,7 +38,7 @@ class Term(NamedTuple):
         d = z.shape[-1] // 2
         x = z if self.reads == "z" else z[..., :d] if self.reads == "q" else z[..., d:]
         if self.stiffness is not None:
-            return 0.5 * (x.square() @ self.stiffness.to(x.dtype).expand(d))
+            return 0.5 * (self.stiffness.to(x.dtype) * x * x).sum(-1)
         assert self.activation is not None
         *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
         for weight, bias in hidden:
