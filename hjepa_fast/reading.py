@@ -84,7 +84,9 @@ def recall(module: nn.Module) -> Any:
 def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> None:
     """Remember `found`, which was read of the module and holds these tensors, if that is safe."""
     _readings.pop(module, None)
-    if any(type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    # zeros in place of a bias, made in inference mode, could not be trained through later
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
         return
     nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
     named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)

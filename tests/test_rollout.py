@@ -189,3 +189,15 @@ def test_nan_stays_in_its_row(roll):
     states = roll(hnn, poisoned, 0.2, 3).states
     assert states[1, 1:].isnan().all()
     torch.testing.assert_close(states[[0, 2]], roll(hnn, z0, 0.2, 3).states[[0, 2]])
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_network_that_was_first_used_in_inference_mode_trains(backend):
+    """What stands in for a missing bias, or for T = |p|^2 / 2, is not remembered from there."""
+    without_bias = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Tanh(), torch.nn.Linear(6, 1, bias=False))
+    for hnn in (hf.SeparableHNN(4, (6,)), without_bias):
+        z0 = make_states(3, 4, dtype=torch.float32)
+        with torch.inference_mode():
+            hf.rollout(hnn, z0, 0.1, 2, backend=backend)
+        hf.rollout(hnn, z0, 0.1, 2, backend=backend).states.sum().backward()
+        assert all(p.grad is not None for p in hnn.parameters())

@@ -280,7 +280,7 @@ def _write(job: Job) -> _Written:
             ]  # fmt: skip
     return _Written(
         program,
-        torch.tensor(numbers, dtype=torch.float64),
+        torch.tensor(numbers, dtype=torch.float64, device="cpu"),
         job.multiplications,
         not any(program.registers[i][0] in ("U", "B") for i in program.state),
         not program.networks

@@ -7,6 +7,7 @@ are one, W = [Wq | Wp] stacked, with K = Wp Wq^T, and F is the sum of what follo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Sweep:
         return [self.z0, self.dt, self.residual, *self.loop, *(x for term in self.terms or () for x in term.tensors)]
 
 
-class Loop:
+class Loop(ABC):
     """Registers and what they mean; `state` names those that say where a rollout is, `path` those that states are made of."""
 
     state: Sequence[Key]
@@ -107,9 +108,9 @@ class Loop:
         W = sums.terms[k].weights[0]
         return half_of(W, side) if self.problem.terms[k].reads == "z" else W
 
+    @abstractmethod
     def start(self) -> list[Tensor]:
         """The registers of `state` at z0."""
-        raise NotImplementedError
 
     def of_start(self, sums: Sweep, cotangents: Sequence[Tensor]) -> None:
         """From the cotangents of the registers at the start to those of z0 and of the first layers."""
@@ -179,6 +180,7 @@ class Loop:
                     gW.addmm_(path[i].flatten(0, 1).T, own.flatten(0, 1))
         return found
 
+    @abstractmethod
     def run(
         self,
         state: Sequence[Tensor] | None,
@@ -190,8 +192,8 @@ class Loop:
         want_end: bool = True,
     ) -> Ran:
         """Steps begin..end-1 from this state, or from z0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_back(
         self,
         sums: Sweep,
@@ -205,15 +207,17 @@ class Loop:
         memory: str,
         every: bool,
     ) -> list[Tensor]:
-        raise NotImplementedError
+        """The adjoint of `run`, from the cotangents and values of the state after these steps; gives those before."""
 
+    @abstractmethod
     def rebuilt(self, state: Sequence[Tensor], begin: int, end: int, every: bool) -> tuple[list[Tensor], Ran]:
         """The registers before step `begin` from those before step `end`, by stepping back; and what `run` gives from there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_sums(self, sums: Sweep) -> None:
         """Make `sums.loop`."""
 
+    @abstractmethod
     def of_matrices(self, sums: Sweep) -> None:
         """From `sums.loop` to the parameters' gradients."""
 
