@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,12 +107,20 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
 NAMES = ("softplus", *_FUNCTIONS)
 
 
+_SIMPLE: dict[type[nn.Module], str] = {nn.Tanh: "tanh", nn.SiLU: "silu", Sin: "sin"}
+
+
 def from_module(module: nn.Module) -> Activation | None:
     """The activation that a module computes, or None if it is not one that a Hamiltonian may use."""
     if type(module) is nn.Softplus:
         return Activation("softplus", float(module.beta), float(module.threshold))
     if type(module) is nn.GELU:
         return Activation("gelu" if module.approximate == "none" else "gelu-tanh")
-    simple: dict[type[nn.Module], str] = {nn.Tanh: "tanh", nn.SiLU: "silu", Sin: "sin"}
-    name = simple.get(type(module))
+    name = _SIMPLE.get(type(module))
     return Activation(name) if name else None
+
+
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """What else than its type decides about what an activation computes."""
+    kind = type(module)
+    return (module.beta, module.threshold) if kind is nn.Softplus else (module.approximate,) if kind is nn.GELU else ()

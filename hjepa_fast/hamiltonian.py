@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +46,14 @@ class Term(NamedTuple):
         return F.linear(x, w_out, b_out).squeeze(-1)
 
 
-class SumHamiltonian(NamedTuple):
+class SumHamiltonian:
     """H(z), the sum of its terms."""
 
-    terms: tuple[Term, ...]
-    latent_dim: int
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for term in self.terms for t in term.tensors)
+    def __init__(self, terms: tuple[Term, ...], latent_dim: int) -> None:
+        self.terms, self.latent_dim = terms, latent_dim
+        self.tensors = tuple([t for term in terms for t in term.tensors])
+        self.plans: dict[Any, Any] | None = None
+        """See `plan.py`; None where this is read anew at every call."""
 
     @property
     def separable(self) -> bool:
@@ -160,7 +159,8 @@ def from_module(module: nn.Module) -> SumHamiltonian:
     H: SumHamiltonian | None = reading.recall(module)
     if H is None:
         H = _read(module)
-        reading.remember(module, H, H.tensors)
+        if reading.remember(module, H, H.tensors):
+            H.plans = {}
     return H
 
 

@@ -20,6 +20,7 @@ from .hidden_space.fixed_point import Solver
 from .hidden_space.loops import Problem
 from .hidden_space.outline import Outline, work_dtype
 from .hidden_space.program import Form
+from .plan import Plan
 from .transforms import is_plain
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These
@@ -170,6 +171,14 @@ def _outline(
     return Outline(forms, widths, d, integrator, how == "dense", every_state, with_energy, memory)
 
 
+def run_plan(plan: Plan, z0: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """States and energies."""
+    if plan.attributes.memory == "none":
+        return plan.forward(z0, dt)[:2]
+    states, energy, _, _ = _Direct.apply(plan.attributes, plan, z0, dt, *plan.parameters)
+    return states, energy
+
+
 def run(z0: Tensor, parameters: tuple[Tensor, ...], dt: Tensor, x: Attributes) -> tuple[Tensor, ...]:
     """States, energy, residual and evaluations: the operator, or past PyTorch's dispatcher where nothing can tell."""
     tensors = (z0, dt, *parameters)
@@ -179,7 +188,7 @@ def run(z0: Tensor, parameters: tuple[Tensor, ...], dt: Tensor, x: Attributes) -
     if x.memory == "none":
         states, energy, _, _, residual, evaluations = _forward(z0, parameters, dt, x)
         return states, energy, residual, evaluations
-    return _Direct.apply(x, *tensors)
+    return _Direct.apply(x, None, *tensors)
 
 
 def _problem(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes) -> Problem:
@@ -266,26 +275,34 @@ class _Direct(torch.autograd.Function):
     """The operator's own functions, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, x: Attributes, z0: Tensor, dt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        states, energy, tape, kept, residual, evaluations = _forward(z0, parameters, dt, x)
-        ctx.mark_non_differentiable(residual, evaluations)
+    def forward(
+        ctx: Any, x: Attributes, plan: Plan | None, z0: Tensor, dt: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        residual = evaluations = None
+        if plan is not None:
+            states, energy, tape, kept = plan.forward(z0, dt)
+        else:
+            states, energy, tape, kept, residual, evaluations = _forward(z0, parameters, dt, x)
+            ctx.mark_non_differentiable(residual, evaluations)
         ctx.set_materialize_grads(False)
-        ctx.attributes = x
+        ctx.attributes, ctx.plan = x, plan
         ctx.save_for_backward(tape, kept, z0, dt, *parameters)
         return states, energy, residual, evaluations
 
     @staticmethod
     def backward(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
         tape, kept, z0, dt, *parameters = ctx.saved_tensors
-        need_z0, need_dt, *needs = ctx.needs_input_grad[1:]
+        need_z0, need_dt, *needs = ctx.needs_input_grad[2:]
         given = [g for g in (g_states, g_energy) if g is not None]
         # where the backward pass is itself watched or to be differentiated, the operator has the say
-        run: Any = _rollout_backward
-        if torch.is_grad_enabled() or not is_plain(given or [z0]):
-            run = torch.ops.hjepa_fast.rollout_backward
-        g_z0, found, g_dt = run(g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes)
+        watched = torch.is_grad_enabled() or not is_plain(given or [z0])
+        if ctx.plan is not None and not watched and ctx.plan.reads(parameters):
+            g_z0, found, g_dt = ctx.plan.backward(g_states, g_energy, tape, kept, z0, dt, any(needs))
+        else:
+            run: Any = torch.ops.hjepa_fast.rollout_backward if watched else _rollout_backward
+            g_z0, found, g_dt = run(g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes)
         wanted = [g if need else None for g, need in zip(found or [None] * len(needs), needs, strict=True)]
-        return None, g_z0 if need_z0 else None, g_dt if need_dt else None, *wanted
+        return None, None, g_z0 if need_z0 else None, g_dt if need_dt else None, *wanted
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

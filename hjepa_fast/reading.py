@@ -29,12 +29,13 @@ class _Part(NamedTuple):
     children: list[nn.Module | None]
     tensors: list[tuple[Tensor | None, Any, Any, Any]]
     """Each parameter with its shape, dtype and device."""
-    settings: Any
+    settings: tuple[Any, ...]
+    """Of an activation."""
 
     @classmethod
     def of(cls, module: nn.Module) -> _Part:
         tensors = [(t, *((t.shape, t.dtype, t.device) if t is not None else (None,) * 3)) for t in module._parameters.values()]
-        return cls(type(module), type(module).forward, list(module._modules.values()), tensors, activations.from_module(module))
+        return cls(type(module), type(module).forward, list(module._modules.values()), tensors, activations.settings_of(module))
 
     def holds(self, module: nn.Module) -> bool:
         own = module.__dict__
@@ -55,7 +56,7 @@ class _Part(NamedTuple):
         for now, (t, shape, dtype, device) in zip(parameters.values(), self.tensors, strict=True):
             if now is not t or (t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device)):
                 return False
-        return self.settings is None or activations.from_module(module) == self.settings
+        return not self.settings or activations.settings_of(module) == self.settings
 
 
 class _Reading(NamedTuple):
@@ -81,17 +82,17 @@ def recall(module: nn.Module) -> Any:
     return reading.found
 
 
-def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> None:
-    """Remember `found`, which was read of the module and holds these tensors, if that is safe."""
+def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool:
+    """Remember `found`, which was read of the module and holds these tensors, if that is safe; whether it was."""
     _readings.pop(module, None)
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     # zeros in place of a bias, made in inference mode, could not be trained through later
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
-        return
+        return False
     nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
     named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)
     if not (reader.is_net(module) if named else type(module) in (nn.Sequential, SeparableHNN)):
-        return
+        return False
     parts: list[nn.Module] = []
     if named:
         parts.append(module.net)  # type: ignore[arg-type]
@@ -103,12 +104,13 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> None
         if type(layer) is nn.Sequential:
             pending += layer
         elif type(layer) not in (nn.Linear, nn.Identity) and activations.from_module(layer) is None:
-            return
+            return False
         parts.append(layer)
     if any(isinstance(part, nn.Sequential) and type(part) is not nn.Sequential for part in parts):
-        return
+        return False
     snapshots = [(part, _Part.of(part)) for part in parts]
     root = _Part.of(module)
     if any(m is module for m, _ in snapshots) or not root.holds(module) or not all(p.holds(m) for m, p in snapshots):
-        return
+        return False
     _readings[module] = _Reading(found, root, snapshots, named)
+    return True

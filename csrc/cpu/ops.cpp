@@ -403,9 +403,11 @@ void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& ker
     const Part<T>& part = parts[i / SHARES];
     for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r) {
       T* total = part.total + r * part.ld;
-      if (fresh) std::fill_n(total, part.n, T(0));
-      for (const T* own : part.of_task)
-        for (i64 c = 0; c < part.n; ++c) total[c] += own[r * kernels.ld(part.n) + c];
+      const i64 at = r * kernels.ld(part.n);
+      auto own = part.of_task.begin();
+      if (fresh) std::copy_n(*own++ + at, part.n, total);
+      for (; own != part.of_task.end(); ++own)
+        for (i64 c = 0; c < part.n; ++c) total[c] += (*own)[at + c];
     }
   });
 }

@@ -368,9 +368,10 @@ def run_back(
     if written.delegated or not batch or not job.n_steps or not (tape.shape[1] or written.starts):
         return torch_backend.run_back(job, cotangents, values, g_path, g_energy, tape, sums)
     like = cotangents[0]
-    own = [x.clone(memory_format=torch.contiguous_format) for x in cotangents]
+    own = [_by_rows(x) for x in cotangents]
     own += [like.new_zeros(batch, job.widths[i]) for i in program.known]
-    followed = [x.clone(memory_format=torch.contiguous_format) for x in values]
+    read = bool(program.tracked) or not written.starts
+    followed = [x.clone(memory_format=torch.contiguous_format) for x in values] if read else []
     gdt = like.new_empty(batch, job.n_steps)
     totals = [] if sums is None else sums.tensors
     fresh = (sums is not None and sums.fresh) << 35

@@ -244,7 +244,7 @@ def run_back(
 
     Parameters
     ----------
-    cotangents : of the state at the end, [B, width] each
+    cotangents : of the state at the end, [B, width] each; they may be overwritten
     values : of the state's registers where they end; only those of `Program.tracked`, and the constant ones, are read
     g_path : of `Run.path`, or None
     g_energy : Tensor [B, n_steps + 1] or None

@@ -128,7 +128,7 @@ class Backwards:
         for index in reversed(range(len(anchors) - 1)):
             first, last = index * length, min((index + 1) * length, n_steps)
             state: Sequence[Tensor] = anchors[index + 1]
-            cotangents, saved = self.cotangents, self.sums.snapshot()
+            cotangents, saved = [x.clone() for x in self.cotangents], self.sums.snapshot()
             for begin in reversed(range(first, last, outlines.CHUNK)):
                 end = min(begin + outlines.CHUNK, last)
                 before, run = self.loop.rebuilt(state, begin, end, self.outline.every_path)
