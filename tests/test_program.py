@@ -222,7 +222,9 @@ class Inputs:
     def run(self, backend, with_sums=True, from_z0=False):
         out = backend.run(self.job, None if from_z0 else self.start)
         sums = self.sums() if with_sums else None
-        back, gdt = backend.run_back(self.job, self.cotangents, out.state, self.g_path, self.g_energy, out.tape, sums)
+        back, gdt = backend.run_back(
+            self.job, [x.clone() for x in self.cotangents], out.state, self.g_path, self.g_energy, out.tape, sums
+        )
         totals = [] if sums is None else [*sums.matrices, *(x for g in sums.networks for x in (*g.weights, *g.biases))]
         return [*out.state, *out.path, out.energy, out.tape, *back, gdt, *totals]
 
@@ -271,7 +273,9 @@ def test_the_start_is_made_of_z0(name, how, settings):
 def backward_of(inputs, backend, tape):
     """The adjoint alone, from what is on this tape, or without one."""
     state = torch_backend.run(inputs.job).state
-    back, gdt = backend.run_back(inputs.job, inputs.cotangents, state, inputs.g_path, inputs.g_energy, tape, inputs.sums())
+    back, gdt = backend.run_back(
+        inputs.job, [x.clone() for x in inputs.cotangents], state, inputs.g_path, inputs.g_energy, tape, inputs.sums()
+    )
     return [*back, gdt]
 
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import transforms
 from ..errors import ConvergenceError
-from ..hamiltonian import Hamiltonian, ModuleHamiltonian
+from ..hamiltonian import Hamiltonian, ModuleHamiltonian, SumHamiltonian
 from ..schemes import SUZUKI_4, YOSHIDA_4, YOSHIDA_6
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -185,7 +185,9 @@ def _derivative(H: Hamiltonian, z: Tensor, x: Tensor, record: bool) -> Tensor:
 
 def _ordinary(H: Hamiltonian) -> Hamiltonian:
     """Autograd refuses tensors made in inference mode, and gradients of H are needed even there."""
-    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H)
+    if isinstance(H, ModuleHamiltonian):
+        return H
+    return SumHamiltonian(tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H.terms), H.latent_dim)
 
 
 @transforms.outside_graphs("nested autograd is not for graphs; use a fused backend")
