@@ -258,3 +258,19 @@ def test_batches_of_gradients_are_refused(backend):
     field = hf.vector_field(hnn, z, backend=backend)
     with pytest.raises(RuntimeError, match="has no rule for batches of gradients"):
         torch.autograd.grad(field, z, torch.randn(5, *field.shape, dtype=field.dtype), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("d", [3, 40])
+@pytest.mark.parametrize("batch", [1, 7, 150])
+def test_both_ways_of_summing_up_weights_gradients(inside, d, batch, monkeypatch):
+    """By the extension, transposed for few columns, or from factors in chunks: to the sum that autograd forms."""
+    monkeypatch.setattr(cpp, "_SMALL_WEIGHTS", 10**9 if inside else 0)
+    monkeypatch.setattr(cpp, "_CHUNK_ROWS", 64)
+    hnn, z, y = make_hnn(2 * d, (17, 9, 33)), make_states(batch, 2 * d), make_states(batch, 2 * d, seed=5)
+    found, expected = (
+        torch.autograd.grad((hf.gradient(hnn, z, backend=backend) * y).sum(), list(hnn.parameters())[:-1], allow_unused=True)
+        for backend in ("cpp", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

@@ -46,12 +46,28 @@ struct GradientAdjointTile {
   const GradientSums<T>* sums;
   NetworkAdjoint<P> at;
   i64 ldn;
-  T *G, *converted;
+  T *G, *x, *converted;
 
   GradientAdjointTile(const Gradient<T>& g, Crew& crew, i64 rows, Pieces<T>& pieces, const GradientSums<T>* sums)
       : g(g), crew(crew), sums(sums), at(g.net, crew, rows, pieces, sums ? &sums->tail : nullptr), ldn(ld<T>(g.n)) {
     G = pieces.take(rows * ldn);
+    x = pieces.take(rows * ldn);
     converted = pieces.take(P::DEPTH > 1 ? rows * (ldn > at.widest ? ldn : at.widest) : 0);
+  }
+
+  // The products of what this tile's rows add to the weights' gradients.
+  void add_products(i64 row, i64 R) {
+    take_rows(x, ldn, g.x + row * g.n, R, g.n);
+    const auto add = [&](const T* left, const T* right) {
+      if (g.n < g.NARROW)
+        add_outer(crew, right, ldn, g.n, left, at.w, at.h, R, sums->W, at.w);
+      else
+        add_outer(crew, left, at.w, at.h, right, ldn, g.n, R, sums->W, ldn);
+    };
+    add(at.curve[0], x);
+    if (g.g_gradient) add(at.e[0], G);
+    at.gathered = 1;
+    at.flush(R);
   }
 
   void run(i64 row, i64 R) {
@@ -73,14 +89,15 @@ struct GradientAdjointTile {
     product<P>(crew, nu, w, R, h, g.by_W, n, converted,
                [&](T* y, i64 r, i64 column) { put(g.g_x + (row + r) * n, y, column, n); });
     if (!sums) return;
-    copy_rows(g.delta + row * h, h, at.e[0], w, R, h);
-    copy_rows(g.nu + row * h, h, nu, w, R, h);
     // a tile's sum is formed before it is added to those of others: one number after the other would lose a digit
     crew.template over_columns<T>(h, [&](i64 i) {
       Vec<T> db = {};
       for (i64 r = 0; r < R; ++r) db += load(nu + r * w + i);
       store(sums->b + i, load(sums->b + i) + db);
     });
+    if (sums->W) return add_products(row, R);
+    copy_rows(g.delta + row * h, h, at.e[0], w, R, h);
+    copy_rows(g.nu + row * h, h, nu, w, R, h);
     for (int l = 0; l + 1 < p.L; ++l)
       for (const i64 half : {0, 1}) {
         const i64 m = p.width[l + 1], k = p.width[l], to = half * g.B + row;

@@ -74,7 +74,8 @@ struct GradientCall {
     });
   }
 
-  // sums: of b, b_2, ..., the output weights; factors: delta, nu, left and right of each layer between; or none of both
+  // sums: of b, b_2, ..., the output weights; and of the other weights, W first, or factors: delta, nu, left and right of each
+  // layer between; or none of both
   void backward(Tensor& g_x, const std::vector<Tensor>& sums, const std::vector<Tensor>& factors, const Tensor& g_gradient,
                 const Tensor& g_value) {
     if (!factors.empty()) {
@@ -109,6 +110,10 @@ struct GradientCall {
       const int last = g.net.L - 1;
       for (int l = 0; l <= last; ++l) add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
       add(sums[2 + last], [=](GradientSums<T>& own) -> T*& { return own.tail.W[last]; });
+      if (!factors.empty()) return;
+      parts.push_back(part_of<T>(sums[3 + last], task_sums, [](GradientSums<T>& own) -> T*& { return own.W; }, memory, kernels,
+                                 g.n < g.NARROW));
+      for (int l = 0; l < last; ++l) add(sums[4 + last + l], [=](GradientSums<T>& own) -> T*& { return own.tail.W[l]; });
     });
     run(packs, team, kernels);
     clear(parts, team, kernels);
@@ -116,7 +121,7 @@ struct GradientCall {
       kernels.gradient_backward(g, g.B * i / n_tasks, g.B * (i + 1) / n_tasks, rows, scratch[thread],
                                 sums.empty() ? nullptr : &task_sums[i]);
     });
-    add_up(parts, team, kernels);
+    add_up(parts, team, kernels, true);
   }
 };
 

@@ -376,22 +376,26 @@ void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, const Argume
 template <class T>
 struct Part {
   i64 m, n, ld;
+  bool transposed;  // of_task, [n, ld(m)]
   T* total;
   std::vector<T*> of_task;
+
+  i64 size(const Kernels<T>& kernels) const { return transposed ? n * kernels.ld(m) : m * kernels.ld(n); }
 };
 
 template <class T, class S, class F>
-Part<T> part_of(const Tensor& total, std::vector<S>& task_sums, F of, Memory& memory, const Kernels<T>& kernels) {
+Part<T> part_of(const Tensor& total, std::vector<S>& task_sums, F of, Memory& memory, const Kernels<T>& kernels,
+                bool transposed = false) {
   Part<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1),
-               total.dim() == 2 ? total.stride(0) : total.numel(), data<T>(total), {}};
-  for (S& own : task_sums) part.of_task.push_back(of(own) = memory.take<T>(part.m * kernels.ld(part.n)));
+               total.dim() == 2 ? total.stride(0) : total.numel(), transposed, data<T>(total), {}};
+  for (S& own : task_sums) part.of_task.push_back(of(own) = memory.take<T>(part.size(kernels)));
   return part;
 }
 
 template <class T>
 void clear(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& kernels) {
   share_out(team, i64(parts.size()), [&](i64 i, int) {
-    for (T* own : parts[i].of_task) std::fill_n(own, parts[i].m * kernels.ld(parts[i].n), T(0));
+    for (T* own : parts[i].of_task) std::fill_n(own, parts[i].size(kernels), T(0));
   });
 }
 
@@ -403,6 +407,15 @@ void add_up(const std::vector<Part<T>>& parts, Team& team, const Kernels<T>& ker
     const Part<T>& part = parts[i / SHARES];
     for (i64 r = part.m * (i % SHARES) / SHARES; r < part.m * (i % SHARES + 1) / SHARES; ++r) {
       T* total = part.total + r * part.ld;
+      if (part.transposed) {
+        const i64 ld = kernels.ld(part.m);
+        for (i64 c = 0; c < part.n; ++c) {
+          T sum = fresh ? T(0) : total[c];
+          for (const T* own : part.of_task) sum += own[c * ld + r];
+          total[c] = sum;
+        }
+        continue;
+      }
       const i64 at = r * kernels.ld(part.n);
       auto own = part.of_task.begin();
       if (fresh) std::copy_n(*own++ + at, part.n, total);

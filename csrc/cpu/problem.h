@@ -206,6 +206,7 @@ struct ProgramSums {
 // grad F of a whole network at rows x [B, n], F = what follows a = x W^T + b.
 template <class T>
 struct Gradient {
+  static constexpr i64 NARROW = 32;  // columns of W, below which its gradient is summed transposed: panels are that wide
   Net<T> net;
   i64 B, n;
   T* tape;  // [B, net.tape_width]
@@ -215,7 +216,7 @@ struct Gradient {
   T *gradient, *value;                // forward: [B, n], [B]
   const T *g_gradient, *g_value;      // backward: their cotangents, or null
   T* g_x;                             // [B, n]
-  // Factors of the weights' gradients, if these are wanted: W's is delta^T g_gradient + nu^T x, that of the next ones left^T right
+  // Factors of the weights' gradients, if these are to be multiplied by the caller: W's is delta^T g_gradient + nu^T x, that of the next ones left^T right
   // with (e_{l+1}; r_{l+1}) on the left and (zd_l; z_l) on the right, [2 B, width] each.
   T *delta, *nu, *left[MAX_LAYERS], *right[MAX_LAYERS];
 };
@@ -223,7 +224,8 @@ struct Gradient {
 template <class T>
 struct GradientSums {
   T* b;  // [h]
-  Sums<T> tail;  // of these the biases and the output weights
+  T* W;  // [h, ld(n)], or [n, ld(h)] where n is small; null if the factors of every weight's gradient are wanted instead
+  Sums<T> tail;  // of these the biases and the output weights; the others too if W is wanted
 };
 
 // The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.
