@@ -143,8 +143,10 @@ double call_work(const Problem<T>& p) {
   return double(work_of(p)) * p.B * p.n_sub * (p.end - p.begin);
 }
 
-// Waking a thread costs as much as some 10^5 multiplications.
-constexpr i64 WORTH_A_THREAD = 200000;
+// Waking a thread, and fetching from its cache what it wrote, costs as much as some 10^6 multiplications.
+constexpr i64 WORTH_A_THREAD = 1200000;
+// A thread that waits at a barrier anyway is woken once: multiplications of all threads between two of its meetings or so.
+constexpr i64 WORTH_MEETINGS = 100000;
 
 // Up to this many rows it is faster to read the weights as they are than to pack them and share the packed ones.
 constexpr i64 FEW_ROWS = 2;
@@ -311,7 +313,7 @@ void needs(const Problem<T>& p, bool& kick, bool& drift) {
 
 template <class T>
 void run_features(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
-  const i64 n_threads = work_of(p) * p.B < WORTH_A_THREAD / 2 ? 1 : in.n_threads;
+  const i64 n_threads = work_of(p) * p.B < WORTH_MEETINGS ? 1 : in.n_threads;
   Team team(int(std::min<i64>(n_threads, N_BLOCKS)), call_work(p));
   T* shared = nullptr;
   std::vector<T*> scratch(team.size());
@@ -332,11 +334,14 @@ void run_features(const Kernels<T>& kernels, const Weights<T>& weights, const Ar
 }
 
 // Up to this many rows threads share a tile, each with its columns: on tiles of their own with few rows each would fetch all
-// weights, from beyond its own cache. With more they have more numbers to exchange. Measured on two cores, 8 rows: rollouts
-// 1.47 times as fast; at 24 rows, or 12 in the backward pass, slower.
-constexpr i64 CREW_ROWS = 16, CREW_ROWS_BACKWARD = 8;
+// weights, from beyond its own cache. With more they have more numbers to exchange. Measured on two cores, 8 rows of the published
+// network: rollouts 1.47 times as fast; at 24 rows, or 12 in the backward pass, slower. Weights that fit into a thread's own cache are
+// better fetched: with 200 x 200 ones a crew took 1.1 to 1.7 times as long as one thread did alone.
+constexpr i64 CREW_ROWS = 16, CREW_ROWS_BACKWARD = 8, CREW_BYTES = i64(1) << 20;
 
-bool wants_crew(i64 rows, i64 most, i64 path) { return path == CREW || (path == CHOOSE && rows <= most); }
+bool wants_crew(i64 rows, i64 most, i64 path, i64 weight_bytes) {
+  return path == CREW || (path == CHOOSE && rows <= most && weight_bytes > CREW_BYTES);
+}
 
 // f(task, thread, crew_size, barrier): by a crew, of which everyone does the one task; or each task by whichever thread is free.
 template <class F>
@@ -351,7 +356,7 @@ void run_tasks(Team& team, i64 n_steps, i64 n_tasks, bool crew, const F& f) {
 template <class T>
 void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
   const i64 n_threads = call_work(p) < WORTH_A_THREAD ? 1 : in.n_threads;
-  const bool crew = wants_crew(p.B, CREW_ROWS, in.path);
+  const bool crew = wants_crew(p.B, CREW_ROWS, in.path, work_of(p) * i64(sizeof(T)));
   Team team(int(crew ? std::min(n_threads, kernels.n_panels(p.width[0])) : n_threads), call_work(p));
   const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
   const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
@@ -458,7 +463,7 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   const i64 steps = p.end - p.begin;
   const bool small = work_of(p) * p.B * p.n_sub * steps < WORTH_A_THREAD;
   // the tasks, and with them the order of summation, do not depend on how many threads there turn out to be
-  const bool crew = wants_crew(p.B, CREW_ROWS_BACKWARD, in.path);
+  const bool crew = wants_crew(p.B, CREW_ROWS_BACKWARD, in.path, work_of(p) * i64(sizeof(T)));
   const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads, p.B), share = (p.B + n_tasks - 1) / n_tasks;
   const i64 tiles = crew ? 1 : (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
   Team team(int(crew && !small ? std::min(in.n_threads, kernels.n_panels(p.width[0])) : n_tasks), 3 * call_work(p));

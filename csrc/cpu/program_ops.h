@@ -170,6 +170,15 @@ struct ProgramCall {
     return all;
   }
 
+  // Of what a step multiplies with, each way.
+  i64 weight_bytes() const {
+    i64 numbers = 0;
+    for (const Tensor& M : matrices) numbers += 2 * M.numel() / (M.dim() > 1 ? 1 : 2);
+    for (const auto& own : weights)
+      for (const Tensor& W : own) numbers += 2 * W.numel();
+    return numbers * i64(sizeof(T));
+  }
+
   // How often a row's evaluations use a weight in all.
   i64 uses(i64 rows) const { return rows * std::max<i64>(1, p.item[0].later) * (p.end - p.begin); }
 
@@ -249,7 +258,7 @@ struct ProgramCall {
 
   void forward() {
     const double work = this->work() * p.B * (p.end - p.begin);
-    const bool crew = wants_crew(p.B, CREW_ROWS, in.path());
+    const bool crew = wants_crew(p.B, CREW_ROWS, in.path(), weight_bytes());
     const i64 n_threads = work < (crew ? 2 : 1) * WORTH_A_THREAD ? 1 : in.n_threads();
     Team team(int(crew ? std::min(n_threads, narrowest()) : n_threads), work);
     const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
@@ -273,7 +282,7 @@ struct ProgramCall {
     const i64 steps = p.end - p.begin;
     const double work = this->work() * p.B * steps;
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
-    const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path());
+    const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path(), weight_bytes());
     const bool small = work < (crew ? 2 : 1) * WORTH_A_THREAD;
     const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
     const i64 most = p.again ? tile_rows_again() : kernels.tile_rows;
