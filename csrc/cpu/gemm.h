@@ -124,6 +124,29 @@ void product_tile(const typename P::Unit* X, i64 ldx, const typename P::Scalar* 
   }
 }
 
+// The same for PANELS panels, panel_stride numbers apart, at once: C [MR, PANELS NR]. With few rows a panel's sums would wait for
+// their last additions.
+template <class P, int MR, int PANELS>
+void product_tile_wide(const typename P::Unit* X, i64 ldx, const typename P::Scalar* B, i64 panel_stride, i64 units,
+                       typename P::Scalar* C) {
+  using T = typename P::Scalar;
+  constexpr int N = 2 * PANELS;
+  Vec<T> acc[MR][N] = {};
+  for (i64 k = 0; k < units; ++k, B += NR<T>)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      const T* at = B + j / 2 * panel_stride + j % 2 * LANES<T>;
+      const Vec<T> b = load(at);
+      __builtin_prefetch(at + AHEAD * NR<T>);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) P::add_product(acc[i][j], X[i * ldx + k], b);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) store(C + (i * N + j) * LANES<T>, acc[i][j]);
+}
+
 // C [MR, NR] += L^T R, for columns of L [n, *] and R [n, *]. C comes last: a long sum loses less if its parts are formed apart.
 template <class T, int MR>
 void outer_tile(const T* L, i64 ldl, const T* R, i64 ldr, i64 n, T* C, i64 ldc) {
@@ -211,6 +234,29 @@ void product_tile_as_is(const T* X, i64 ldx, const T* M, i64 ldm, i64 inner, i64
 }
 
 constexpr i64 WIDE_ROWS = HJEPA_VECTOR_BYTES == 64 ? 4 : 2, WIDE_PANELS = HJEPA_VECTOR_BYTES == 64 ? 3 : 2;
+// of packed operands
+constexpr i64 PACKED_WIDE_ROWS = HJEPA_VECTOR_BYTES == 64 ? 3 : 1, PACKED_WIDE_PANELS = 4;
+
+// The sums of eight vectors, one after the other at C. Two vectors are folded into one, each into half of it, so that most additions
+// are of whole vectors.
+template <class T>
+HJEPA_INLINE void put_sums(Vec<T>* v, T* C) {
+  if constexpr (LANES<T> < 8) {
+    for (int i = 0; i < 8; ++i) C[i] = sum<T>(v[i]);
+    return;
+  }
+  IntVec<T> lane;
+  for (int i = 0; i < LANES<T>; ++i) lane[i] = i;
+#pragma GCC unroll 3
+  for (int n = 4, half = LANES<T> / 2; n; n /= 2, half /= 2) {
+    // of each pair of blocks of `half` lanes, in x and then in y, the first
+    const IntVec<T> low = lane / half * 2 * half + (lane & (half - 1));
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) v[i] = shuffle(v[2 * i], v[2 * i + 1], low) + shuffle(v[2 * i], v[2 * i + 1], low + half);
+  }
+  if constexpr (LANES<T> == 16) v[0] = shuffle(v[0], v[0], 2 * lane & 15) + shuffle(v[0], v[0], (2 * lane & 15) + 1);
+  __builtin_memcpy(C, v, 8 * sizeof(T));
+}
 
 // x . rows of M, `n` <= NR of them: a panel of x M^T with M as it lies.
 template <class T>
@@ -222,17 +268,16 @@ void product_row_transposed(const T* x, const T* M, i64 ldm, i64 inner, i64 n, T
       for (; j < n; ++j) C[j] = dot(M + j * ldm, x, inner);
       break;
     }
-    Vec<T> acc[GROUP] = {};
+    Vec<T> acc[GROUP];
+    const Vec<T> rest = load_first(x + whole, inner - whole);
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUP; ++g) acc[g] = load_first(M + (j + g) * ldm + whole, inner - whole) * rest;
     for (i64 k = 0; k < whole; k += LANES<T>) {
       const Vec<T> xk = load(x + k);
 #pragma GCC unroll 8
       for (int g = 0; g < GROUP; ++g) acc[g] += load(M + (j + g) * ldm + k) * xk;
     }
-    for (int g = 0; g < GROUP; ++g) {
-      T s = sum<T>(acc[g]);
-      for (i64 k = whole; k < inner; ++k) s += M[(j + g) * ldm + k] * x[k];
-      C[j + g] = s;
-    }
+    put_sums<T>(acc, C + j);
   }
   for (; n < NR<T>; ++n) C[n] = 0;
 }
@@ -275,7 +320,24 @@ HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 i
   }
   const i64 units = (inner + P::DEPTH - 1) / P::DEPTH;
   const auto* x = P::rows(X, rows, inner, ldx, converted);
-  for (i64 panel = crew.first(panels); panel < crew.last(panels); ++panel)
+  i64 panel = crew.first(panels);
+  if (rows <= PACKED_WIDE_ROWS) {
+    alignas(HJEPA_VECTOR_BYTES) T wide[PACKED_WIDE_ROWS * PACKED_WIDE_PANELS * NR<T>];
+    with_rows(rows, [&]<int MR>() {
+      if constexpr (MR <= PACKED_WIDE_ROWS) {
+        const auto some = [&]<int PANELS>() {
+          for (; panel + PANELS <= crew.last(panels); panel += PANELS) {
+            product_tile_wide<P, MR, PANELS>(x, ldx, M.packed + panel * M.ld * NR<T>, M.ld * NR<T>, units, wide);
+            for (i64 i = 0; i < MR; ++i)
+              for (i64 j = 0; j < PANELS; ++j) epilogue(wide + (i * PANELS + j) * NR<T>, i, (panel + j) * NR<T>);
+          }
+        };
+        some.template operator()<PACKED_WIDE_PANELS>();
+        some.template operator()<2>();
+      }
+    });
+  }
+  for (; panel < crew.last(panels); ++panel)
     over_rows(rows, [&]<int MR>(i64 row) {
       product_tile<P, MR>(x + row * ldx, ldx, M.packed + panel * M.ld * NR<T>, NR<T>, units, block, NR<T>);
       for (i64 i = 0; i < MR; ++i) epilogue(block + i * NR<T>, row + i, panel * NR<T>);

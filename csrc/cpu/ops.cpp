@@ -150,6 +150,8 @@ constexpr i64 WORTH_MEETINGS = 100000;
 
 // Up to this many rows it is faster to read the weights as they are than to pack them and share the packed ones.
 constexpr i64 FEW_ROWS = 2;
+// So many uses of weights that stay in the cache are worth packing them even for so few.
+constexpr i64 FEW_USES = 24;
 // Up to this many a product x W reads W as it lies: it is used too seldom to be worth packing.
 constexpr i64 SOME_ROWS = 256;
 

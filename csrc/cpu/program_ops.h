@@ -183,7 +183,8 @@ struct ProgramCall {
   i64 uses(i64 rows) const { return rows * std::max<i64>(1, p.item[0].later) * (p.end - p.begin); }
 
   std::vector<Pack<T>> take(Memory& memory, bool back) {
-    const bool few = p.B <= FEW_ROWS, some = uses(p.B) <= SOME_ROWS;
+    const i64 n = uses(p.B);
+    const bool few = p.B <= FEW_ROWS && (n <= FEW_USES || weight_bytes() > CREW_BYTES), some = n <= SOME_ROWS;
     Packer<T> packer{kernels, memory, !few, !some};
     for (int n = 0; n < p.n_networks; ++n) {
       Weights<T>{weights[n], biases[n], kernels}.take_padded(p.network[n], memory);

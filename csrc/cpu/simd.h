@@ -37,13 +37,37 @@ HJEPA_INLINE void store(T* x, Vec<T> v) {
   __builtin_memcpy(x, &v, sizeof v);
 }
 
+template <class To, class From>
+HJEPA_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
 // The first n numbers at x, or all there is room for, then zeros.
 template <class T>
 HJEPA_INLINE Vec<T> load_first(const T* x, i64 n) {
   if (n >= LANES<T>) return load(x);
+  if (n <= 0) return Vec<T>{};
+#if HJEPA_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return bits<Vec<T>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x));
+  else
+    return bits<Vec<T>>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), x));
+#elif HJEPA_VECTOR_BYTES == 32
+  IntVec<T> lane;
+  for (int i = 0; i < LANES<T>; ++i) lane[i] = i;
+  const __m256i mask = bits<__m256i>(lane < decltype(lane[0])(n));
+  if constexpr (sizeof(T) == 4)
+    return bits<Vec<T>>(_mm256_maskload_ps(x, mask));
+  else
+    return bits<Vec<T>>(_mm256_maskload_pd(x, mask));
+#else
   Vec<T> v = {};
   for (i64 i = 0; i < n; ++i) v[i] = x[i];
   return v;
+#endif
 }
 
 // Lane i of the result is lane from[i] of x followed by y.
@@ -62,14 +86,6 @@ HJEPA_INLINE V shuffle(V x, V y, I from) {
 template <class T>
 HJEPA_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
-}
-
-template <class To, class From>
-HJEPA_INLINE To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  __builtin_memcpy(&y, &x, sizeof y);
-  return y;
 }
 
 // In halves, so that the order of additions is fixed and short.
