@@ -140,6 +140,7 @@ void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<
               int64_t activation, double beta, double threshold, bool bf16, int64_t n_threads, int64_t isa) {
   const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
   check({&gradient, &value, &tape, &x}, in);
+  expect_writes({&gradient, &tape});
   const auto run = [&]<class T>(T) { GradientCall<T>(in).forward(gradient, value); };
   x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }

@@ -324,6 +324,8 @@ void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor e
                      Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
   const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
   check_program({out, path, start, {energy, tape, z0}}, in);
+  expect_writes({&tape});
+  for (const Tensor& x : path) expect_writes({&x});
   const auto run = [&]<class T>(T) {
     ProgramCall<T> call(in, z0.size(0), tape.numel() > 0);
     call.set(call.p.in, start);
