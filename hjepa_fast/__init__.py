@@ -6,17 +6,23 @@ from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
 from .matching import gradient, step_residual, vector_field
 from .models import BaselineMLP, LatentHNN, SeparableHNN
+from .terms import Hamiltonian, Quadratic, Separable, SumHNN, Term
 
 __version__ = "0.1.0"
 __all__ = [
     "BaselineMLP",
     "BitReversible",
     "EulerIntegrator",
+    "Hamiltonian",
     "LatentHNN",
+    "Quadratic",
     "Rollout",
+    "Separable",
     "SeparableHNN",
     "Solve",
+    "SumHNN",
     "SymplecticIntegrator",
+    "Term",
     "available_backends",
     "diagnostics",
     "energy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +18,34 @@ class Sin(nn.Module):
         return torch.sin(a)
 
 
+class Square(nn.Module):
+    """Elementwise square; PyTorch has no module for it."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a * a
+
+
 class Activation(NamedTuple):
-    """A smooth activation s: its name and, for softplus, its sharpness `beta` and linear `threshold`."""
+    """A smooth activation s: its name and, for softplus, its sharpness `beta` and linear `threshold`; `beta` is elu's alpha."""
 
     name: str
     beta: float = 1.0
     threshold: float = 20.0
 
+    @property
+    def layers(self) -> tuple[Activation, ...]:
+        return (self,)
+
+    def at(self, layer: int) -> Activation:
+        """That of a hidden layer, from 0 on."""
+        return self
+
     def __call__(self, a: Tensor) -> Tensor:
         """s(a), elementwise, any shape and floating dtype."""
         if self.name == "softplus":
             return F.softplus(a, self.beta, self.threshold)
+        if self.name == "elu":
+            return F.elu(a, self.beta)
         return _FUNCTIONS[self.name](a)
 
     def derivatives(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,13 +54,49 @@ class Activation(NamedTuple):
             sigma = torch.sigmoid(self.beta * a)
             linear = self.beta * a > self.threshold
             return self(a), sigma.masked_fill(linear, 1.0), (self.beta * sigma * (1 - sigma)).masked_fill(linear, 0.0)
+        if self.name == "elu":
+            linear, e = a > 0, self.beta * torch.exp(a.clamp_max(0))
+            return self(a), e.masked_fill(linear, 1.0), e.masked_fill(linear, 0.0)
         return _DERIVATIVES[self.name](a)
 
     def module(self) -> nn.Module:
         """A fresh module that computes s."""
         if self.name == "softplus":
             return nn.Softplus(self.beta, self.threshold)
+        if self.name == "elu":
+            return nn.ELU(self.beta)
         return _MODULES[self.name]()
+
+
+class Mixed(NamedTuple):
+    """An activation for each hidden layer."""
+
+    layers: tuple[Activation, ...]
+
+    def at(self, layer: int) -> Activation:
+        return self.layers[layer]
+
+
+Activations = Activation | Mixed
+
+
+def of_layers(layers: Sequence[Activation]) -> Activations:
+    """One activation if they are all the same; that of a network without hidden layers is never used."""
+    distinct = tuple(dict.fromkeys(layers))
+    return distinct[0] if len(distinct) == 1 else Mixed(tuple(layers)) if distinct else Activation("tanh")
+
+
+def text_of(activation: Activations) -> str:
+    """The names, for an operator's attribute; `numbers_of` has the rest, and `parse` reads both."""
+    return ",".join([own.name for own in activation.layers])
+
+
+def numbers_of(activation: Activations) -> list[float]:
+    return [x for own in activation.layers for x in own[1:]]
+
+
+def parse(text: str, numbers: Iterator[float]) -> Activations:
+    return of_layers([Activation(name, float(next(numbers)), float(next(numbers))) for name in text.split(",")])
 
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +105,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu-tanh": lambda a: F.gelu(a, approximate="tanh"),
     "sin": torch.sin,
+    "sigmoid": torch.sigmoid,
+    "quadratic": torch.square,
 }
 
 
@@ -90,12 +145,24 @@ def _sin(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s, torch.cos(a), -s
 
 
+def _sigmoid(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = torch.sigmoid(a)
+    slope = s * (1 - s)
+    return s, slope, slope * (1 - 2 * s)
+
+
+def _quadratic(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return a * a, 2 * a, torch.full_like(a, 2.0)
+
+
 _DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "tanh": _tanh,
     "silu": _silu,
     "gelu": _gelu,
     "gelu-tanh": _gelu_tanh,
     "sin": _sin,
+    "sigmoid": _sigmoid,
+    "quadratic": _quadratic,
 }
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -103,17 +170,39 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu-tanh": lambda: nn.GELU("tanh"),
     "sin": Sin,
+    "sigmoid": nn.Sigmoid,
+    "quadratic": Square,
 }
-NAMES = ("softplus", *_FUNCTIONS)
+NAMES = ("softplus", "elu", *_FUNCTIONS)
 
 
-_SIMPLE: dict[type[nn.Module], str] = {nn.Tanh: "tanh", nn.SiLU: "silu", Sin: "sin"}
+_BY_FUNCTION: dict[Any, str] = {
+    torch.tanh: "tanh", F.tanh: "tanh", F.softplus: "softplus", F.silu: "silu", F.gelu: "gelu", torch.sin: "sin",
+    torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.elu: "elu", torch.square: "quadratic",
+}  # fmt: skip
+
+
+def name_of(activation: Any) -> str | None:
+    """The activation that a name or one of PyTorch's functions says, or None."""
+    if isinstance(activation, str):
+        return activation if activation in NAMES else None
+    try:
+        return _BY_FUNCTION.get(activation)
+    except TypeError:
+        return None
+
+
+_SIMPLE: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh", nn.SiLU: "silu", Sin: "sin", nn.Sigmoid: "sigmoid", Square: "quadratic",
+}  # fmt: skip
 
 
 def from_module(module: nn.Module) -> Activation | None:
     """The activation that a module computes, or None if it is not one that a Hamiltonian may use."""
     if type(module) is nn.Softplus:
         return Activation("softplus", float(module.beta), float(module.threshold))
+    if type(module) is nn.ELU:
+        return Activation("elu", float(module.alpha))
     if type(module) is nn.GELU:
         return Activation("gelu" if module.approximate == "none" else "gelu-tanh")
     name = _SIMPLE.get(type(module))
@@ -123,4 +212,6 @@ def from_module(module: nn.Module) -> Activation | None:
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
     """What else than its type decides about what an activation computes."""
     kind = type(module)
-    return (module.beta, module.threshold) if kind is nn.Softplus else (module.approximate,) if kind is nn.GELU else ()
+    if kind is nn.Softplus:
+        return module.beta, module.threshold
+    return (module.approximate,) if kind is nn.GELU else (module.alpha,) if kind is nn.ELU else ()

@@ -11,18 +11,20 @@ No loop, no coupling, one evaluation and one adjoint. Torch only, like `ops`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .activations import Activation
+from . import activations
+from .activations import Activations
 from .hidden_space.network import Tail
 from .hidden_space.outline import work_dtype
 from .transforms import is_plain
 
-_ATTRIBUTES = "str activation, float beta, float threshold, str backend"
+_ATTRIBUTES = "str activation, float[] softplus, str backend"
 torch.library.define(
     "hjepa_fast::gradient",
     f"(Tensor x, Tensor[] weights, Tensor[] biases, bool keep, {_ATTRIBUTES}) -> (Tensor gradient, Tensor value, Tensor tape)",
@@ -38,7 +40,7 @@ def gradient(
     x: Tensor,
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor, ...],
-    activation: Activation,
+    activation: Activations,
     backend: str,
     rotated: bool = False,
 ) -> Tensor:
@@ -48,11 +50,12 @@ def gradient(
     """
     tensors = (x, *weights, *biases)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    attributes = activations.text_of(activation), activations.numbers_of(activation), backend
     plain = is_plain(tensors)
     if plain and keep:
-        return _Direct.apply(backend, activation, rotated, len(weights), *tensors)
+        return _Direct.apply(attributes, rotated, len(weights), *tensors)
     run = _gradient if plain else torch.ops.hjepa_fast.gradient
-    found = run(x, list(weights), list(biases), keep, *activation, backend)[0]
+    found = run(x, list(weights), list(biases), keep, *attributes)[0]
     return rotate(found) if rotated else found
 
 
@@ -66,11 +69,9 @@ class _Direct(torch.autograd.Function):
     """The operators' own functions, without the dispatcher."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: str, activation: Activation, rotated: bool, n: int, x: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), True, *activation, backend)
-        ctx.backend, ctx.activation, ctx.rotated, ctx.n = backend, activation, rotated, n
+    def forward(ctx: Any, attributes: tuple[Any, ...], rotated: bool, n: int, x: Tensor, *parameters: Tensor) -> Tensor:
+        found, _, tape = _gradient(x, list(parameters[:n]), list(parameters[n:]), True, *attributes)
+        ctx.attributes, ctx.rotated, ctx.n = attributes, rotated, n
         ctx.save_for_backward(tape, x, *parameters)
         return rotate(found) if rotated else found
 
@@ -79,16 +80,14 @@ class _Direct(torch.autograd.Function):
         tape, x, *parameters = ctx.saved_tensors
         if ctx.rotated:
             g = -rotate(g)  # J^T = -J
-        need_x, *needs = ctx.needs_input_grad[4:]
+        need_x, *needs = ctx.needs_input_grad[3:]
         # where the backward pass is itself watched or to be differentiated, the operator has the say
         run: Any = (
             _gradient_backward if not torch.is_grad_enabled() and is_plain((g,)) else torch.ops.hjepa_fast.gradient_backward
         )
-        g_x, g_parameters = run(
-            g, None, tape, x, parameters[: ctx.n], parameters[ctx.n :], any(needs), *ctx.activation, ctx.backend
-        )
+        g_x, g_parameters = run(g, None, tape, x, parameters[: ctx.n], parameters[ctx.n :], any(needs), *ctx.attributes)
         wanted = [g if need else None for g, need in zip(g_parameters or [None] * len(needs), needs, strict=True)]
-        return None, None, None, None, g_x if need_x else None, *wanted
+        return None, None, None, g_x if need_x else None, *wanted
 
 
 def _loop(backend: str) -> ModuleType:
@@ -97,17 +96,17 @@ def _loop(backend: str) -> ModuleType:
 
 
 def _in_work_dtype(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], name: str, beta: float, threshold: float
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], name: str, softplus: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tail]:
     work = work_dtype(x.dtype)
-    tail = Tail(weights[1:], biases[1:], Activation(name, beta, threshold)).to(work)
+    tail = Tail(weights[1:], biases[1:], activations.parse(name, iter(softplus))).to(work)
     return x.to(work), weights[0].to(work), biases[0].to(work), tail
 
 
 def _gradient(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, beta: float, threshold: float, backend: str
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, softplus: Sequence[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found, value, tape = _loop(backend).gradient(*_in_work_dtype(x, weights, biases, name, beta, threshold), keep)
+    found, value, tape = _loop(backend).gradient(*_in_work_dtype(x, weights, biases, name, softplus), keep)
     return found.to(x.dtype), value.to(x.dtype), tape
 
 
@@ -120,11 +119,10 @@ def _gradient_backward(
     biases: list[Tensor],
     need_weights: bool,
     name: str,
-    beta: float,
-    threshold: float,
+    softplus: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    inputs = _in_work_dtype(x, weights, biases, name, beta, threshold)
+    inputs = _in_work_dtype(x, weights, biases, name, softplus)
     g_gradient, g_value = (None if g is None else g.to(tape.dtype) for g in (g_gradient, g_value))
     g_x, g_parameters = _loop(backend).gradient_backward(g_gradient, g_value, tape, *inputs, need_weights)
     return g_x.to(x.dtype), [g.to(x.dtype) for g in g_parameters]
@@ -136,7 +134,7 @@ torch.library.impl("hjepa_fast::gradient_backward", "CompositeExplicitAutograd",
 
 @torch.library.register_fake("hjepa_fast::gradient")
 def _(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, beta: float, threshold: float, backend: str
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, softplus: list[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     widths = [w.shape[0] for w in weights[:-1]] or [1]
     width = 2 * sum(widths) - widths[-1] if keep else 0
@@ -177,7 +175,7 @@ def _differentiate(ctx: Any, g_gradient: Tensor | None, g_value: Tensor | None, 
         [g if need else None for g, need in zip(given[:n], need_weights, strict=True)],
         [g if need else None for g, need in zip(given[n:], need_biases, strict=True)],
         None,
-        *[None] * len(ctx.attributes),
+        *([] if x == [] else None for x in ctx.attributes),  # an empty list counts as one of tensors
     )
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reader, reading
-from .activations import Activation
+from .activations import Activations
 from .errors import NotFusedError, warn
 from .models import SeparableHNN
 
@@ -25,7 +25,7 @@ class Term(NamedTuple):
     """"q", "p" or "z"."""
     weights: tuple[Tensor, ...] = ()
     biases: tuple[Tensor, ...] = ()
-    activation: Activation | None = None
+    activation: Activations | None = None
     stiffness: Tensor | None = None
     """k of a quadratic form, [d] or [1]; None of an MLP."""
 
@@ -41,8 +41,8 @@ class Term(NamedTuple):
             return 0.5 * (self.stiffness.to(x.dtype) * x * x).sum(-1)
         assert self.activation is not None
         *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
-        for weight, bias in hidden:
-            x = self.activation(F.linear(x, weight, bias))
+        for layer, (weight, bias) in enumerate(hidden):
+            x = self.activation.at(layer)(F.linear(x, weight, bias))
         return F.linear(x, w_out, b_out).squeeze(-1)
 
 
@@ -165,15 +165,57 @@ def from_module(module: nn.Module) -> SumHamiltonian:
 
 
 def _read(module: nn.Module) -> SumHamiltonian:
+    terms = _terms_of(module)
+    sizes = [_size_of(term) for term in terms]
+    known = {size for size in sizes if size}
+    if len(known) != 1:
+        found = ", ".join(f"{term.reads} of {size or 'any size'}" for term, size in zip(terms, sizes, strict=True))
+        raise ValueError(
+            f"the terms of {reader.name_of(module)} must be of states [q, p] of one size 2d; found {found or 'none'}"
+        )
+    like = next((term.weights[0] for term in terms if term.weights), terms[0].tensors[0])
+    for term in terms:
+        for t in term.tensors:
+            if term.weights and (t.dtype != like.dtype or t.device != like.device):
+                raise ValueError(
+                    f"the terms of {reader.name_of(module)} must share one dtype and device, found {like.dtype} on "
+                    f"{like.device} and {t.dtype} on {t.device}"
+                )
+    terms = [
+        term if term.stiffness is None else term._replace(stiffness=term.stiffness.to(like.device, like.dtype))
+        for term in terms
+    ]
+    return SumHamiltonian(tuple(terms), known.pop())
+
+
+def _size_of(term: Term) -> int:
+    """2d, or 0 where any is."""
+    if term.stiffness is not None:
+        return 2 * term.stiffness.numel() if term.stiffness.numel() > 1 else 0
+    width = term.weights[0].shape[1]
+    return width if term.reads == "z" else 2 * width
+
+
+def _terms_of(module: nn.Module) -> list[Term]:
     reader.prove(module)
-    if not isinstance(module, SeparableHNN):
-        weights, biases, activation = reader.read_mlp(module, even=True)
-        return SumHamiltonian((Term("z", weights, biases, activation),), weights[0].shape[1])
-    V = Term("q", *reader.read_mlp(module.potential, even=False))
-    quadratic = () if module.stiffness is None else (Term("q", stiffness=module.stiffness),)
-    T = (
-        Term("p", stiffness=V.weights[0].new_ones(1))
-        if module.kinetic is None
-        else Term("p", *reader.read_mlp(module.kinetic, even=False))
-    )
-    return SumHamiltonian((V, *quadratic, T), 2 * V.weights[0].shape[1])
+    if isinstance(module, SeparableHNN):
+        V = Term("q", *reader.read_mlp(module.potential, even=False))
+        quadratic = [] if module.stiffness is None else [Term("q", stiffness=module.stiffness)]
+        if module.kinetic is None:
+            return [V, *quadratic, Term("p", stiffness=V.weights[0].new_ones(1))]
+        return [V, *quadratic, Term("p", *reader.read_mlp(module.kinetic, even=False))]
+    if not reader.says_terms(module):
+        return [Term("z", *reader.read_mlp(module, even=True))]
+    given = module.hamiltonian_terms()  # type: ignore[operator]
+    terms: list[Term] = []
+    for part in given if isinstance(given, (list, tuple)) and not isinstance(given, Term) else [given]:
+        if isinstance(part, Term):
+            terms.append(part)
+        elif isinstance(part, nn.Module) and part is not module:
+            terms += _terms_of(part)
+        else:
+            raise TypeError(
+                f"{reader.name_of(module)}.hamiltonian_terms() must give a Hamiltonian, a term or a list of them; found "
+                f"{'itself' if part is module else type(part).__name__}"
+            )
+    return terms

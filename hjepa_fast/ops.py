@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .activations import Activation
+from . import activations, backends
 from .hamiltonian import Term
 from .hidden_space import coupling, rollout
 from .hidden_space.fixed_point import Solver
@@ -50,12 +49,12 @@ def _text_of(term: Term) -> str:
     if term.stiffness is not None:
         return f"{term.reads}:{'one' if term.stiffness.numel() == 1 else 'each'}"
     assert term.activation is not None
-    return f"{term.reads}:{len(term.weights)}:{term.activation.name}"
+    return f"{term.reads}:{len(term.weights)}:{activations.text_of(term.activation)}"
 
 
 def softplus_of(terms: Sequence[Term]) -> list[float]:
-    """beta and threshold of each network's activation."""
-    return [x for term in terms if term.activation is not None for x in term.activation[1:]]
+    """beta and threshold of each network's activations."""
+    return [x for term in terms if term.activation is not None for x in activations.numbers_of(term.activation)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,7 +65,7 @@ def forms_of(text: str, softplus: tuple[float, ...]) -> tuple[Form, ...]:
         if len(rest) == 1:
             forms.append(Form(reads, 0, None, rest[0] == "one"))
         else:
-            forms.append(Form(reads, int(rest[0]), Activation(rest[1], float(next(numbers)), float(next(numbers)))))
+            forms.append(Form(reads, int(rest[0]), activations.parse(rest[1], numbers)))
     return tuple(forms)
 
 

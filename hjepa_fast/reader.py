@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import activations
-from .activations import Activation
+from .activations import Activation, Activations
 from .errors import NotFusedError
 from .models import SeparableHNN
 from .transforms import outside_graphs
@@ -104,8 +104,8 @@ def _collect(net: nn.Sequential, prefix: str, owner: str, found: list[tuple[str,
             found.append((place, layer))
 
 
-def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Activation]:
-    """Weights, biases and the activation of the MLP that `module` is, or holds as `.net`.
+def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Activations]:
+    """Weights, biases and the activations of the MLP that `module` is, or holds as `.net`.
 
     The tensors are the module's own, so gradients reach its parameters. A layer without bias gets zeros.
 
@@ -123,7 +123,17 @@ def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[T
         It is one, but its input is odd, its output is not a scalar, its layers do not fit together or its tensors differ in
         dtype or device.
     """
-    net, owner = sequential_of(module), name_of(module)
+    owner = name_of(module)
+    weights, biases, activation = read_layers(sequential_of(module), owner)
+    if weights[-1].shape[0] != 1:
+        raise ValueError(f"a Hamiltonian has one output, {owner} has {weights[-1].shape[0]}")
+    if even and weights[0].shape[1] % 2:
+        raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; {owner} takes {weights[0].shape[1]}")
+    return weights, biases, activation
+
+
+def read_layers(net: nn.Sequential, owner: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Activations]:
+    """As `read_mlp`, of an `nn.Sequential` with any numbers of inputs and outputs."""
     layers = layers_of(net, owner)
     if not layers:
         raise TypeError(f"{owner} has no layers")
@@ -141,12 +151,9 @@ def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[T
                 f"layer {place} of {owner} must be a smooth activation "
                 f"({', '.join(activations.NAMES)}), found {_layer_kind(layer)}"
             )
-        if activation not in used:
-            used.append(activation)
+        used.append(activation)
     if len(linears) * 2 != len(layers) + 1:
         raise NotFusedError(f"{owner} must start and end with nn.Linear, found {len(layers)} layers")
-    if len(used) > 1:
-        raise NotFusedError(f"{owner} mixes activations, one is supported: {sorted(used)}")
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for place, layer in linears:
@@ -163,15 +170,11 @@ def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[T
             raise ValueError(f"layer widths must be positive, layer {place} of {owner} is {list(weight.shape)}")
         weights.append(weight)
         biases.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
-    if weights[-1].shape[0] != 1:
-        raise ValueError(f"a Hamiltonian has one output, {owner} has {weights[-1].shape[0]}")
-    if even and weights[0].shape[1] % 2:
-        raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; {owner} takes {weights[0].shape[1]}")
     for what in ("dtype", "device"):
         values = {str(getattr(t, what)) for t in (*weights, *biases)}
         if len(values) > 1:
             raise ValueError(f"the layers of {owner} must share one {what}, found {', '.join(sorted(values))}")
-    return tuple(weights), tuple(biases), used[0] if used else Activation("tanh")
+    return tuple(weights), tuple(biases), activations.of_layers(used)
 
 
 def _layer_kind(layer: nn.Module) -> str:
@@ -184,6 +187,19 @@ def _layer_kind(layer: nn.Module) -> str:
     if kind.__name__ == "Linear":
         return f"{kind.__module__}.{kind.__qualname__}, which is no nn.Linear; a quantised network must be dequantised first"
     return name_of(layer)
+
+
+def says_terms(module: nn.Module) -> bool:
+    """Whether the module's class says what it computes by a method `hamiltonian_terms`.
+
+    What a base class says does not hold for the forward that a subclass puts in its place.
+    """
+    for base in type(module).__mro__:
+        if "hamiltonian_terms" in base.__dict__:
+            return True
+        if "forward" in base.__dict__:
+            return False
+    return False
 
 
 # What stands around the layers
@@ -227,6 +243,9 @@ def _at_trace_time(context: Any) -> None:
 @outside_graphs("reading a Hamiltonian's module looks at code")
 def _prove(module: nn.Module) -> None:
     _check_global_hooks()
+    if says_terms(module):
+        _check_untouched(module, name_of(module))
+        return
     if not isinstance(module, SeparableHNN):
         _prove_mlp(module, name_of(module))
         return
@@ -237,6 +256,14 @@ def _prove(module: nn.Module) -> None:
     _prove_mlp(module.potential, f"{owner}.potential")
     if module.kinetic is not None:
         _prove_mlp(module.kinetic, f"{owner}.kinetic")
+
+
+def prove_layers(net: nn.Sequential, owner: str) -> None:
+    """As `prove`, of an `nn.Sequential` that is called as such."""
+    if torch.compiler.is_dynamo_compiling():
+        return _prove_while_tracing(net)
+    _check_untouched(net, owner)
+    _check_layers(net, owner, "")
 
 
 def _prove_mlp(module: nn.Module, owner: str) -> None:

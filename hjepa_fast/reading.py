@@ -89,6 +89,8 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool
     # zeros in place of a bias, made in inference mode, could not be trained through later
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
         return False
+    if reader.says_terms(module):
+        return False
     nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
     named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)
     if not (reader.is_net(module) if named else type(module) in (nn.Sequential, SeparableHNN)):

@@ -71,6 +71,20 @@ HJEPA_INLINE void reciprocal_and_log1p(Vec<double> u, Vec<double>& reciprocal, V
   log1p = lanewise(u, [](double v) { return __builtin_log1p(v); });
 }
 
+// exp(x) - 1 for x <= 0.
+HJEPA_INLINE Vec<float> expm1_of_negative(Vec<float> x, Vec<float> e) {
+  Vec<float> p = x * 2.48015873e-05f + 1.98412698e-04f;
+  p = p * x + 1.38888889e-03f;
+  p = p * x + 8.33333333e-03f;
+  p = p * x + 4.16666667e-02f;
+  p = p * x + 1.66666667e-01f;
+  p = p * x + 0.5f;
+  return x > -0.5f ? x + (x * x) * p : e - 1.0f;
+}
+HJEPA_INLINE Vec<double> expm1_of_negative(Vec<double> x, Vec<double>) {
+  return lanewise(x, [](double v) { return __builtin_expm1(v); });
+}
+
 HJEPA_INLINE Vec<float> tanh(Vec<float> x) {
   const Vec<float> y = absolute<float>(x), x2 = x * x;
   Vec<float> p = x2 * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -175,6 +189,16 @@ HJEPA_INLINE Derivatives<T> derivatives(const Activation& activation, Vec<T> a) 
     const Vec<T> u1 = scale * (T(1) + T(3) * cubic * a * a), u2 = T(6) * scale * cubic * a, slope = T(1) - t * t;
     return {T(0.5) * a * (T(1) + t), T(0.5) * (T(1) + t) + T(0.5) * a * slope * u1,
             slope * u1 + T(0.5) * a * slope * (u2 - T(2) * t * u1 * u1)};
+  } else if constexpr (kind == Kind::sigmoid) {
+    const Vec<T> s = sigmoid<T>(a, u), slope = s * (T(1) - s);
+    return {s, slope, slope * (T(1) - T(2) * s)};
+  } else if constexpr (kind == Kind::elu) {
+    const T alpha = T(activation.beta);
+    const auto linear = a > T(0);
+    const Vec<T> x = linear ? splat<T>(0) : a, e = exp(x), slope = alpha * e;
+    return {linear ? a : alpha * expm1_of_negative(x, e), linear ? splat<T>(1) : slope, linear ? splat<T>(0) : slope};
+  } else if constexpr (kind == Kind::quadratic) {
+    return {a * a, T(2) * a, splat<T>(2)};
   } else {
     Vec<T> s, c;
     sincos(a, s, c);
@@ -192,6 +216,9 @@ HJEPA_INLINE void with_kind(Kind kind, F f) {
     case Kind::gelu: return f.template operator()<Kind::gelu>();
     case Kind::gelu_tanh: return f.template operator()<Kind::gelu_tanh>();
     case Kind::sin: return f.template operator()<Kind::sin>();
+    case Kind::sigmoid: return f.template operator()<Kind::sigmoid>();
+    case Kind::elu: return f.template operator()<Kind::elu>();
+    case Kind::quadratic: return f.template operator()<Kind::quadratic>();
   }
 }
 

@@ -126,7 +126,7 @@ struct FeatureThread {
   void evaluate(T* H, T* tape, i64 strideT) {
     const int last = p.L - 1;
     const T* w_out = p.W[last];
-    for (i64 b = 0; b < B; ++b) activate<T>(p.activation, a + b * w, z + b * w, d + b * w, padded);
+    for (i64 b = 0; b < B; ++b) activate<T>(p.activation[0], a + b * w, z + b * w, d + b * w, padded);
     if (tape && thread == 0) copy_rows(tape, strideT, a, w, B, h);
     i64 at = h;
     for (int l = 0; l < last; ++l) {
@@ -147,7 +147,7 @@ struct FeatureThread {
           for (i64 g = 0; g < n_rows; ++g) ab[g] += p.b[l][row + g];
           if (tape && p.tape_layers) copy_rows(tape + b * strideT + at + row, 0, ab, 0, 1, n_rows);
         }
-        activate<T>(p.activation, a_group, z_group, d_group, round_up(B * GROUP, LANES<T>));
+        activate<T>(p.activation[l + 1], a_group, z_group, d_group, round_up(B * GROUP, LANES<T>));
         for (i64 b = 0; b < B; ++b) {
           T *zb = z_group + b * GROUP, *db = d_group + b * GROUP;
           if (to_last) {

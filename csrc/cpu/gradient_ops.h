@@ -1,21 +1,21 @@
 // The operators of grad F: included by ops.cpp, whose helpers they use.
 #pragma once
 
-#define GRADIENT_ARGUMENTS                                                                                          \
-  "Tensor x, Tensor[] weights, Tensor[] biases, int activation, float beta, float threshold, bool bf16, int n_threads, " \
-  "int isa) -> ()"
-
-constexpr const char* GRADIENT = "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, " GRADIENT_ARGUMENTS;
+// parameters: weights, then biases. numbers: of each hidden layer's activation its kind, beta and threshold.
+constexpr const char* GRADIENT = "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, Tensor x, Tensor[] parameters, "
+                                 "Tensor numbers, int options) -> ()";
 constexpr const char* GRADIENT_BACKWARD =
-    "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor(c!)[] factors, Tensor g_gradient, Tensor g_value, Tensor tape, " GRADIENT_ARGUMENTS;
+    "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor(c!)[] factors, Tensor[] given, Tensor tape, Tensor x, "
+    "Tensor[] parameters, Tensor numbers, int options) -> ()";
 
 struct GradientArguments {
-  const Tensor &tape, &x;
-  const std::vector<Tensor>&weights, &biases;
-  i64 activation;
-  double beta, threshold;
-  bool bf16;
-  i64 n_threads, isa;
+  const Tensor &tape, &x, &numbers;
+  std::vector<Tensor> weights, biases;
+  Options options;
+
+  GradientArguments(const Tensor& tape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& numbers, i64 options)
+      : tape(tape), x(x), numbers(numbers), weights(parameters.begin(), parameters.begin() + parameters.size() / 2),
+        biases(parameters.begin() + parameters.size() / 2, parameters.end()), options{options} {}
 };
 
 // The memory of a call, and what it computes.
@@ -28,9 +28,10 @@ struct GradientCall {
 
   explicit GradientCall(const GradientArguments& in)
       : in(in), tail_weights(in.weights.begin() + 1, in.weights.end()), tail_biases(in.biases.begin() + 1, in.biases.end()),
-        kernels(kernels_for<T>(in.isa, in.bf16)) {
+        kernels(kernels_for<T>(in.options.isa(), in.options.bf16())) {
     const bool keep = in.tape.size(1) > 0;
-    take_network(g.net, tail_weights, Kind(in.activation), in.beta, in.threshold, keep, true);
+    take_activations(g.net.activation, int(tail_weights.size()), data<double>(in.numbers));
+    take_network(g.net, tail_weights, keep, true);
     g.net.tape_layers = keep;
     g.B = in.x.size(0);
     g.tape = data<T>(in.tape);
@@ -58,7 +59,7 @@ struct GradientCall {
     g.gradient = data<T>(gradient);
     g.value = data<T>(value);
     const double work = this->work();
-    Team team(work < WORTH_A_THREAD ? 1 : int(in.n_threads), work);
+    Team team(work < WORTH_A_THREAD ? 1 : int(in.options.n_threads()), work);
     const i64 rounds = (g.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
     const i64 n_tiles = std::min(rounds * team.size(), g.B), rows = (g.B + n_tiles - 1) / n_tiles;
     std::vector<T*> scratch(team.size());
@@ -91,7 +92,7 @@ struct GradientCall {
     g.g_value = data<T>(g_value);
     const double work = this->work();
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
-    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.n_threads, g.B), share = (g.B + n_tasks - 1) / n_tasks;
+    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.options.n_threads(), g.B), share = (g.B + n_tasks - 1) / n_tasks;
     const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
     Team team(int(n_tasks), 3 * work);
     std::vector<T*> scratch(team.size());
@@ -129,6 +130,9 @@ void check(const std::vector<const Tensor*>& tensors, const GradientArguments& i
   STD_TORCH_CHECK(in.weights.size() > 1 && in.weights.size() <= MAX_LAYERS, "hjepa_fast_cpp: unsupported number of layers");
   const auto dtype = in.x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
+  STD_TORCH_CHECK(in.numbers.scalar_type() == ScalarType::Double && in.numbers.is_contiguous() &&
+                      in.numbers.numel() == 3 * i64(in.weights.size() - 1),
+                  "hjepa_fast_cpp: numbers must be float64");
   for (const auto* list : {&in.weights, &in.biases})
     for (const Tensor& y : *list)
       STD_TORCH_CHECK(y.scalar_type() == dtype && y.is_contiguous() && y.is_cpu(), "hjepa_fast_cpp: unlike parameters");
@@ -136,19 +140,20 @@ void check(const std::vector<const Tensor*>& tensors, const GradientArguments& i
     STD_TORCH_CHECK(y->scalar_type() == dtype && y->is_contiguous() && y->is_cpu(), "hjepa_fast_cpp: unlike tensors");
 }
 
-void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
-              int64_t activation, double beta, double threshold, bool bf16, int64_t n_threads, int64_t isa) {
-  const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
+void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<Tensor> parameters, Tensor numbers,
+              int64_t options) {
+  const GradientArguments in(tape, x, parameters, numbers, options);
   check({&gradient, &value, &tape, &x}, in);
   expect_writes({&gradient, &tape});
   const auto run = [&]<class T>(T) { GradientCall<T>(in).forward(gradient, value); };
   x.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 
-void gradient_backward(Tensor g_x, std::vector<Tensor> sums, std::vector<Tensor> factors, Tensor g_gradient, Tensor g_value,
-                       Tensor tape, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation, double beta,
-                       double threshold, bool bf16, int64_t n_threads, int64_t isa) {
-  const GradientArguments in{tape, x, weights, biases, activation, beta, threshold, bf16, n_threads, isa};
+// given: cotangents of the gradient and of the value, or nothing.
+void gradient_backward(Tensor g_x, std::vector<Tensor> sums, std::vector<Tensor> factors, std::vector<Tensor> given, Tensor tape,
+                       Tensor x, std::vector<Tensor> parameters, Tensor numbers, int64_t options) {
+  const GradientArguments in(tape, x, parameters, numbers, options);
+  const Tensor &g_gradient = given.at(0), &g_value = given.at(1);
   check({&g_x, &g_gradient, &g_value, &tape, &x}, in);
   const auto run = [&]<class T>(T) { GradientCall<T>(in).backward(g_x, sums, factors, g_gradient, g_value); };
   x.scalar_type() == ScalarType::Float ? run(float()) : run(double());

@@ -120,7 +120,7 @@ struct Network {
   HJEPA_INLINE void enter(int l, const T* x, i64 r, i64 column, const T* H, const Layers<T>& keep) {
     if (keep.a[l]) put(keep.a[l] + r * keep.stride[l], x, column, p.width[l]);
     T *z = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
-    activate<T>(p.activation, x, z, slope, NR<T>);
+    activate<T>(p.activation[l], x, z, slope, NR<T>);
     if (l + 1 < p.L) return;
     const T* w_out = p.W[l] + column;
     Vec<T> energy = {};
@@ -185,7 +185,7 @@ struct NetworkAdjoint : Network<P> {
     }
     crew.template over_panels<T>(R, h, [&](i64 r, i64 column) {
       const i64 c = r * w + column;
-      activate<T>(p.activation, kept.a[0] + c, e[0] + c, d[0] + c, NR<T>);
+      activate<T>(p.activation[0], kept.a[0] + c, e[0] + c, d[0] + c, NR<T>);
       const T* g = p.L > 1 ? kept.g[0] + c : p.W[0] + column;
       for (i64 j = 0; j < NR<T>; j += LANES<T>) store(e[0] + c + j, load(g + j) * load(d[0] + c + j));
     });
@@ -205,7 +205,7 @@ struct NetworkAdjoint : Network<P> {
   void enter(i64 R) {
     crew.template over_panels<T>(R, h, [&](i64 r, i64 column) {
       const i64 c = r * w + column;
-      activate<T>(p.activation, kept.a[0] + c, v + c, z(0, R) + c, d[0] + c, zd(0, R) + c, curve[0] + c, NR<T>);
+      activate<T>(p.activation[0], kept.a[0] + c, v + c, z(0, R) + c, d[0] + c, zd(0, R) + c, curve[0] + c, NR<T>);
     });
   }
 
@@ -218,7 +218,7 @@ struct NetworkAdjoint : Network<P> {
       product<P>(crew, zd(l, R), lds[l], R, p.width[l], p.by_WT[l], p.width[l + 1], this->converted,
                  [&](T* x, i64 r, i64 column) {
                    const i64 c = r * lds[l + 1] + column;
-                   activate<T>(p.activation, kept.a[l + 1] + c, x, z(l + 1, R) + c, d[l + 1] + c, zd(l + 1, R) + c,
+                   activate<T>(p.activation[l + 1], kept.a[l + 1] + c, x, z(l + 1, R) + c, d[l + 1] + c, zd(l + 1, R) + c,
                                curve[l + 1] + c, NR<T>);
                  });
     }

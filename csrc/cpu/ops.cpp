@@ -81,15 +81,42 @@ const Kernels<T>& kernels_for(i64 isa, bool bf16) {
     return generic_double;
 }
 
-struct Arguments {
-  const Tensor &K, &dt, &scheme;
-  const std::vector<Tensor>&weights, &biases;
-  i64 begin, end, activation;
-  double beta, threshold;
-  bool bf16;
-  double tolerance;
-  i64 max_evaluations, n_threads, isa, path;
+// What is no number of the problem: threads, then bits from 16 on: instruction set + 1 (8), path (8), and one each for bfloat16
+// products, every layer on the tape, the path after every step, sums that hold nothing yet.
+struct Options {
+  i64 bits;
+  i64 n_threads() const { return bits & 0xffff; }
+  i64 isa() const { return (bits >> 16 & 0xff) - 1; }
+  i64 path() const { return bits >> 24 & 0xff; }
+  bool bf16() const { return bits >> 32 & 1; }
+  bool layers() const { return bits >> 33 & 1; }
+  bool every() const { return bits >> 34 & 1; }
+  bool fresh() const { return bits >> 35 & 1; }
 };
+
+// parameters: K, weights, biases. numbers: of each layer's activation its kind, beta and threshold; tolerance, most evaluations; the
+// scheme, four for each sub-step.
+#define DENSE_ARGUMENTS "Tensor[] parameters, Tensor dt, Tensor numbers, int begin, int end, int options) -> ()"
+
+struct Arguments {
+  const Tensor &K, &dt, &numbers;
+  std::vector<Tensor> weights, biases;
+  i64 begin, end;
+  Options options;
+
+  Arguments(const std::vector<Tensor>& parameters, const Tensor& dt, const Tensor& numbers, i64 begin, i64 end, i64 options)
+      : K(parameters.at(0)), dt(dt), numbers(numbers), weights(parameters.begin() + 1, parameters.begin() + 1 + parameters.size() / 2),
+        biases(parameters.begin() + 1 + parameters.size() / 2, parameters.end()), begin(begin), end(end), options{options} {}
+
+  // what follows the activations
+  int rest() const { return 3 * int(weights.size()); }
+  double number(int i) const { return static_cast<const double*>(numbers.data_ptr())[i]; }
+};
+
+inline const double* take_activations(Activation* to, int n, const double* numbers) {
+  for (int l = 0; l < n; ++l, numbers += 3) to[l] = {Kind(int(numbers[0])), numbers[1], numbers[2]};
+  return numbers;
+}
 
 template <class T>
 T* data(const Tensor& x) {
@@ -100,7 +127,8 @@ void check(const Tensor& a, const Arguments& in) {
   const auto dtype = a.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
   STD_TORCH_CHECK(!in.weights.empty() && in.weights.size() <= MAX_LAYERS, "hjepa_fast_cpp: unsupported number of layers");
-  STD_TORCH_CHECK(in.scheme.scalar_type() == ScalarType::Double, "hjepa_fast_cpp: scheme must be float64");
+  STD_TORCH_CHECK(in.numbers.scalar_type() == ScalarType::Double && in.numbers.is_contiguous() && in.numbers.numel() >= in.rest() + 2,
+                  "hjepa_fast_cpp: numbers must be float64");
   for (const auto* list : {&in.weights, &in.biases})
     for (const Tensor& x : *list)
       STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.is_cpu(), "hjepa_fast_cpp: unlike parameters");
@@ -114,16 +142,16 @@ Problem<T> problem_of(const Tensor& a, const Tensor& sq, const Tensor& tape, con
   p.L = int(in.weights.size());
   i64 all = 0;
   for (int l = 0; l < p.L; ++l) all += 2 * (p.width[l] = in.weights[l].size(1));
-  p.activation = {Kind(in.activation), in.beta, in.threshold};
+  take_activations(p.activation, p.L, data<double>(in.numbers));
   p.B = a.size(0);
   p.n_steps = in.dt.size(1);
   p.begin = in.begin;
   p.end = in.end;
-  p.n_sub = int(in.scheme.size(0));
-  p.scheme = data<double>(in.scheme);
+  p.n_sub = int(in.numbers.numel() - in.rest() - 2) / 4;
+  p.scheme = data<double>(in.numbers) + in.rest() + 2;
   for (int i = 0; i < p.n_sub; ++i) p.implicit |= p.scheme[4 * i + 2] != 0 || p.scheme[4 * i + 3] != 0;
-  p.tolerance = in.tolerance;
-  p.max_evaluations = in.max_evaluations;
+  p.tolerance = in.number(in.rest());
+  p.max_evaluations = i64(in.number(in.rest() + 1));
   p.dt = data<T>(in.dt);
   p.dt_stride = in.dt.size(0) == 1 ? 0 : p.n_steps;
   p.n_kept = sq.size(1);
@@ -312,12 +340,10 @@ struct Weights {
 };
 
 template <class T>
-void take_network(Net<T>& p, const std::vector<Tensor>& weights, Kind kind, double beta, double threshold, bool keep,
-                  bool layers) {
+void take_network(Net<T>& p, const std::vector<Tensor>& weights, bool keep, bool layers) {
   p.L = int(weights.size());
   i64 all = 0;
   for (int l = 0; l < p.L; ++l) all += 2 * (p.width[l] = weights[l].size(1));
-  p.activation = {kind, beta, threshold};
   p.tape_layers = layers || p.L == 1;
   p.tape_width = !keep ? 0 : p.tape_layers ? all - p.width[p.L - 1] : p.width[0];
 }
@@ -333,7 +359,7 @@ void needs(const Problem<T>& p, bool& kick, bool& drift) {
 
 template <class T>
 void run_features(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
-  const i64 n_threads = work_of(p) * p.B < WORTH_MEETINGS ? 1 : in.n_threads;
+  const i64 n_threads = work_of(p) * p.B < WORTH_MEETINGS ? 1 : in.options.n_threads();
   Team team(int(std::min<i64>(n_threads, N_BLOCKS)), call_work(p));
   T* shared = nullptr;
   std::vector<T*> scratch(team.size());
@@ -375,8 +401,8 @@ void run_tasks(Team& team, i64 n_steps, i64 n_tasks, bool crew, const F& f) {
 
 template <class T>
 void run_rows(const Kernels<T>& kernels, const Weights<T>& weights, const Arguments& in, Problem<T>& p) {
-  const i64 n_threads = call_work(p) < WORTH_A_THREAD ? 1 : in.n_threads;
-  const bool crew = wants_crew(p.B, CREW_ROWS, in.path, work_of(p) * i64(sizeof(T)));
+  const i64 n_threads = call_work(p) < WORTH_A_THREAD ? 1 : in.options.n_threads();
+  const bool crew = wants_crew(p.B, CREW_ROWS, in.options.path(), work_of(p) * i64(sizeof(T)));
   Team team(int(crew ? std::min(n_threads, kernels.n_panels(p.width[0])) : n_threads), call_work(p));
   const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
   const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
@@ -460,9 +486,9 @@ void forward_as(Tensor& a, Tensor& sq, Tensor& sp, Tensor& energy, Tensor& tape,
   p.energy = data<T>(energy);
   p.residual = data<T>(residual);
   p.evaluations = data<std::int32_t>(evaluations);
-  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
+  const Kernels<T>& kernels = kernels_for<T>(in.options.isa(), in.options.bf16() && !p.implicit);
   const Weights<T> weights{in.weights, in.biases, kernels};
-  const bool features = !p.implicit && (in.path == FEATURES || (in.path == CHOOSE && p.B <= FEW_ROWS));
+  const bool features = !p.implicit && (in.options.path() == FEATURES || (in.options.path() == CHOOSE && p.B <= FEW_ROWS));
   (features ? run_features<T> : run_rows<T>)(kernels, weights, in, p);
 }
 
@@ -478,15 +504,15 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   p.gsq = data<T>(gsq);
   p.gsp = data<T>(gsp);
   p.gE = data<T>(gE);
-  const Kernels<T>& kernels = kernels_for<T>(in.isa, in.bf16 && !p.implicit);
+  const Kernels<T>& kernels = kernels_for<T>(in.options.isa(), in.options.bf16() && !p.implicit);
   const Weights<T> weights{in.weights, in.biases, kernels};
   const i64 steps = p.end - p.begin;
   const bool small = work_of(p) * p.B * p.n_sub * steps < WORTH_A_THREAD;
   // the tasks, and with them the order of summation, do not depend on how many threads there turn out to be
-  const bool crew = wants_crew(p.B, CREW_ROWS_BACKWARD, in.path, work_of(p) * i64(sizeof(T)));
-  const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads, p.B), share = (p.B + n_tasks - 1) / n_tasks;
+  const bool crew = wants_crew(p.B, CREW_ROWS_BACKWARD, in.options.path(), work_of(p) * i64(sizeof(T)));
+  const i64 n_tasks = small || crew ? 1 : std::min(in.options.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
   const i64 tiles = crew ? 1 : (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
-  Team team(int(crew && !small ? std::min(in.n_threads, kernels.n_panels(p.width[0])) : n_tasks), 3 * call_work(p));
+  Team team(int(crew && !small ? std::min(in.options.n_threads(), kernels.n_panels(p.width[0])) : n_tasks), 3 * call_work(p));
   const int n_scratch = crew ? 1 : team.size(), crew_size = crew ? team.size() : 1;
   bool kick, drift;
   needs(p, kick, drift);
@@ -517,32 +543,27 @@ void backward_as(Tensor& la, Tensor& lsq, Tensor& lsp, Tensor& gdt, Tensor& resi
   add_up(parts, team, kernels);
 }
 
-void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor residual, Tensor evaluations, Tensor K,
-             std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt, Tensor scheme, int64_t begin, int64_t end,
-             int64_t activation, double beta, double threshold, bool bf16, double tolerance, int64_t max_evaluations,
-             int64_t n_threads, int64_t isa, int64_t path) {
-  const Arguments in{K,    dt,        scheme,          weights,   biases, begin, end, activation, beta, threshold,
-                     bf16, tolerance, max_evaluations, n_threads, isa,    path};
+void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor residual, Tensor evaluations,
+             std::vector<Tensor> parameters, Tensor dt, Tensor numbers, int64_t begin, int64_t end, int64_t options) {
+  const Arguments in(parameters, dt, numbers, begin, end, options);
   check(a, in);
   expect_writes({&sq, &sp, &tape});
   const auto run = a.scalar_type() == ScalarType::Float ? forward_as<float> : forward_as<double>;
   run(a, sq, sp, energy, tape, residual, evaluations, in);
 }
 
-void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, Tensor residual, std::vector<Tensor> sums, Tensor gsq, Tensor gsp,
-              Tensor gE, Tensor tape, Tensor K, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor dt,
-              Tensor scheme, int64_t begin, int64_t end, int64_t activation, double beta, double threshold, bool bf16,
-              double tolerance, int64_t max_evaluations, int64_t n_threads, int64_t isa, int64_t path) {
-  const Arguments in{K,    dt,        scheme,          weights,   biases, begin, end, activation, beta, threshold,
-                     bf16, tolerance, max_evaluations, n_threads, isa,    path};
+// given: cotangents of sq, sp and the energies.
+void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, Tensor residual, std::vector<Tensor> sums, std::vector<Tensor> given,
+              Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor numbers, int64_t begin, int64_t end, int64_t options) {
+  const Arguments in(parameters, dt, numbers, begin, end, options);
   check(la, in);
   const auto run = la.scalar_type() == ScalarType::Float ? backward_as<float> : backward_as<double>;
-  run(la, lsq, lsp, gdt, residual, sums, gsq, gsp, gE, tape, in);
+  run(la, lsq, lsp, gdt, residual, sums, given.at(0), given.at(1), given.at(2), tape, in);
 }
 
 template <class T>
-void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, const Tensor& base, i64 n_threads, i64 isa) {
-  const Kernels<T>& kernels = kernels_for<T>(isa, false);
+void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, const Tensor& base, Options options) {
+  const Kernels<T>& kernels = kernels_for<T>(options.isa(), false);
   const i64 m = X.size(0), inner = X.size(1), columns = Y.size(2), panels = kernels.n_panels(columns);
   const Target<T> y{data<T>(Y), Y.size(1), Y.stride(0), Y.stride(1), data<T>(base), base.numel() ? base.stride(0) : 0};
   const i64 wide = 2 * kernels.lanes, size = inner * wide;
@@ -550,7 +571,7 @@ void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, co
   const bool few = m <= kernels.tile_rows;
   const i64 as_is = few && !transposed ? columns / wide : 0;
   const i64 row_tiles = few ? 1 : (m + kernels.tile_rows - 1) / kernels.tile_rows, column_tiles = few ? panels : 1;
-  if (m * inner * columns < WORTH_A_THREAD) n_threads = 1;
+  const i64 n_threads = m * inner * columns < WORTH_A_THREAD ? 1 : options.n_threads();
   Team team(int(std::min<i64>(n_threads, row_tiles * column_tiles)), double(m) * inner * columns);
   T* packed = nullptr;
   lay_out(team, [&](Memory& memory) { packed = memory.template take<T>((panels - as_is) * size); });
@@ -567,7 +588,7 @@ void product_as(Tensor& Y, const Tensor& X, const Tensor& W, bool transposed, co
 }
 
 // Y [B, n, columns] = base [B, columns] (if not empty) + X [B n, inner] W, W [inner, columns] or, transposed, its transpose.
-void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t n_threads, int64_t isa) {
+void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t options) {
   const auto dtype = Y.scalar_type();
   const auto along_rows = [](const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) <= 1; };
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
@@ -576,7 +597,7 @@ void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t
                       X.size(1) == W.size(transposed) && Y.size(2) == W.size(!transposed) &&
                       (!base.numel() || (base.size(0) == Y.size(0) && base.size(1) == Y.size(2) && along_rows(base))),
                   "hjepa_fast_cpp: unlike factors");
-  (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, n_threads, isa);
+  (dtype == ScalarType::Float ? product_as<float> : product_as<double>)(Y, X, W, transposed, base, {options});
 }
 
 #include "program_ops.h"
@@ -591,15 +612,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
   m.def("isa() -> int");
   m.def(
       "forward(Tensor(a!) a, Tensor(b!) sq, Tensor(c!) sp, Tensor(d!) energy, Tensor(e!) tape, Tensor(f!) residual, "
-      "Tensor(g!) evaluations, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, int begin, int end, "
-      "int activation, float beta, float threshold, bool bf16, float tolerance, int max_evaluations, int n_threads, int isa, "
-      "int path) -> ()");
-  m.def("product(Tensor(a!) Y, Tensor X, Tensor W, bool transposed, Tensor base, int n_threads, int isa) -> ()");
+      "Tensor(g!) evaluations, " DENSE_ARGUMENTS);
   m.def(
       "backward(Tensor(a!) la, Tensor(b!) lsq, Tensor(c!) lsp, Tensor(d!) gdt, Tensor(e!) residual, Tensor(f!)[] sums, "
-      "Tensor gsq, Tensor gsp, Tensor gE, Tensor tape, Tensor K, Tensor[] weights, Tensor[] biases, Tensor dt, Tensor scheme, "
-      "int begin, int end, int activation, float beta, float threshold, bool bf16, float tolerance, int max_evaluations, "
-      "int n_threads, int isa, int path) -> ()");
+      "Tensor[] given, Tensor tape, " DENSE_ARGUMENTS);
+  m.def("product(Tensor(a!) Y, Tensor X, Tensor W, bool transposed, Tensor base, int options) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {

@@ -28,7 +28,7 @@ constexpr int MAX_LAYERS = 32;
 // not depend on it.
 constexpr int N_BLOCKS = 8;
 
-enum class Kind : int { softplus, tanh, silu, gelu, gelu_tanh, sin };
+enum class Kind : int { softplus, tanh, silu, gelu, gelu_tanh, sin, sigmoid, elu, quadratic };
 
 struct Activation {
   Kind kind;
@@ -62,7 +62,7 @@ template <class T>
 struct Net {
   int L;
   i64 width[MAX_LAYERS];  // h_1, ..., h_L
-  Activation activation;
+  Activation activation[MAX_LAYERS];
   const T* W[MAX_LAYERS];  // [width[l+1], width[l]], for the last l the output weights w [1, h_L], padded
   i64 ldW[MAX_LAYERS];
   const T* b[MAX_LAYERS];                     // padded with zeros; the last is that of H

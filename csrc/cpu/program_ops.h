@@ -2,8 +2,7 @@
 #pragma once
 
 // parameters: the matrices that are no halves of first layers, then every network's weights and biases. program: numbers that say the rest
-// (hjepa_fast/backends/cpp.py writes them). options: threads, then bits from 16 on: instruction set + 1 (8), path (8), bfloat16
-// products, every layer on the tape, the path after every step, sums that hold nothing yet.
+// (hjepa_fast/backends/cpp.py writes them).
 #define PROGRAM_ARGUMENTS "Tensor tape, Tensor[] parameters, Tensor dt, Tensor program, int begin, int end, int options) -> ()"
 
 constexpr const char* PROGRAM_FORWARD =
@@ -16,15 +15,8 @@ struct ProgramArguments {
   const Tensor& tape;
   const std::vector<Tensor>& parameters;
   const Tensor &dt, &program;
-  i64 begin, end, options;
-
-  i64 n_threads() const { return options & 0xffff; }
-  i64 isa() const { return (options >> 16 & 0xff) - 1; }
-  i64 path() const { return options >> 24 & 0xff; }
-  bool bf16() const { return options >> 32 & 1; }
-  bool layers() const { return options >> 33 & 1; }
-  bool every() const { return options >> 34 & 1; }
-  bool fresh() const { return options >> 35 & 1; }
+  i64 begin, end;
+  Options options;
 };
 
 void check_program(const std::vector<std::vector<Tensor>>& lists, const ProgramArguments& in) {
@@ -53,7 +45,7 @@ struct ProgramCall {
   int half_of[MAX_MATRICES];  // of which network's first layer a matrix is some columns, from `column` on; or -1
   i64 column[MAX_MATRICES];
 
-  ProgramCall(const ProgramArguments& in, i64 batch, bool keep) : in(in), kernels(kernels_for<T>(in.isa(), in.bf16())) {
+  ProgramCall(const ProgramArguments& in, i64 batch, bool keep) : in(in), kernels(kernels_for<T>(in.options.isa(), in.options.bf16())) {
     const double* next = data<double>(in.program);
     const auto number = [&] { return i64(*next++); };
     p.n_registers = int(number());
@@ -85,15 +77,14 @@ struct ProgramCall {
       p.reg_a[n] = int(number());
       p.reg_d[n] = int(number());
       const i64 layers = number();
-      const Kind kind = Kind(number());
-      const double beta = *next++, threshold = *next++;
       first.push_back(*rest);
       first_bias.push_back(*(rest + layers));
       p.inner[n] = first.back().size(1);
       weights.emplace_back(rest + 1, rest + layers);
       biases.emplace_back(rest + layers + 1, rest + 2 * layers);
       rest += 2 * layers;
-      take_network(p.network[n], weights.back(), kind, beta, threshold, keep, in.layers());
+      next = take_activations(p.network[n].activation, int(layers) - 1, next);
+      take_network(p.network[n], weights.back(), keep, in.options.layers());
     }
     auto given = in.parameters.begin();
     for (int m = 0; m < p.n_matrices; ++m) matrices.push_back(half_of[m] < 0 ? *given++ : first[half_of[m]]);
@@ -128,7 +119,7 @@ struct ProgramCall {
     p.n_steps = in.dt.size(1);
     p.begin = in.begin;
     p.end = in.end;
-    p.every = in.every();
+    p.every = in.options.every();
     p.dt = data<T>(in.dt);
     p.dt_stride = in.dt.size(0) == 1 ? 0 : p.n_steps;
     for (int i = 0; i < p.n_items; ++i) {
@@ -259,8 +250,8 @@ struct ProgramCall {
 
   void forward() {
     const double work = this->work() * p.B * (p.end - p.begin);
-    const bool crew = wants_crew(p.B, CREW_ROWS, in.path(), weight_bytes());
-    const i64 n_threads = work < (crew ? 2 : 1) * WORTH_A_THREAD ? 1 : in.n_threads();
+    const bool crew = wants_crew(p.B, CREW_ROWS, in.options.path(), weight_bytes());
+    const i64 n_threads = work < (crew ? 2 : 1) * WORTH_A_THREAD ? 1 : in.options.n_threads();
     Team team(int(crew ? std::min(n_threads, narrowest()) : n_threads), work);
     const i64 rounds = (p.B + kernels.tile_rows * team.size() - 1) / (kernels.tile_rows * team.size());
     const i64 n_tiles = crew ? 1 : std::min(rounds * team.size(), p.B), rows = (p.B + n_tiles - 1) / n_tiles;
@@ -283,12 +274,12 @@ struct ProgramCall {
     const i64 steps = p.end - p.begin;
     const double work = this->work() * p.B * steps;
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
-    const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.path(), weight_bytes());
+    const bool crew = !p.again && wants_crew(p.B, CREW_ROWS_BACKWARD, in.options.path(), weight_bytes());
     const bool small = work < (crew ? 2 : 1) * WORTH_A_THREAD;
-    const i64 n_tasks = small || crew ? 1 : std::min(in.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
+    const i64 n_tasks = small || crew ? 1 : std::min(in.options.n_threads(), p.B), share = (p.B + n_tasks - 1) / n_tasks;
     const i64 most = p.again ? tile_rows_again() : kernels.tile_rows;
     const i64 tiles = crew ? 1 : (share + most - 1) / most, rows = (share + tiles - 1) / tiles;
-    Team team(int(crew && !small ? std::min(in.n_threads(), narrowest()) : n_tasks), 3 * work);
+    Team team(int(crew && !small ? std::min(in.options.n_threads(), narrowest()) : n_tasks), 3 * work);
     const int n_scratch = crew ? 1 : team.size(), crew_size = crew ? team.size() : 1;
     std::vector<T*> scratch(n_scratch);
     std::vector<ProgramSums<T>> task_sums(sums.empty() ? 0 : n_tasks);
@@ -316,13 +307,13 @@ struct ProgramCall {
       kernels.program_backward(p, p.B * i / n_tasks, p.B * (i + 1) / n_tasks, rows, size > 1 ? thread : 0, size, barrier,
                                scratch[crew ? 0 : thread], sums.empty() ? nullptr : &task_sums[i]);
     });
-    add_up(parts, team, kernels, in.fresh());
+    add_up(parts, team, kernels, in.options.fresh());
   }
 };
 
 void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor energy, Tensor z0, std::vector<Tensor> start,
                      Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
-  const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
+  const ProgramArguments in{tape, parameters, dt, program, begin, end, {options}};
   check_program({out, path, start, {energy, tape, z0}}, in);
   expect_writes({&tape});
   for (const Tensor& x : path) expect_writes({&x});
@@ -341,7 +332,7 @@ void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor e
 void program_backward(std::vector<Tensor> cotangents, std::vector<Tensor> values, Tensor gdt, std::vector<Tensor> sums,
                       std::vector<Tensor> g_path, Tensor g_energy, Tensor z0, Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end,
                       int64_t options) {
-  const ProgramArguments in{tape, parameters, dt, program, begin, end, options};
+  const ProgramArguments in{tape, parameters, dt, program, begin, end, {options}};
   check_program({cotangents, values, sums, g_path, {gdt, g_energy, tape, z0}}, in);
   const auto run = [&]<class T>(T) {
     ProgramCall<T> call(in, cotangents[0].size(0), true);

@@ -5,6 +5,7 @@ The extension is optional; `available()` and `why_not()` tell whether it is ther
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from . import torch as torch_backend
 from .torch import Gradients, Rolled, Solver, Tail, tape_width
 
 # as in csrc/cpu/problem.h
-KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
+KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5, "sigmoid": 6, "elu": 7, "quadratic": 8}
 MAX_LAYERS = 32
 
 # Between two calls of the extension Python looks for Ctrl-C: multiplications in a call, about a second's worth.
@@ -83,24 +84,30 @@ def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -
     return empty or not 0 < len(tail.weights) <= MAX_LAYERS or any(stage.mix for stage in scheme)
 
 
+def _options(weight: Tensor, work: torch.dtype) -> int:
+    """What is no number of the problem, in bits: see `Options` in csrc/cpu/ops.cpp."""
+    low = work is torch.float32 and (weight.dtype is torch.bfloat16 or torch.get_float32_matmul_precision() == "medium")
+    return torch.get_num_threads() | (isa + 1) << 16 | path << 24 | low << 32
+
+
+def _numbers_of(tail: Tail) -> list[float]:
+    """Of the activation of each hidden layer."""
+    each = [tail.activation.at(layer) for layer in range(len(tail.weights))]
+    return [x for name, beta, threshold in each for x in (KINDS[name], beta, threshold)]
+
+
+@functools.lru_cache(maxsize=256)
+def _as_tensor(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 def _operands(
-    a: Tensor, K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep]
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    weights = [w.to(a.dtype).contiguous() for w in tail.weights]
-    biases = [b.to(a.dtype).contiguous() for b in tail.biases]
-    return (
-        K.contiguous(),
-        weights,
-        biases,
-        dt.contiguous(),
-        torch.tensor([s[:4] for s in scheme], dtype=torch.float64).view(-1, 4),
-    )
-
-
-def _options(a: Tensor, tail: Tail, solver: Solver) -> tuple[int, float, float, bool, float, int, int, int]:
-    low = tail.weights[0].dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    name, beta, threshold = tail.activation
-    return KINDS[name], beta, threshold, a.dtype == torch.float32 and low, *solver, torch.get_num_threads(), isa
+    a: Tensor, K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep], solver: Solver
+) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    """Parameters, dt, numbers and options of both operators."""
+    parameters = [K.contiguous(), *[x.to(a.dtype).contiguous() for x in (*tail.weights, *tail.biases)]]
+    numbers = _as_tensor(*_numbers_of(tail), *solver, *[x for stage in scheme for x in stage[:4]])
+    return parameters, dt.contiguous(), numbers, _options(tail.weights[0], a.dtype)
 
 
 def _chunks(
@@ -134,8 +141,7 @@ def product(x: Tensor, W: Tensor, out: Tensor | None = None, base: Tensor | None
         W.T if transposed else W if by_rows else W.contiguous(),
         transposed,
         x.new_empty(0) if base is None else base if base.stride(1) == 1 else base.contiguous(),
-        torch.get_num_threads(),
-        isa,
+        _options(W, W.dtype),
     )
     return y
 
@@ -171,9 +177,9 @@ def forward(
     solved = n_steps if any(stage.implicit for stage in scheme) else 0
     residual, evaluations = a.new_empty(batch, solved), a.new_empty(batch, solved, dtype=torch.int32)
     a = a.clone(memory_format=torch.contiguous_format)
-    operands, options = _operands(a, K, tail, dt, scheme), _options(a, tail, solver)
+    *operands, options = _operands(a, K, tail, dt, scheme, solver)
     for begin, end in _chunks(batch, tail.widths, scheme, n_steps, 1):
-        torch.ops.hjepa_fast_cpp.forward(a, sq, sp, energy, tape, residual, evaluations, *operands, begin, end, *options, path)
+        torch.ops.hjepa_fast_cpp.forward(a, sq, sp, energy, tape, residual, evaluations, *operands, begin, end, options)
     return Rolled(a, sq, sp, energy, tape, residual, evaluations)
 
 
@@ -203,12 +209,11 @@ def backward(
     gdt, residual = la.new_empty(batch, n_steps), la.new_zeros(batch)
     totals = [] if sums is None else [sums.K, *sums.weights, *sums.biases]
     contiguous = [x.contiguous() for x in totals]
-    inputs = gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous(), tape.contiguous()
-    operands, options = _operands(la, K, tail, dt, scheme), _options(la, tail, solver)
+    given = [gsq.contiguous(), gsp.contiguous(), la.new_empty(0) if gE is None else gE.contiguous()]
+    tape = tape.contiguous()
+    *operands, options = _operands(la, K, tail, dt, scheme, solver)
     for begin, end in reversed([*_chunks(batch, tail.widths, scheme, n_steps, 2 if sums is None else 3)]):
-        torch.ops.hjepa_fast_cpp.backward(
-            la, lsq, lsp, gdt, residual, contiguous, *inputs, *operands, begin, end, *options, path
-        )
+        torch.ops.hjepa_fast_cpp.backward(la, lsq, lsp, gdt, residual, contiguous, given, tape, *operands, begin, end, options)
     for total, x in zip(totals, contiguous, strict=True):
         if total is not x:
             total.copy_(x)
@@ -269,8 +274,7 @@ def _write(job: Job) -> _Written:
         else:
             numbers += [0 if name == "S" else 4, 0, 0]
     for k, F in zip(program.networks, networks, strict=True):
-        name, beta, threshold = F.activation
-        numbers += [program.number("A", k), program.number("D", k), len(F.weights) + 1, KINDS[name], beta, threshold]
+        numbers += [program.number("A", k), program.number("D", k), len(F.weights) + 1, *_numbers_of(F)]
     for item in program.items:
         numbers += [item.register, item.network, item.first, item.later, item.end]
     numbers += [len(code) for code in codes]
@@ -309,11 +313,8 @@ def _program_arguments(job: Job, written: _Written) -> tuple[list[Tensor], Tenso
     parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.given]
     for (W, b), F in zip(job.firsts, job.networks, strict=True):
         parameters += [_own(W, work), *[_own(w, work) for w in F.weights], _own(b, work), *[_own(w, work) for w in F.biases]]
-    low = work is torch.float32 and (
-        job.networks[0].weights[0].dtype is torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    )
-    options = torch.get_num_threads() | (isa + 1) << 16 | path << 24 | low << 32 | (job.memory != "recompute") << 33
-    return parameters, job.dt.contiguous(), written.numbers, options | job.every_state << 34
+    options = _options(job.networks[0].weights[0], work) | (job.memory != "recompute") << 33 | job.every_state << 34
+    return parameters, job.dt.contiguous(), written.numbers, options
 
 
 def _program_chunks(written: _Written, batch: int, n_steps: int, factor: int) -> list[tuple[int, int]]:
@@ -408,9 +409,9 @@ def _gradient_delegated(x: Tensor, W: Tensor, tail: Tail) -> bool:
     return not x.numel() or 0 in W.shape or not 0 < len(tail.weights) < MAX_LAYERS
 
 
-def _gradient_operands(x: Tensor, W: Tensor, b: Tensor, tail: Tail) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    weights, biases = (W, *tail.weights), (b, *tail.biases)
-    return x.contiguous(), [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+def _gradient_operands(x: Tensor, W: Tensor, b: Tensor, tail: Tail) -> tuple[Tensor, list[Tensor], Tensor, int]:
+    parameters = [y.contiguous() for y in (W, *tail.weights, b, *tail.biases)]
+    return x.contiguous(), parameters, _as_tensor(*_numbers_of(tail)), _options(W, x.dtype)
 
 
 def gradient(x: Tensor, W: Tensor, b: Tensor, tail: Tail, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,8 +421,7 @@ def gradient(x: Tensor, W: Tensor, b: Tensor, tail: Tail, keep: bool) -> tuple[T
         return torch_backend.gradient(x, W, b, tail, keep)
     found, value = x.new_empty(x.shape), x.new_empty(x.shape[0])
     tape = x.new_empty(x.shape[0], tape_width(tail.widths, "store") if keep else 0)
-    options = _options(x, tail, Solver(0.0, 0))
-    torch.ops.hjepa_fast_cpp.gradient(found, value, tape, *_gradient_operands(x, W, b, tail), *options[:4], *options[6:])
+    torch.ops.hjepa_fast_cpp.gradient(found, value, tape, *_gradient_operands(x, W, b, tail))
     return found, value, tape
 
 
@@ -439,8 +439,8 @@ def gradient_backward(
     require()
     if _gradient_delegated(x, W, tail):
         return torch_backend.gradient_backward(g_gradient, g_value, tape, x, W, b, tail, need_weights)
-    operands, options = _gradient_operands(x, W, b, tail), _options(x, tail, Solver(0.0, 0))
-    x, weights, biases = operands
+    x, parameters, numbers, options = _gradient_operands(x, W, b, tail)
+    weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
     g_x = x.new_empty(x.shape)
     sums = [torch.empty_like(p) for p in (*biases, weights[-1])] if need_weights else []
     products = [torch.empty_like(w) for w in weights[:-1]] if need_weights else []
@@ -448,17 +448,7 @@ def gradient_backward(
 
     def run(rows: slice, sums: list[Tensor], factors: list[Tensor]) -> None:
         torch.ops.hjepa_fast_cpp.gradient_backward(
-            g_x[rows],
-            sums,
-            factors,
-            given[rows],
-            of_value[rows],
-            saved[rows],
-            x[rows],
-            weights,
-            biases,
-            *options[:4],
-            *options[6:],
+            g_x[rows], sums, factors, [given[rows], of_value[rows]], saved[rows], x[rows], parameters, numbers, options
         )
 
     if not need_weights or sum(p.numel() for p in products) <= _SMALL_WEIGHTS:

@@ -96,6 +96,7 @@ def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -
     small = 0 < a.shape[0] <= MOST_SAMPLES and 0 < len(tail.weights) <= _MAX_LAYERS
     fits = small and all(0 < width <= _WIDEST for width in tail.widths) and 0 < len(scheme) <= _MAX_SUB_STEPS
     explicit = not any(stage.mix or stage.implicit for stage in scheme)
+    fits = fits and len(tail.activation.layers) == 1 and tail.activation.layers[0].name in _KINDS
     return not (fits and explicit and n_steps and a.dtype == torch.float32)
 
 
@@ -117,8 +118,8 @@ def _common(K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep]) -> tup
         dt.contiguous(),
         [c for stage in scheme for c in (stage.kick, stage.drift)],
         tail.widths,
-        _KINDS[tail.activation.name],
-        *tail.activation[1:],
+        _KINDS[tail.activation.layers[0].name],
+        *tail.activation.layers[0][1:],
         variant,
         team,
         rows,

@@ -95,7 +95,8 @@ def _kernels() -> ModuleType:
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     empty = not n_steps or not scheme or not a.shape[0] or 0 in tail.widths
     double = a.dtype == torch.float64 and not _interpreted
-    return empty or double or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix for stage in scheme)
+    unknown = any(own.name not in _KINDS for own in tail.activation.layers) or len(tail.activation.layers) > 1
+    return empty or double or unknown or not 0 < len(tail.weights) <= _MAX_LAYERS or any(stage.mix for stage in scheme)
 
 
 def require(a: Tensor) -> None:
@@ -417,7 +418,7 @@ def forward(
     product_dtype = torch.bfloat16 if precision == "bf16" else a.dtype
 
     def prepare(choice: Blocks) -> Callable[[], None]:
-        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
+        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
         C = layout.forward._replace(EVERY_STATE=every_state, WITH_ENERGY=with_energy)
         matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=True)
         return partial(
@@ -489,7 +490,7 @@ def backward(
 
     def prepare(choice: Blocks) -> Callable[..., Iterator[tuple[Constants, Tensor]]]:
         """A sweep over all steps that yields every chunk's factors, given la, lsq and lsp, which it takes along."""
-        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation, implicit)
+        layout = layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
         C = layout.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
         matrices, vectors = _pack(C, K, tail, moves.distinct, product_dtype, transposed=False)
         step_bytes = n_sub * (

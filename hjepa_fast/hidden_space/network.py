@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import Activation
+from ..activations import Activations
 from ..hamiltonian import Term
 
 
@@ -21,7 +21,7 @@ class Tail(NamedTuple):
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
-    activation: Activation
+    activation: Activations
 
     @property
     def widths(self) -> list[int]:
@@ -133,8 +133,8 @@ def energy(tail: Network, a: Tensor) -> Tensor:
         return torch.stack(values).sum(0)
     if isinstance(tail, Quadratic):
         return 0.5 * (tail.weights[0] * a * a).sum(-1)
-    for weight, bias in zip(tail.weights, tail.biases, strict=True):
-        a = F.linear(tail.activation(a), weight, bias)
+    for layer, (weight, bias) in enumerate(zip(tail.weights, tail.biases, strict=True)):
+        a = F.linear(tail.activation.at(layer)(a), weight, bias)
     return a.squeeze(-1)
 
 
@@ -150,8 +150,8 @@ def evaluate(tail: Network, a: Tensor) -> tuple[Point | Points, Tensor, Tensor]:
     if not tail.weights:
         return Point([a], [torch.ones_like(a[:1])]), torch.ones_like(a), a.squeeze(-1)
     pre, slopes = [a], []
-    for weight, bias in zip(tail.weights, tail.biases, strict=True):
-        z, slope, _ = tail.activation.derivatives(pre[-1])
+    for layer, (weight, bias) in enumerate(zip(tail.weights, tail.biases, strict=True)):
+        z, slope, _ = tail.activation.at(layer).derivatives(pre[-1])
         slopes.append(slope)
         pre.append(F.linear(z, weight, bias))
     H = pre.pop().squeeze(-1)
@@ -202,7 +202,7 @@ def adjoint(tail: Network, point: Point | Points, v: Tensor, gE: Tensor | None, 
     ad = v
     z, slope, curve, tangent = [], [], [], []
     for i, a in enumerate(point.a):
-        s, s1, s2 = tail.activation.derivatives(a)
+        s, s1, s2 = tail.activation.at(i).derivatives(a)
         z.append(s)
         slope.append(s1)
         curve.append(s2 * ad)
@@ -247,7 +247,7 @@ def delta_at(tail: Network, point: Point | Points) -> Tensor:
     assert isinstance(point, Point)
     if isinstance(tail, Quadratic):
         return tail.weights[0] * point.a[0]
-    return point.g[0] * (tail.activation.derivatives(point.a[0])[1] if tail.weights else 1.0)
+    return point.g[0] * (tail.activation.at(0).derivatives(point.a[0])[1] if tail.weights else 1.0)
 
 
 def tail_of(term: Term) -> Tail:
@@ -293,8 +293,8 @@ def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None) -> T
     """Gradient of gE value(x), of a network at what it reads, x [B, n]: returns that of x, and adds those of the parameters."""
     assert term.activation is not None
     values, slopes = [x], []
-    for weight, bias in zip(term.weights[:-1], term.biases[:-1], strict=True):
-        z, slope, _ = term.activation.derivatives(torch.addmm(bias, values[-1], weight.T))
+    for layer, (weight, bias) in enumerate(zip(term.weights[:-1], term.biases[:-1], strict=True)):
+        z, slope, _ = term.activation.at(layer).derivatives(torch.addmm(bias, values[-1], weight.T))
         values.append(z)
         slopes.append(slope)
     e = gE[:, None]

@@ -25,7 +25,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..activations import Activation
+from ..activations import Activations
 from ..schemes import SCHEMES, SubStep, for_separable
 
 Key = tuple[str | int, ...]
@@ -50,7 +50,7 @@ class Form(NamedTuple):
     """"q", "p" or "z"."""
     n_layers: int
     """Linear layers; 0 of a quadratic form."""
-    activation: Activation | None
+    activation: Activations | None
     """None of a quadratic form."""
     scalar: bool = False
     """Of a quadratic form: one k for all coordinates."""
