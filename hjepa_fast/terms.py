@@ -65,13 +65,9 @@ class Hamiltonian(nn.Module):
         factor: float | Tensor | None = None,
     ) -> None:
         super().__init__()
-        given = list(layers.children()) if isinstance(layers, nn.Sequential) else list(layers)
-        if not given or not all(isinstance(layer, nn.Module) for layer in given):
-            found = ", ".join(type(layer).__name__ for layer in given) or "none"
-            raise TypeError(f"layers must be the network's layers, each an nn.Module; found {found}")
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {order!r}")
-        self.net = nn.Sequential(*_with_activations(given, activation))
+        self.net = nn.Sequential(*_with_activations(_layers(layers), activation))
         self.order, self.output = order, output
         (*_, (_, last)) = reader.layers_of(self.net, "Hamiltonian")
         n_outputs = getattr(last, "out_features", 1)
@@ -111,7 +107,7 @@ class Hamiltonian(nn.Module):
         reader.prove_layers(self.net, "Hamiltonian")
         found, found_biases, activation = reader.read_layers(self.net, "Hamiltonian")
         weights, biases = list(found), list(found_biases)
-        scale, shift, factor = (None if x is None else _like(x, weights[0]) for x in (self.scale, self.shift, self.factor))
+        scale, shift = (None if x is None else _like(x, weights[0]) for x in (self.scale, self.shift))
         if scale is not None:
             weights[0] = weights[0] / scale
         if shift is not None:
@@ -121,34 +117,59 @@ class Hamiltonian(nn.Module):
         if self.output is not None:
             own = self.output % weights[-1].shape[0]
             weights[-1], biases[-1] = weights[-1][own : own + 1], biases[-1][own : own + 1]
-        if factor is not None:
-            weights[-1], biases[-1] = weights[-1] * factor, biases[-1] * factor
+        if self.factor is not None:
+            _multiply(weights, biases, self.factor)
         return [hamiltonian.Term("z", tuple(weights), tuple(biases), activation)]
 
 
 class Term(nn.Module):
-    """A network of q, of p, or of z = [q, p].
+    """factor net(x), a network of x = q, p, or z = [q, p].
 
     Parameters
     ----------
-    net : nn.Module
-        An `nn.Sequential` of Linear layers with a smooth activation between them and one output, or what holds one as `.net`.
+    net : nn.Module, or a sequence of layers
+        An `nn.Sequential` of Linear layers with a smooth activation between them and one output, or what holds one as `.net`;
+        or the layers, as for `Hamiltonian`.
     reads : str
         "q", "p" or "z".
+    activation : as for `Hamiltonian`, for a sequence of layers
+    factor : float or Tensor [], optional
+        What the output is multiplied with.
     """
 
-    def __init__(self, net: nn.Module, reads: str) -> None:
+    factor: float | Tensor | None
+
+    def __init__(
+        self,
+        net: nn.Module | Sequence[nn.Module],
+        reads: str,
+        activation: Any = None,
+        *,
+        factor: float | Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.net, self.reads = net, _reads(reads, ("q", "p", "z"))
+        self.reads = _reads(reads, ("q", "p", "z"))
+        if isinstance(net, nn.Module):
+            if activation is not None:
+                raise ValueError("a network holds its activations, so none is to be given beside it")
+            self.net = net
+        else:
+            self.net = nn.Sequential(*_with_activations(_layers(net), activation))
+        _keep(self, "factor", factor, ())
 
     def forward(self, z: Tensor) -> Tensor:
         """[..., 2d] to [..., 1]."""
-        value: Tensor = self.net(_half(z, self.reads))
-        return value
+        x = _half(z, self.reads)
+        value = _column(self.net(x), x)
+        return value if self.factor is None else value * _like(self.factor, value)
 
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
         reader.prove(self.net)
-        return [hamiltonian.Term(self.reads, *reader.read_mlp(self.net, even=self.reads == "z"))]
+        found, found_biases, activation = reader.read_mlp(self.net, even=self.reads == "z")
+        weights, biases = list(found), list(found_biases)
+        if self.factor is not None:
+            _multiply(weights, biases, self.factor)
+        return [hamiltonian.Term(self.reads, tuple(weights), tuple(biases), activation)]
 
 
 class Quadratic(nn.Module):
@@ -211,20 +232,46 @@ class Separable(SumHNN):
 
     Parameters
     ----------
-    V : nn.Module
-        The potential, a network of q, like `Term.net`.
-    T : nn.Module, optional
-        The kinetic energy, a network of p; without one it is |p|^2 / 2.
+    V : nn.Module, Term, or a sequence of layers
+        The potential, a network of q: what `Term` takes, or a term with an activation or a factor of its own.
+    T : the same, optional
+        The kinetic energy, of p; without one it is |p|^2 / 2.
     quadratic : float or Tensor [] or [d], optional
         k of (k q) . q / 2, added to V.
     """
 
-    def __init__(self, V: nn.Module, T: nn.Module | None = None, quadratic: float | Tensor | None = None) -> None:
-        terms: list[nn.Module] = [Term(V, "q")]
+    def __init__(
+        self,
+        V: nn.Module | Sequence[nn.Module],
+        T: nn.Module | Sequence[nn.Module] | None = None,
+        quadratic: float | Tensor | None = None,
+    ) -> None:
+        terms: list[nn.Module] = [_term(V, "q")]
         if quadratic is not None:
             terms.append(Quadratic("q", quadratic))
-        terms.append(Quadratic("p") if T is None else Term(T, "p"))
+        terms.append(Quadratic("p") if T is None else _term(T, "p"))
         super().__init__(*terms)
+
+
+def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
+    if not isinstance(net, Term):
+        return Term(net, reads)
+    if net.reads != reads:
+        raise ValueError(f"the term in place of a function of {reads} reads {net.reads}")
+    return net
+
+
+def _layers(layers: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
+    given = list(layers.children()) if isinstance(layers, nn.Sequential) else list(layers)
+    if not given or not all(isinstance(layer, nn.Module) for layer in given):
+        found = ", ".join(type(layer).__name__ for layer in given) or "none"
+        raise TypeError(f"layers must be the network's layers, each an nn.Module; found {found}")
+    return given
+
+
+def _multiply(weights: list[Tensor], biases: list[Tensor], factor: float | Tensor) -> None:
+    own = _like(factor, weights[-1])
+    weights[-1], biases[-1] = weights[-1] * own, biases[-1] * own
 
 
 def _with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
