@@ -6,6 +6,7 @@ from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
 from .matching import gradient, step_residual, vector_field
 from .models import BaselineMLP, LatentHNN, SeparableHNN
+from .ports import PortHNN
 from .terms import Hamiltonian, Quadratic, Separable, SumHNN, Term
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "EulerIntegrator",
     "Hamiltonian",
     "LatentHNN",
+    "PortHNN",
     "Quadratic",
     "Rollout",
     "Separable",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import typing
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, ops, plan, transforms, validation
+from . import hamiltonian, ops, plan, ports, transforms, validation
 from .backends import cpp, cuda, reference, triton
 from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
 from .hidden_space.outline import work_dtype
+from .ports import PortHNN
 from .schemes import SCHEMES, for_separable
 
 INTEGRATORS = tuple(SCHEMES)
@@ -62,6 +65,7 @@ def rollout(
     max_evaluations: int = 50,
     unconverged: str = "raise",
     omega: float = 1.0,
+    control: Tensor | None = None,
 ) -> Rollout:
     """Roll an MLP Hamiltonian's dynamics q' = dH/dp, p' = -dH/dq forward in time, all steps in one call.
 
@@ -103,6 +107,8 @@ def rollout(
         What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`.
     omega : float
         Of "tao": how strongly its two copies of the state are coupled.
+    control : Tensor [..., m] or [..., n_steps, m], optional
+        Of a `PortHNN`: held throughout, or over each step. Its leading sizes and those of z0 are broadcast against each other.
     backend : str
         "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
         autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
@@ -136,6 +142,15 @@ def rollout(
     Under autocast a rollout runs in float32.
     """
     validation.check_choice(backend, BACKENDS, "backend")
+    hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
+    if isinstance(hnn, PortHNN):
+        step = functools.partial(
+            rollout, integrator=integrator, backend=backend, memory=memory, tolerance=tolerance,
+            max_evaluations=max_evaluations, unconverged=unconverged, omega=omega,
+        )  # fmt: skip
+        return _with_port(hnn, z0, dt, n_steps, control, step, energy, states)
+    if control is not None:
+        ports.check_control(hnn, control, z0)
     mlp = hamiltonian.of_any_module(hnn, z0, backend)
     key = None
     if isinstance(mlp, SumHamiltonian) and mlp.plans is not None:
@@ -196,6 +211,51 @@ def rollout(
             distance = residual.reshape(*lead, n_steps)
     path = path.reshape(*lead, n_steps + 1, mlp.latent_dim) if every_state else path.reshape(*lead, mlp.latent_dim)
     return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
+
+
+def _with_port(
+    model: PortHNN,
+    z0: Tensor,
+    dt: float | Tensor,
+    n_steps: int,
+    control: Tensor | None,
+    step: Callable[..., Rollout],
+    with_energy: bool,
+    which: str,
+) -> Rollout:
+    """The integrator's steps with half of the friction and of the force before and after each."""
+    if model.kind is None and control is None:
+        return step(model.H, z0, dt, n_steps, energy=with_energy, states=which)
+    settings = step.keywords  # type: ignore[attr-defined]
+    backend = settings["backend"]
+    H = hamiltonian.of_any_module(model.H, z0, backend)
+    z0 = validation.as_state(z0, H, "z0")
+    n_steps = validation.as_count(n_steps, "n_steps")
+    validation.check_choice(which, ("all", "final"), "states")
+    with_energy = validation.as_flag(with_energy, "energy")
+    for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
+        if settings[what] in refused:
+            raise ValueError(f'{what}="{settings[what]}" is not there for a rollout with friction or a control')
+    ports.check_control(model, control, z0, n_steps)
+    z, forces = ports.spread(model, z0, control, n_steps)
+    lead = z.shape[:-1]
+    steps = validation.as_step_sizes(dt, z, n_steps).to(z.dtype)
+    steps = steps.reshape(*(lead if len(steps) > 1 else [1] * len(lead)), -1)
+
+    def one_step(z: Tensor, h: Tensor) -> Rollout:
+        return step(model.H, z, h, 1, states="final")
+
+    def gradient(z: Tensor) -> Tensor:
+        from .matching import gradient  # which calls on this module
+
+        return gradient(model.H, z, backend=backend)
+
+    path, found = ports.rolled(model, z, steps, forces, n_steps, one_step, gradient)
+    states = torch.stack(path, dim=-2)
+    solves = [one.solve for one in found if one.solve is not None]
+    solve = Solve(*(torch.cat(parts, dim=-1) for parts in zip(*solves, strict=True))) if solves else None
+    value = energy(model.H, states) if with_energy else None
+    return Rollout(states if which == "all" else path[-1], value, solve)
 
 
 def _by_plan(known: plan.Plan, z0: Tensor, dt: float | Tensor) -> Rollout:
@@ -305,14 +365,14 @@ def _state(backend: str, z0: Tensor) -> str:
     return choice if backend == "auto" else "available"
 
 
-def leapfrog(hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int) -> Tensor:
+def leapfrog(hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, control: Tensor | None = None) -> Tensor:
     """Leapfrog trajectory of an MLP Hamiltonian: kick, drift, kick (H-JEPA, Algorithm 1).
 
     p' = p - dt/2 Hq(q, p);  q+ = q + dt Hp(q, p');  p+ = p' - dt/2 Hq(q+, p').
 
     Arguments as for `rollout`. Returns the states [..., n_steps + 1, 2d], z0 first.
     """
-    return rollout(hnn, z0, dt, n_steps, integrator="leapfrog").states
+    return rollout(hnn, z0, dt, n_steps, integrator="leapfrog", control=control).states
 
 
 def energy(hnn: nn.Module, z: Tensor) -> Tensor:
@@ -323,5 +383,5 @@ def energy(hnn: nn.Module, z: Tensor) -> Tensor:
     TypeError, ValueError
         As for `rollout`.
     """
-    H = hamiltonian.of_any_module(hnn, z, "reference")
+    H = hamiltonian.of_any_module(hnn.H if isinstance(hnn, PortHNN) else hnn, z, "reference")
     return H.energy(validation.as_state(z, H, "z"))

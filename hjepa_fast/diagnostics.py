@@ -22,6 +22,8 @@ from . import hamiltonian, validation
 from .api import INTEGRATORS, rollout
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
+from .matching import gradient, vector_field
+from .ports import PortHNN
 from .schemes import SCHEMES, Properties
 
 SYMPLECTICITY, VOLUME, REVERSAL, ORDER, GROWTH, GRADIENTS = 1e-12, 1e-10, 1e-9, 0.2, 3.0, 1e-6
@@ -176,12 +178,15 @@ def symplecticity_defect(
     integrator: str = "leapfrog",
     backend: str = "auto",
     dtype: torch.dtype = torch.float64,
+    contraction: float | Tensor = 0.0,
 ) -> Tensor:
-    """max |J^T Omega J - Omega| of one step's Jacobian J, Omega = [[0, I], [-I, 0]]: zero for a symplectic map.
+    """max |J^T Omega J - c Omega| of one step's Jacobian J, Omega = [[0, I], [-I, 0]], c = 1: zero for a symplectic map.
 
-    Parameters and errors as for `step_jacobian`; returns float64 [...].
+    With `contraction` g dt it is c = exp(-g dt): zero for a symplectic step with conformal friction g of one coefficient
+    (`PortHNN`). Parameters and errors as for `step_jacobian`; returns float64 [...].
     """
-    return _omega_defect(step_jacobian(hnn, z, dt, integrator=integrator, backend=backend, dtype=dtype))
+    J = step_jacobian(hnn, z, dt, integrator=integrator, backend=backend, dtype=dtype)
+    return _omega_defect(J, torch.exp(-torch.as_tensor(contraction, dtype=torch.float64, device=J.device)))
 
 
 def volume_defect(
@@ -347,6 +352,62 @@ def energy_drift(
         level = half.mean().item()
         slope = (steps @ half / steps.square().sum()).item() / level if level else 0.0
     return Drift(mean, maximum, growth, slope, path, int(infinite[0]) if len(infinite) else None, rounding)
+
+
+def energy_growth(
+    hnn: nn.Module,
+    z0: Tensor,
+    dt: float,
+    n_steps: int,
+    *,
+    control: Tensor | None = None,
+    integrator: str = "leapfrog",
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The largest rise of H over a step of a rollout, max_t H(z_{t+1}) - H(z_t); negative where H falls in every step.
+
+    Friction takes energy out, so without a control a rise is an error of the discretisation: of a `PortHNN` with "rayleigh"
+    friction its size is what the step violates dH/dt <= 0 by. Parameters as for `energy_drift`; returns float64 [...].
+    """
+    network, z0 = _copies(hnn, z0, dtype)
+    with torch.no_grad():
+        u = None if control is None else control.detach().to(dtype)
+        out = rollout(network, z0, dt, n_steps, integrator=integrator, energy=True, backend=backend, control=u)
+    assert out.energy is not None
+    return out.energy.double().diff(dim=-1).amax(-1)
+
+
+class Power(NamedTuple):
+    """Where a `PortHNN`'s energy comes from and goes to, at given states, [...] each: rate = supplied - lost."""
+
+    rate: Tensor
+    """dH/dt = grad H . z', by the vector field."""
+    supplied: Tensor
+    """Hp . G u, by the control."""
+    lost: Tensor
+    """Hp . (g p) of conformal friction, Hp . (g Hp) of Rayleigh's, which is never negative."""
+
+
+def power_balance(model: PortHNN, z: Tensor, control: Tensor | None = None, *, backend: str = "auto") -> Power:
+    """dH/dt at states z [..., 2d] under a control [..., m], beside the power put in and the power lost.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a `PortHNN`; and as `vector_field`.
+    """
+    if not isinstance(model, PortHNN):
+        raise TypeError(f"power_balance is of a PortHNN, found {type(model).__name__}")
+    with torch.no_grad():
+        field = vector_field(model, z, control=control, backend=backend)
+        gradient_of_H = gradient(model, z, backend=backend)
+        p, Hp = z.chunk(2, dim=-1)[1], gradient_of_H.chunk(2, dim=-1)[1]
+        g, zero = model.friction, Hp.new_zeros(())
+        lost = zero if g is None else Hp * g * (p if model.kind == "conformal" else Hp)
+        supplied = zero if control is None else Hp * model.force(control)
+        rate = gradient_of_H * field
+        return Power(rate.sum(-1), *(x.expand(field.chunk(2, dim=-1)[0].shape).sum(-1) for x in (supplied, lost)))
 
 
 def gradient_check(
@@ -685,7 +746,8 @@ def _copies(hnn: nn.Module, z: Tensor, dtype: torch.dtype) -> tuple[nn.Module, T
     network = copy.deepcopy(hnn).to(dtype).requires_grad_(False)
     if isinstance(z, Tensor):
         z = z.detach().to(dtype, copy=True)
-    return network, validation.as_state(z, hamiltonian.of_any_module(network, z, "reference"), "z")
+    inner = network.H if isinstance(network, PortHNN) else network
+    return network, validation.as_state(z, hamiltonian.of_any_module(inner, z, "reference"), "z")
 
 
 def _end(network: nn.Module, z: Tensor, dt: float, n_steps: int, integrator: str, backend: str) -> Tensor:
@@ -698,12 +760,12 @@ def _distance(z: Tensor, z0: Tensor) -> Tensor:
     return distance.nan_to_num(nan=math.inf)
 
 
-def _omega_defect(J: Tensor) -> Tensor:
+def _omega_defect(J: Tensor, c: float | Tensor = 1.0) -> Tensor:
     half = J.shape[-1] // 2
     of_q, of_p = J.double().split(half, dim=-2)
     form = of_q.mT @ of_p
     form = form - form.mT
-    eye = torch.eye(half, dtype=form.dtype, device=form.device)
+    eye = c * torch.eye(half, dtype=form.dtype, device=form.device)
     form[..., :half, half:] -= eye
     form[..., half:, :half] += eye
     return form.abs().amax((-2, -1))

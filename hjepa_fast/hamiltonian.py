@@ -197,6 +197,11 @@ def _size_of(term: Term) -> int:
 
 
 def _terms_of(module: nn.Module) -> list[Term]:
+    if getattr(module, "_acts_on_states", False):
+        raise TypeError(
+            f"{reader.name_of(module)} has friction or a control, which is no part of H; use hjepa_fast.rollout, leapfrog, "
+            "vector_field or step_residual, or pass its .H"
+        )
     reader.prove(module)
     if isinstance(module, SeparableHNN):
         V = Term("q", *reader.read_mlp(module.potential, even=False))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import gradient_ops, hamiltonian, validation
+from . import gradient_ops, hamiltonian, ports, validation
 from .api import BACKENDS, choose_backend, rollout, through_transforms
 from .backends import reference
 from .hamiltonian import ModuleHamiltonian, Term
+from .ports import PortHNN
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -41,7 +42,7 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     RuntimeError
         A backend asked for by name that is not there; a third derivative through one that has none.
     """
-    return _gradient(hnn, z, backend, rotated=False)
+    return _gradient(hnn.H if isinstance(hnn, PortHNN) else hnn, z, backend, rotated=False)
 
 
 def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
@@ -76,18 +77,34 @@ def _of_term(term: Term, x: Tensor, backend: str, rotated: bool = False) -> Tens
     return gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend, rotated)
 
 
-def vector_field(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
-    """J grad H = (Hp, -Hq) at every state: z' of Hamilton's equations q' = Hp, p' = -Hq.
+def vector_field(hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """J grad H = (Hp, -Hq) at every state: z' of Hamilton's equations q' = Hp, p' = -Hq; with a `PortHNN`'s friction and force.
 
     To match derivatives z' of the data, minimise |z' - vector_field(hnn, z)|^2 (Greydanus et al., 2019).
 
-    Parameters, errors and what is returned are those of `gradient`: [..., 2d].
+    Parameters, errors and what is returned are those of `gradient`: [..., 2d]; and
+
+    control : Tensor [..., m], optional
+        Of a `PortHNN`.
     """
-    return _gradient(hnn, z, backend, rotated=True)
+    hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
+    if not isinstance(hnn, PortHNN):
+        ports.check_control(hnn, control, z)
+        return _gradient(hnn, z, backend, rotated=True)
+    field = _gradient(hnn.H, z, backend, rotated=True)
+    ports.check_control(hnn, control, z)
+    return ports.added(hnn, z.to(field.dtype), field, control)
 
 
 def step_residual(
-    hnn: nn.Module, z0: Tensor, z1: Tensor, dt: float | Tensor, *, scheme: str = "implicit-midpoint", backend: str = "auto"
+    hnn: nn.Module,
+    z0: Tensor,
+    z1: Tensor,
+    dt: float | Tensor,
+    *,
+    scheme: str = "implicit-midpoint",
+    control: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """z1 minus the step from z0: zero where the data follow the network's step. One-step matching minimises its square.
 
@@ -108,6 +125,8 @@ def step_residual(
         Step size; a tensor may require grad. 0-d for all, or [..., 1] per sample.
     scheme : str
         One of `STEPS`.
+    control : Tensor [..., m], optional
+        Of a `PortHNN`, held over the step.
     backend : str
         As for `gradient`.
 
@@ -130,7 +149,7 @@ def step_residual(
             f"z0 and z1 must share one dtype and device, found {z0.dtype} on {z0.device} and {z1.dtype} on {z1.device}"
         )
     if scheme == "leapfrog":
-        return z1 - rollout(hnn, z0, dt, 1, states="final", backend=backend).states
+        return z1 - rollout(hnn, z0, dt, 1, states="final", backend=backend, control=control).states
     if z0.ndim == 0:
         raise ValueError("z0 must be [..., 2d], found a number")
     step = validation.as_step_sizes(dt, z0, 1)
@@ -141,4 +160,4 @@ def step_residual(
         "symplectic-euler": lambda: torch.cat((z0[..., :d], z1[..., d:]), dim=-1),
         "euler": lambda: z0,
     }[scheme]()
-    return z1 - z0 - step * vector_field(hnn, where, backend=backend)
+    return z1 - z0 - step * vector_field(hnn, where, control=control, backend=backend)

@@ -1,0 +1,208 @@
+"""Friction and control around a Hamiltonian: port-Hamiltonian systems.
+
+    q' = Hp        p' = -Hq - friction + G u
+
+with a control u through a port G, held over a step, and friction of one of two kinds:
+
+    conformal   g p     The momenta decay by exp(-g dt). Around a symplectic step with a scalar g the symplectic form
+                        contracts by exactly that (McLachlan and Perlmutter, J. Geom. Phys. 39, 276, 2001).
+    rayleigh    g Hp    The power lost is Hp . (g Hp) >= 0, whatever H is.
+
+A step is symmetric: half of the friction, half of the force, the integrator's step, half of the force, half of the friction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import hamiltonian, validation
+from .errors import NotFusedError
+
+FRICTIONS = ("conformal", "rayleigh")
+
+
+class PortHNN(nn.Module):
+    """A Hamiltonian with friction and a port for a control, both learnable.
+
+    Parameters
+    ----------
+    H : nn.Module
+        A Hamiltonian as `hjepa_fast.rollout` takes it.
+    control_dim : int
+        Size m of the control; 0 for none.
+    friction : str, optional
+        "conformal" or "rayleigh".
+    per_dimension : bool
+        A coefficient for each momentum; else one for all.
+    initial_friction : float
+        Where the coefficient starts, > 0.
+    latent_dim : int, optional
+        2d, where H is a class that cannot be read (see docs/hamiltonians.md).
+
+    Attributes
+    ----------
+    port : nn.Parameter [d, m] or None
+        G. Xavier-normal at first.
+    friction : Tensor [] or [d], or None
+        g >= 0, the softplus of a parameter.
+    """
+
+    _acts_on_states = True
+
+    def __init__(
+        self,
+        H: nn.Module,
+        control_dim: int = 0,
+        friction: str | None = None,
+        per_dimension: bool = False,
+        *,
+        initial_friction: float = 0.1,
+        latent_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        control_dim = validation.as_count(control_dim, "control_dim")
+        if friction is not None:
+            validation.check_choice(friction, FRICTIONS, "friction")
+        if not validation.as_number(initial_friction, "initial_friction") > 0:
+            raise ValueError(f"initial_friction must be positive, found {initial_friction}")
+        try:
+            size = hamiltonian.from_module(H).latent_dim
+        except NotFusedError:
+            if latent_dim is None:
+                raise
+            size = validation.as_count(latent_dim, "latent_dim", least=2)
+        if latent_dim not in (None, size):
+            raise ValueError(f"latent_dim must be {size} for this Hamiltonian, found {latent_dim}")
+        d = size // 2
+        self.H, self.kind, self.control_dim = H, friction, control_dim
+        self.port = nn.Parameter(torch.empty(d, control_dim)) if control_dim else None
+        if self.port is not None:
+            nn.init.xavier_normal_(self.port)
+        start = math.log(math.expm1(initial_friction))
+        shape = (d,) if validation.as_flag(per_dimension, "per_dimension") else ()
+        self.raw_friction = nn.Parameter(torch.full(shape, start)) if friction else None
+
+    @property
+    def friction(self) -> Tensor | None:
+        return None if self.raw_friction is None else F.softplus(self.raw_friction)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """H(z): [..., 2d] to [..., 1]."""
+        value: Tensor = self.H(z)
+        return value
+
+    def force(self, control: Tensor) -> Tensor:
+        """G u: [..., m] to [..., d]."""
+        assert self.port is not None
+        return control @ self.port.T
+
+
+def check_control(model: nn.Module, control: Tensor | None, z: Tensor, n_steps: int | None = None) -> None:
+    """A control must be [..., m] or, where there are steps, [..., n_steps, m], for states z [..., 2d].
+
+    Raises
+    ------
+    TypeError, ValueError
+        Another type, dtype, device or shape; a Hamiltonian without a port.
+    """
+    if control is None:
+        return
+    if not isinstance(model, PortHNN) or not model.control_dim:
+        raise ValueError(
+            f"control was given, and {type(model).__name__} has no port for it; see hjepa_fast.PortHNN(control_dim=)"
+        )
+    if not isinstance(control, Tensor):
+        raise TypeError(f"control must be a tensor, found {type(control).__name__}")
+    m = model.control_dim
+    held = n_steps is None or control.ndim <= z.ndim
+    wanted = f"[..., {m}]" if n_steps is None else f"[..., {m}] held throughout, or [..., {n_steps}, {m}]"
+    sizes = () if held else (n_steps,)
+    if not 0 < control.ndim <= z.ndim + (not held) or tuple(control.shape[len(control.shape) - len(sizes) - 1 :]) != (
+        *sizes,
+        m,
+    ):
+        raise ValueError(f"control must be {wanted} for states {list(z.shape)}, found {list(control.shape)}")
+    if control.dtype != z.dtype or control.device != z.device:
+        raise TypeError(
+            f"control and the states must share one dtype and device, found {control.dtype} on {control.device} and {z.dtype} "
+            f"on {z.device}"
+        )
+    lead = control.shape[: control.ndim - len(sizes) - 1]
+    try:
+        torch.broadcast_shapes(lead, z.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"control {list(control.shape)} and states {list(z.shape)} must agree in their leading sizes, found {list(lead)} "
+            f"and {list(z.shape[:-1])}"
+        ) from None
+
+
+def spread(model: PortHNN, z: Tensor, control: Tensor | None, n_steps: int) -> tuple[Tensor, Tensor | None]:
+    """States of the common leading shape, [..., 2d], and forces [..., 1 or n_steps, d] that broadcast to it."""
+    if control is None:
+        return z, None
+    held = control.ndim <= z.ndim
+    if held:
+        control = control[..., None, :]
+    lead = torch.broadcast_shapes(control.shape[:-2], z.shape[:-1])
+    return z.expand(*lead, z.shape[-1]), model.force(control)
+
+
+def moved(
+    model: PortHNN, z: Tensor, h: Tensor, force: Tensor | None, gradient: Callable[[Tensor], Tensor], force_first: bool
+) -> Tensor:
+    """Half a step of friction and force. z is [..., 2d], h [..., 1], force [..., d]."""
+    q, p = z.chunk(2, dim=-1)
+    g = model.friction
+
+    def pushed(p: Tensor) -> Tensor:
+        return p if force is None else p + h / 2 * force
+
+    if force_first:
+        p = pushed(p)
+    if g is not None and model.kind == "conformal":
+        p = torch.exp(-g * h / 2) * p
+    elif g is not None:
+        p = p - h / 2 * g * gradient(torch.cat((q, p), dim=-1)).chunk(2, dim=-1)[1]
+    if not force_first:
+        p = pushed(p)
+    return torch.cat((q, p), dim=-1)
+
+
+def rolled(
+    model: PortHNN,
+    z: Tensor,
+    steps: Tensor,
+    forces: Tensor | None,
+    n_steps: int,
+    one_step: Callable[[Tensor, Tensor], Any],
+    gradient: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], list[Any]]:
+    """Every state [..., 2d] of a rollout from z, and what `one_step(z, dt)` gave for each step. steps: [..., 1 or n_steps]."""
+    states, found = [z], []
+    for t in range(n_steps):
+        h = steps[..., min(t, steps.shape[-1] - 1), None]
+        force = None if forces is None else forces[..., min(t, forces.shape[-2] - 1), :]
+        z = moved(model, z, h, force, gradient, force_first=False)
+        found.append(one_step(z, h))
+        z = moved(model, found[-1].states, h, force, gradient, force_first=True)
+        states.append(z)
+    return states, found
+
+
+def added(model: PortHNN, z: Tensor, field: Tensor, control: Tensor | None) -> Tensor:
+    """The vector field J grad H [..., 2d] with friction and force."""
+    q_dot, p_dot = field.chunk(2, dim=-1)
+    g = model.friction
+    if g is not None:
+        p_dot = p_dot - g * (z.chunk(2, dim=-1)[1] if model.kind == "conformal" else q_dot)
+    if control is not None:
+        p_dot = p_dot + model.force(control)
+    q_dot, p_dot = torch.broadcast_tensors(q_dot, p_dot)
+    return torch.cat((q_dot, p_dot), dim=-1)

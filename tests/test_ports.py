@@ -1,0 +1,254 @@
+"""Friction and control, against textbook code; and what they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hjepa_fast as hf
+from hjepa_fast import diagnostics
+from hjepa_fast.testing import make_hnn, make_states, make_two_networks
+
+D, M = 3, 2
+MODELS = {"general": lambda: make_hnn(2 * D, (7, 5)), "separable": lambda: make_two_networks(2 * D, (7,), (5,))}
+
+
+def make(name="general", friction=None, control_dim=M, per_dimension=False, g=0.4):
+    torch.manual_seed(0)
+    return hf.PortHNN(MODELS[name](), control_dim, friction, per_dimension, initial_friction=g).double()
+
+
+def textbook(model, z, dt, n, control=None):
+    """A rollout by leapfrog with nested autograd, and the moves around each step written out."""
+
+    def field(z):
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        return torch.autograd.grad(model.H(z).sum(), z, create_graph=True)[0].chunk(2, dim=-1)
+
+    def friction(q, p, h):
+        g = nn.functional.softplus(model.raw_friction)
+        if model.kind == "conformal":
+            return torch.exp(-g * h / 2) * p
+        return p - h / 2 * g * field(torch.cat((q, p), -1))[1]
+
+    if control is not None:
+        lead = control.shape[:-1] if control.ndim <= z.ndim else control.shape[:-2]
+        z = z.expand(*torch.broadcast_shapes(lead, z.shape[:-1]), 2 * D)
+    states = [z]
+    for t in range(n):
+        h = dt if isinstance(dt, float) or dt.ndim == 0 else dt[..., t : t + 1] if dt.shape[-1] > 1 else dt
+        u = None if control is None else control if control.ndim <= z.ndim else control[..., t, :]
+        q, p = z.chunk(2, dim=-1)
+        if model.kind:
+            p = friction(q, p, h)
+        if u is not None:
+            p = p + h / 2 * u @ model.port.T
+        p = p - h / 2 * field(torch.cat((q, p), -1))[0]
+        q = q + h * field(torch.cat((q, p), -1))[1]
+        p = p - h / 2 * field(torch.cat((q, p), -1))[0]
+        if u is not None:
+            p = p + h / 2 * u @ model.port.T
+        if model.kind:
+            p = friction(q, p, h)
+        z = torch.cat((q, p), -1)
+        states.append(z)
+    return torch.stack(states, dim=-2)
+
+
+CONTROLS = {
+    "none": (None, (4,)),
+    "held": (lambda n: make_states(4, M, seed=7), (4,)),
+    "one for all": (lambda n: make_states(M, seed=7), (4,)),
+    "per step": (lambda n: make_states(4, n, M, seed=7), (4,)),
+    "many for one state": (lambda n: make_states(5, n, M, seed=7), (1,)),
+    "one state": (lambda n: make_states(n, M, seed=7), ()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("friction", "per_dimension"), [(None, False), ("conformal", False), ("conformal", True), ("rayleigh", True)]
+)
+@pytest.mark.parametrize("control", CONTROLS)
+def test_states_energies_and_gradients(name, backend, friction, per_dimension, control):
+    model, n = make(name, friction, per_dimension=per_dimension), 3
+    make_control, lead = CONTROLS[control]
+    results = []
+    for textbooks in (False, True):
+        z0 = make_states(*lead, 2 * D).requires_grad_()
+        u = None if make_control is None else make_control(n).requires_grad_()
+        dt = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        if textbooks:
+            states = textbook(model, z0, dt, n, u)
+            H = model.H(states).squeeze(-1)
+        else:
+            out = hf.rollout(model, z0, dt, n, control=u, energy=True, backend=backend)
+            states, H = out.states, out.energy
+        wanted = [z0, dt, *([] if u is None else [u]), *model.parameters()]
+        loss = (states * torch.linspace(0.5, 1.5, states.numel()).reshape(states.shape)).sum() + H.square().sum()
+        results.append((states, H, *torch.autograd.grad(loss, wanted, allow_unused=True)))
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10 if k < 2 else 1e-9, atol=1e-11 if k < 2 else 1e-10)
+
+
+@pytest.mark.parametrize("dt", [torch.tensor([0.1, 0.3, 0.2]), torch.linspace(0.1, 0.3, 4)[:, None], torch.rand(4, 3) / 5])
+def test_step_sizes(dt):
+    model, z0, u = make(friction="conformal"), make_states(4, 2 * D), make_states(4, 3, M, seed=7)
+    states = hf.rollout(model, z0, dt.double(), 3, control=u).states
+    torch.testing.assert_close(states, textbook(model, z0, dt.double().expand(4, -1), 3, u))
+    last = hf.rollout(model, z0, dt.double(), 3, control=u, states="final").states
+    assert torch.equal(last, states[:, -1])
+
+
+@pytest.mark.parametrize("friction", [None, "conformal", "rayleigh"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+def test_vector_field_and_residual(friction, backend):
+    model, z, u = make(friction=friction), make_states(4, 2 * D), make_states(4, M, seed=7)
+    x = z.clone().requires_grad_()
+    Hq, Hp = torch.autograd.grad(model.H(x).sum(), x)[0].chunk(2, dim=-1)
+    p_dot = -Hq + u @ model.port.T
+    if friction:
+        p_dot = p_dot - model.friction * (z[:, D:] if friction == "conformal" else Hp)
+    torch.testing.assert_close(hf.vector_field(model, z, control=u, backend=backend), torch.cat((Hp, p_dot), -1))
+    torch.testing.assert_close(hf.gradient(model, z, backend=backend), torch.cat((Hq, Hp), -1))
+    torch.testing.assert_close(hf.energy(model, z), model(z).squeeze(-1))
+    for scheme in ("implicit-midpoint", "leapfrog", "euler"):
+        z1 = hf.rollout(model, z, 0.1, 1, control=u, states="final").states if scheme == "leapfrog" else z
+        residual = hf.step_residual(model, z, z1, 0.1, scheme=scheme, control=u, backend=backend)
+        expected = torch.zeros_like(z) if scheme == "leapfrog" else -0.1 * torch.cat((Hp, p_dot), -1)
+        torch.testing.assert_close(residual, expected, atol=1e-13, rtol=1e-7)
+
+
+def test_without_friction_and_control_it_is_the_fused_rollout():
+    model, z0 = make(), make_states(4, 2 * D)
+    out = hf.rollout(model, z0, 0.2, 4, integrator="implicit-midpoint", energy=True, memory="reversible")
+    expected = hf.rollout(model.H, z0, 0.2, 4, integrator="implicit-midpoint", energy=True)
+    assert torch.equal(out.states, expected.states)
+    torch.testing.assert_close(
+        hf.rollout(model, z0, 0.2, 4, control=torch.zeros(M).double()).states, hf.leapfrog(model.H, z0, 0.2, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "integrator"), [("separable", "leapfrog"), ("general", "implicit-midpoint"), ("general", "implicit-leapfrog")]
+)
+def test_the_symplectic_form_contracts_by_the_friction(name, integrator):
+    model, z, dt = make(name, "conformal", control_dim=0), make_states(3, 2 * D), 0.3
+    contraction = (model.friction * dt).item()
+    found = diagnostics.symplecticity_defect(model, z, dt, integrator=integrator, contraction=contraction)
+    assert found.max() < 1e-12
+    assert diagnostics.symplecticity_defect(model, z, dt, integrator=integrator).min() > 1e-2
+    J = diagnostics.step_jacobian(model, z, dt, integrator=integrator)
+    torch.testing.assert_close(
+        torch.linalg.det(J), torch.full((3,), math.exp(-contraction * D), dtype=torch.float64), rtol=1e-11, atol=0
+    )
+
+
+def test_order_two_with_friction_and_control():
+    """A symmetric step: errors fall by four where dt is halved."""
+    for friction in ("conformal", "rayleigh"):
+        model, z0, u = make("separable", friction), make_states(4, 2 * D), make_states(4, M, seed=7)
+        with torch.no_grad():
+            ends = [hf.rollout(model, z0, 1.0 / n, n, control=u, states="final").states for n in (8, 16, 256)]
+        ratio = ((ends[0] - ends[2]).norm() / (ends[1] - ends[2]).norm()).item()
+        assert (3.5 < ratio < 4.5) if friction == "conformal" else ratio > 1.8
+
+
+def test_rayleigh_friction_takes_energy_out():
+    model, z0 = make("separable", "rayleigh", control_dim=0, g=1.0), make_states(6, 2 * D)
+    assert diagnostics.energy_growth(model, z0, 0.02, 200).max() <= 1e-9
+    assert diagnostics.energy_growth(model.H, z0, 0.02, 200).max() > 1e-9  # what the step without friction does
+    driven = make("separable", "rayleigh", g=1e-3)
+    assert diagnostics.energy_growth(driven, z0, 0.02, 20, control=torch.full((M,), 5.0).double()).max() > 1e-3
+
+
+@pytest.mark.parametrize("friction", [None, "conformal", "rayleigh"])
+def test_power_balance(friction):
+    model, z, u = make(friction=friction), make_states(6, 2 * D), make_states(M, seed=7)
+    rate, supplied, lost = diagnostics.power_balance(model, z, u)
+    torch.testing.assert_close(rate, supplied - lost, rtol=0, atol=1e-13)
+    assert (lost >= 0).all() if friction == "rayleigh" else friction or not lost.any()
+    assert supplied.abs().max() > 0
+    rate, supplied, lost = diagnostics.power_balance(model, z)
+    torch.testing.assert_close(rate, -lost, rtol=0, atol=1e-13)
+
+
+def test_friction_is_never_negative_and_is_learned():
+    model = make(friction="conformal", per_dimension=True)
+    assert model.friction.shape == (D,)
+    torch.testing.assert_close(model.friction, torch.full((D,), 0.4).double(), rtol=1e-7, atol=0)
+    with torch.no_grad():
+        model.raw_friction.fill_(-50)
+    assert (model.friction >= 0).all()
+    model = make("separable", "conformal", control_dim=0, g=0.01)
+    z0 = make_states(32, 2 * D)
+    with torch.no_grad():
+        wanted = hf.rollout(make("separable", "conformal", control_dim=0, g=0.5), z0, 0.1, 10).states
+    optimizer = torch.optim.Adam([model.raw_friction], lr=0.2)
+    for _ in range(120):
+        optimizer.zero_grad()
+        (hf.rollout(model, z0, 0.1, 10).states - wanted).square().mean().backward()
+        optimizer.step()
+    assert abs(model.friction.item() - 0.5) < 0.02
+
+
+def test_implicit_steps_say_how_well_they_were_solved():
+    model, z0 = make(friction="conformal"), make_states(2, 4, 2 * D)
+    out = hf.rollout(model, z0, 0.1, 5, integrator="implicit-midpoint", unconverged="flag")
+    assert out.solve.converged.shape == (2, 4, 5)
+    assert out.solve.converged.all()
+
+
+def test_in_a_compiled_graph_and_in_float32():
+    model, z0, u = make(friction="rayleigh").float(), make_states(4, 2 * D).float(), make_states(4, 2, M, seed=7).float()
+    run = torch.compile(lambda z, u: hf.rollout(model, z, 0.1, 2, control=u).states, fullgraph=True)
+    torch.testing.assert_close(run(z0, u), hf.rollout(model, z0, 0.1, 2, control=u).states)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, z: hf.rollout(m.H, z, 0.1, 2, control=torch.ones(M)), ValueError, "no port"),
+        (lambda m, z: hf.rollout(hf.PortHNN(m.H, 0, "conformal"), z, 0.1, 2, control=torch.ones(M)), ValueError, "no port"),
+        (lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(3).double()), ValueError, r"\[\.\.\., 2\] held.*found \[3\]"),
+        (
+            lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(4, 3, M).double()),
+            ValueError,
+            r"\[\.\.\., 2, 2\].*\[4, 3, 2\]",
+        ),
+        (
+            lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(5, 2, M).double()),
+            ValueError,
+            r"leading sizes.*\[5\] and \[4\]",
+        ),
+        (lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(M)), TypeError, "float32"),
+        (lambda m, z: hf.rollout(m, z, 0.1, 2, control=[1.0, 2.0]), TypeError, "found list"),
+        (lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(M).double(), memory="reversible"), ValueError, "reversible"),
+        (lambda m, z: hf.rollout(m, z, 0.1, 2, control=torch.ones(M).double(), integrator="tao"), ValueError, "tao"),
+        (lambda m, z: hf.vector_field(m.H, z, control=torch.ones(M).double()), ValueError, "no port"),
+        (lambda m, z: hf.vector_field(m, z, control=torch.ones(3).double()), ValueError, r"found \[3\]"),
+        (lambda m, z: hf.BitReversible(m, 0.1), TypeError, "bit-reversible; found PortHNN"),
+        (lambda m, z: hf.PortHNN(m.H, -1), ValueError, "control_dim"),
+        (lambda m, z: hf.PortHNN(m.H, 1, "viscous"), ValueError, "conformal, rayleigh; found 'viscous'"),
+        (lambda m, z: hf.PortHNN(m.H, 1, "rayleigh", initial_friction=-0.1), ValueError, "found -0.1"),
+        (lambda m, z: hf.PortHNN(m.H, 1, latent_dim=8), ValueError, "must be 6.*found 8"),
+        (lambda m, z: diagnostics.power_balance(m.H, z), TypeError, "found LatentHNN"),
+    ],
+)
+def test_what_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call(make(friction="conformal"), make_states(4, 2 * D))
+
+
+def test_nothing_takes_the_friction_for_nothing():
+    """Where a function works with H alone it says so, rather than leave the friction out."""
+    model, z0 = make(friction="conformal", control_dim=0), make_states(4, 2 * D)
+    integrator = hf.SymplecticIntegrator(model, 0.1)
+    torch.testing.assert_close(integrator.rollout(z0, 3), textbook(model, z0, 0.1, 3), rtol=1e-6, atol=1e-7)
+    with pytest.raises(TypeError, match="pass its .H"):
+        hf.rollout(hf.SumHNN(model, hf.Quadratic("q")), z0, 0.1, 1)
