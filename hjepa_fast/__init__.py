@@ -8,6 +8,7 @@ from .matching import gradient, step_residual, vector_field
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 from .ports import PortHNN
 from .terms import Hamiltonian, Quadratic, Separable, SumHNN, Term
+from .times import odeint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "energy",
     "gradient",
     "leapfrog",
+    "odeint",
     "rollout",
     "step_residual",
     "vector_field",
