@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import activations
+from . import activations, adapters
 from .activations import Activation, Activations
 from .errors import NotFusedError
 from .models import SeparableHNN
@@ -137,11 +137,11 @@ def read_layers(net: nn.Sequential, owner: str) -> tuple[tuple[Tensor, ...], tup
     layers = layers_of(net, owner)
     if not layers:
         raise TypeError(f"{owner} has no layers")
-    linears: list[tuple[str, nn.Linear]] = []
+    linears: list[tuple[str, Any]] = []
     used: list[Activation] = []
     for index, (place, layer) in enumerate(layers):
         if index % 2 == 0:
-            if not isinstance(layer, nn.Linear):
+            if not adapters.is_linear(layer):
                 raise NotFusedError(f"layer {place} of {owner} must be nn.Linear, found {_layer_kind(layer)}")
             linears.append((place, layer))
             continue
@@ -159,7 +159,12 @@ def read_layers(net: nn.Sequential, owner: str) -> tuple[tuple[Tensor, ...], tup
     for place, layer in linears:
         for hook in layer._forward_pre_hooks.values():
             hook(layer, ())  # sets layer.weight; `prove` has made sure that it does no more
-        weight, bias = layer.weight, layer.bias
+        weight: Tensor
+        bias: Tensor | None
+        if adapters.is_adapter(layer):
+            weight, bias = adapters.effective(layer, f"layer {place} of {owner}")
+        else:
+            weight, bias = layer.weight, layer.bias
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {place} of {owner} has no weights yet; call the network once to create them")
         if weights and weight.shape[1] != weights[-1].shape[0]:
@@ -286,6 +291,9 @@ def _check_layers(net: nn.Sequential, owner: str, prefix: str) -> None:
                     f"layer {place} of {owner} is a {name_of(layer)} with a forward of its own; use nn.Sequential"
                 )
             _check_layers(layer, owner, place + ".")
+        elif adapters.is_adapter(layer):
+            for name, inner in adapters.inner_layers(layer):
+                _check_untouched(inner, f"{name} of layer {place} of {owner}")
         elif isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
             raise NotFusedError(
                 f"layer {place} of {owner} must be nn.Linear, found {name_of(layer)} with a forward of its own; "
@@ -336,10 +344,10 @@ def _check_forward(module: nn.Module, owner: str) -> None:
     if _is_promised(module):
         return
     layers = layers_of(sequential_of(module), owner)
-    if not layers or not isinstance(layers[0][1], nn.Linear):
+    if not layers or not adapters.is_linear(layers[0][1]):
         return  # reading the layers will say what is wrong with them
     plain = is_net(module)
-    case = (getattr(kind.forward, "__code__", None), layers[0][1].in_features, len(layers))
+    case: Any = (getattr(kind.forward, "__code__", None), layers[0][1].in_features, len(layers))
     if plain and case in _followed:
         return
     _follow(module, owner, layers)
@@ -435,8 +443,7 @@ def _stand_in(net: nn.Sequential, prefix: str, index: dict[str, int]) -> nn.Sequ
 def _follow(module: nn.Module, owner: str, layers: list[tuple[str, nn.Module]]) -> None:
     """Run the module's forward on a stand-in for z, with stand-ins for the layers."""
     net, first, n_layers = sequential_of(module), layers[0][1], len(layers)
-    assert isinstance(first, nn.Linear)  # the caller has looked
-    width = first.in_features
+    width: int = first.in_features  # type: ignore[assignment]
     stand_in = _stand_in(net, "", {place: k for k, (place, _) in enumerate(layers)})
     # the same object but for the layers, so that nothing of the user's is touched
     shadow = object.__new__(type(module))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import activations, hamiltonian, reader, validation
+from . import activations, adapters, hamiltonian, reader, validation
 from .activations import Activation
 from .errors import NotFusedError
 
@@ -276,7 +276,7 @@ def _multiply(weights: list[Tensor], biases: list[Tensor], factor: float | Tenso
 
 def _with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
     """The layers with an activation after each hidden one, unless they hold those themselves."""
-    if not all(isinstance(layer, nn.Linear) for layer in layers):
+    if not all(adapters.is_linear(layer) for layer in layers):
         if activation is not None:
             raise ValueError("the layers hold their activations, so none is to be given beside them")
         return layers
