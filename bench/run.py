@@ -20,7 +20,7 @@ from . import against, cases, machine, report
 from .cases import Case
 from .chip import beside_case, measure_chip
 from .machine import environment
-from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure
+from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure, release
 from .progress import Progress, duration, prepare_streams
 from .rivals import Builder, entrants
 
@@ -140,6 +140,7 @@ def run(
                 extra = {"chip": results["chip"], "load": load_average}
                 results["cases"][case.name] = {**entry, "left_out": left_out | entry["left_out"], **extra}
                 files.write_json(path, results)
+                release()
             progress.done(case, not keep[case.name])
             watch.case(case, results["cases"][case.name], not keep[case.name])
         late = {case.name for case in selected} | set(results.get("not_measured", []))
