@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .activations import NAMES
 from .models import LatentHNN, SeparableHNN
+
+BOUNDED_SLOPES = tuple(name for name in NAMES if name != "quadratic")
+"""Activations whose networks do not overflow however deep they are and however far a rollout goes."""
 
 
 def make_hnn(

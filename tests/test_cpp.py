@@ -22,6 +22,7 @@ from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends.torch import Gradients, Solver, Tail
 from hjepa_fast.hidden_space.outline import kernel_stages
 from hjepa_fast.schemes import SCHEMES, SubStep
+from hjepa_fast.testing import BOUNDED_SLOPES
 
 N_STEPS = 3
 ROWS, FEATURES, CREW = 1, 2, 3
@@ -158,7 +159,7 @@ def test_float64_equals_torch(isa, path, memory, monkeypatch, poisoned):
         if path == FEATURES and any(stage.implicit for stage in ALL_SCHEMES[scheme]):
             continue  # always by rows
         # every pair of the smaller options comes up many times over the cases
-        case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, seed=i)
+        case = Case(batch, widths, BOUNDED_SLOPES[i % len(BOUNDED_SLOPES)], scheme, per_sample=i % 2 == 0, seed=i)
         options = {"every_state": i % 3 > 0, "with_energy": i % 5 > 0}
         expected, found = case.forward(torch_backend, memory, **options), case.forward(cpp, memory, **options)
         assert error(found, expected) < 1e-12, (widths, batch, scheme, case.tail.activation)
@@ -169,7 +170,7 @@ def test_float64_equals_torch(isa, path, memory, monkeypatch, poisoned):
 
 @pytest.mark.parametrize("isa", range(3))
 @pytest.mark.parametrize("path", [ROWS, FEATURES, CREW])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BOUNDED_SLOPES)
 def test_float32_error_within_twice_torchs(isa, path, name, monkeypatch, poisoned):
     if isa not in instruction_sets():
         pytest.skip(f"this processor has instruction sets {instruction_sets()}")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import hjepa_fast as hf
-from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.activations import Activation
 from hjepa_fast.api import choose_backend
 from hjepa_fast.backends import cpp
 from hjepa_fast.backends import cuda as cuda_backend
@@ -30,6 +30,8 @@ from test_ops import assert_all_close, gradients
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 CLUSTER, GRID = 1, 2
+KINDS = tuple(cuda_backend._KINDS)
+"""Activations that the kernel has."""
 VARIANTS = pytest.mark.parametrize("variant", [CLUSTER, GRID], ids=["cluster", "grid"])
 PAPER = (512, 512, 256)
 
@@ -114,7 +116,7 @@ def test_equals_torch(widths, team, variant, emulator, monkeypatch):
     batch = (1, 3, rows, 2 * rows + 1)[i // 2 % 4]
     scheme = ("leapfrog", "euler", "many")[i % 3]
     emulator.set(variant, team, rows, n_teams=i % 3, order=i % 5)
-    case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
+    case = Case(batch, widths, KINDS[i % len(KINDS)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
     memory = ("store", "recompute", "none")[i // 3 % 3]
     if i % 4 == 0:
         monkeypatch.setattr(cuda_backend, "bound", 1)  # a step at a time
@@ -210,7 +212,7 @@ def test_bfloat16_weights(how, variant, emulator):
     assert error(case.forward(cuda_backend), expected) < 3e-6
 
 
-@pytest.mark.parametrize("activation", [*map(Activation, NAMES), Activation("softplus", 2.5, 3.0)], ids=str)
+@pytest.mark.parametrize("activation", [*map(Activation, KINDS), Activation("softplus", 2.5, 3.0)], ids=str)
 def test_activations(activation, emulator):
     """The network F(a) = s(a) with K = 0 at numbers small, large and in between: s is its energy, s' moves sq."""
     emulator.set(CLUSTER, team=1, rows=8, threads=32)

@@ -112,7 +112,7 @@ def test_the_operators_are_pytorchs(backend):
     weights, biases = [x.weight.detach() for x in layers], [x.bias.detach() for x in layers]
     z = make_states(3, 6, dtype=torch.float32)
     parameters = [[p.clone().requires_grad_() for p in part] for part in (weights, biases)]
-    options = ("softplus", 1.0, 20.0, backend)
+    options = ("softplus", [1.0, 20.0], backend)
     torch.library.opcheck(torch.ops.hjepa_fast.gradient, (z.clone().requires_grad_(), *parameters, True, *options))
     tape = torch.ops.hjepa_fast.gradient(z, weights, biases, True, *options)[2]
     torch.library.opcheck(

@@ -320,3 +320,20 @@ def test_terms_that_do_not_fit_together():
 
     with pytest.raises(TypeError, match="found itself"):
         hf.leapfrog(Itself(), z0, 0.1, 1)
+
+
+def test_gpu_kernels_leave_the_activations_that_they_lack_to_pytorch():
+    from hjepa_fast.activations import Activation, Mixed
+    from hjepa_fast.backends import cuda, triton
+    from hjepa_fast.hidden_space.network import Tail
+    from hjepa_fast.schemes import SubStep
+
+    a, scheme = torch.ones(2, 3), (SubStep(0.5, 0.0), SubStep(0.0, 1.0))
+    for backend in (cuda, triton):
+        for activation, left in (
+            (Activation("tanh"), False),
+            (Activation("sigmoid"), True),
+            (Mixed((Activation("tanh"), Activation("sin"))), True),
+        ):
+            tail = Tail([torch.ones(4, 3), torch.ones(1, 4)], [torch.ones(4), torch.ones(1)], activation)
+            assert backend._delegated(a, tail, scheme, 1) is left

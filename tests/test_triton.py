@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hjepa_fast as hf
-from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.activations import Activation
 from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.backends.torch import Solver
@@ -31,6 +31,8 @@ from test_ops import assert_all_close, gradients
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float64 if INTERPRETED else torch.float32
+KINDS = tuple(triton_backend._KINDS)
+"""Activations that the kernels have."""
 SMALL = Blocks(16, 16, 16, 4, 2)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -116,7 +118,7 @@ def test_equals_torch(widths, batch, monkeypatch):
     monkeypatch.setattr(triton_backend, "programs", 2)
     i = 3 * WIDTHS.index(widths) + batch % 3
     scheme = ("leapfrog", "euler", "many")[(i + i // 3) % 3]
-    case = Case(batch, widths, NAMES[i % len(NAMES)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
+    case = Case(batch, widths, KINDS[i % len(KINDS)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
     memory = ("store", "recompute")[i // 2 % 2]
     if i % 3 == 0:
         # a step at a time, or a program's samples and a step
@@ -135,7 +137,7 @@ def test_implicit_sub_steps_equal_torch(scheme, monkeypatch):
     long = len(SCHEMES[scheme].stages) > 3
     # more than a program's samples, or more sub-steps; small steps take the interpreter fewer evaluations
     shape = (3, (5, 4)) if long else (18, widths)
-    case = Case(*shape, NAMES[i % len(NAMES)], per_sample=i % 2 == 0, n_steps=1 if long else 2, seed=i)
+    case = Case(*shape, KINDS[i % len(KINDS)], per_sample=i % 2 == 0, n_steps=1 if long else 2, seed=i)
     case.scheme, case.dt = kernel_stages(SCHEMES[scheme].stages, i % 2 > 0), 0.3 * case.dt
     options = {"every_state": i % 3 > 0, "with_energy": i % 2 > 0}
     (residual, evaluations), expected = compare(case, ("store", "recompute")[i // 2 % 2], with_sums=i % 4 > 0, **options)
@@ -203,7 +205,7 @@ def test_eight_layers(monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize("activation", [*map(Activation, NAMES), Activation("softplus", 2.5, 3.0)], ids=str)
+@pytest.mark.parametrize("activation", [*map(Activation, KINDS), Activation("softplus", 2.5, 3.0)], ids=str)
 def test_activations(activation, monkeypatch):
     """The network F(a) = s(a) with K = 0 at numbers small, large and in between: s is its energy, s' moves sq, s'' la."""
     monkeypatch.setattr(triton_backend, "blocks", SMALL)

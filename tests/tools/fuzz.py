@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 import hjepa_fast as hf
-from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.activations import Activation
 from hjepa_fast.schemes import SCHEMES
+from hjepa_fast.testing import BOUNDED_SLOPES
 
 PACKAGE = str(Path(hf.__file__).parent)
 DOCUMENTED = (TypeError, ValueError, RuntimeError)
@@ -146,7 +147,7 @@ def mlp(d: int, hidden: Sequence[int], activation: str) -> nn.Sequential:
 
 def draw_network(rng: random.Random) -> tuple[str, Callable[[], Any], int, bool | None]:
     """Its name, what makes it, its latent size, and whether it is valid."""
-    d, act = rng.choice([2, 4, 6, 8, 12]), rng.choice(NAMES)
+    d, act = rng.choice([2, 4, 6, 8, 12]), rng.choice(BOUNDED_SLOPES)
     hidden = rng.choice([(5,), (8, 3), (16, 16, 7), (), (1,), (33,)])
     kinetic, quadratic = rng.choice([None, (4,), ()]), rng.random() < 0.3
     tanh, linear = nn.Tanh, nn.Linear

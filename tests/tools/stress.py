@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 import hjepa_fast as hf
 from hjepa_fast import ops
-from hjepa_fast.activations import NAMES, Activation
+from hjepa_fast.activations import Activation
 from hjepa_fast.backends import cpp
 from hjepa_fast.hidden_space import coupling
 from hjepa_fast.schemes import SCHEMES
+from hjepa_fast.testing import BOUNDED_SLOPES
 
-ACTIVATIONS = [Activation(name).module for name in NAMES]
+ACTIVATIONS = [Activation(name).module for name in BOUNDED_SLOPES]
 UNITS = 3000
 """Largest error, in units of rounding of the dtype that is computed in, relative to the largest number or to 1."""
 
@@ -83,7 +84,7 @@ class Case:
         if separable:
             hidden = [rng.randint(1, widest) for _ in range(max(depth, 1))]
             kinetic = rng.choice([None, [rng.randint(1, widest) for _ in range(rng.randint(1, 4))]])
-            net = hf.SeparableHNN(2 * d, hidden, kinetic, rng.choice(NAMES), quadratic=rng.random() < 0.2)
+            net = hf.SeparableHNN(2 * d, hidden, kinetic, rng.choice(BOUNDED_SLOPES), quadratic=rng.random() < 0.2)
         else:
             net = layers(rng, 2 * d, depth, widest)
         net = net.to(dtype)
