@@ -148,6 +148,7 @@ def rollout(
             rollout, integrator=integrator, backend=backend, memory=memory, tolerance=tolerance,
             max_evaluations=max_evaluations, unconverged=unconverged, omega=omega,
         )  # fmt: skip
+        ports.hamiltonian_of(hnn)
         return _with_port(hnn, z0, dt, n_steps, control, step, energy, states)
     if control is not None:
         ports.check_control(hnn, control, z0)
@@ -383,5 +384,5 @@ def energy(hnn: nn.Module, z: Tensor) -> Tensor:
     TypeError, ValueError
         As for `rollout`.
     """
-    H = hamiltonian.of_any_module(hnn.H if isinstance(hnn, PortHNN) else hnn, z, "reference")
+    H = hamiltonian.of_any_module(ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn, z, "reference")
     return H.energy(validation.as_state(z, H, "z"))

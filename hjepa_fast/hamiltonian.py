@@ -126,6 +126,11 @@ def of_any_module(module: nn.Module, z: Tensor, backend: str) -> Hamiltonian:
     except NotFusedError as why:
         if backend not in ("auto", "reference"):
             raise NotFusedError(f'{why}, so backend "{backend}" would compute something else; {_REMEDIES}') from None
+        if any(getattr(inner, "_acts_on_states", False) for inner in module.modules()):
+            raise TypeError(
+                f"{reader.name_of(module)} holds a Hamiltonian with friction or a control, which its forward leaves out; pass "
+                "that to hjepa_fast.rollout, or its .H here"
+            ) from None
         reader.check_takes_z(module)
         if backend == "auto":
             warn(

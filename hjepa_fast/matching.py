@@ -42,7 +42,7 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     RuntimeError
         A backend asked for by name that is not there; a third derivative through one that has none.
     """
-    return _gradient(hnn.H if isinstance(hnn, PortHNN) else hnn, z, backend, rotated=False)
+    return _gradient(ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn, z, backend, rotated=False)
 
 
 def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
@@ -91,7 +91,7 @@ def vector_field(hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, ba
     if not isinstance(hnn, PortHNN):
         ports.check_control(hnn, control, z)
         return _gradient(hnn, z, backend, rotated=True)
-    field = _gradient(hnn.H, z, backend, rotated=True)
+    field = _gradient(ports.hamiltonian_of(hnn), z, backend, rotated=True)
     ports.check_control(hnn, control, z)
     return ports.added(hnn, z.to(field.dtype), field, control)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import hamiltonian, validation
+from . import hamiltonian, reader, validation
 from .errors import NotFusedError
 
 FRICTIONS = ("conformal", "rayleigh")
@@ -101,6 +101,22 @@ class PortHNN(nn.Module):
         """G u: [..., m] to [..., d]."""
         assert self.port is not None
         return control @ self.port.T
+
+
+def hamiltonian_of(model: PortHNN) -> nn.Module:
+    """H, if nothing stands around it: no hook, no forward of a subclass.
+
+    Raises
+    ------
+    NotFusedError
+        Something does, which no rollout would run.
+    """
+    reader.check_untouched(model, reader.name_of(model))
+    if type(model).forward is not PortHNN.forward:
+        raise NotFusedError(
+            f"{reader.name_of(model)} has a forward of its own where a PortHNN's gives H; change its .H instead"
+        )
+    return model.H
 
 
 def check_control(model: nn.Module, control: Tensor | None, z: Tensor, n_steps: int | None = None) -> None:

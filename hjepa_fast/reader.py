@@ -249,13 +249,13 @@ def _at_trace_time(context: Any) -> None:
 def _prove(module: nn.Module) -> None:
     _check_global_hooks()
     if says_terms(module):
-        _check_untouched(module, name_of(module))
+        check_untouched(module, name_of(module))
         return
     if not isinstance(module, SeparableHNN):
         _prove_mlp(module, name_of(module))
         return
     owner = name_of(module)
-    _check_untouched(module, owner)
+    check_untouched(module, owner)
     if type(module).forward is not SeparableHNN.forward:
         raise NotFusedError(f"{owner} has a forward of its own where a SeparableHNN's computes T(p) + V(q)")
     _prove_mlp(module.potential, f"{owner}.potential")
@@ -267,16 +267,16 @@ def prove_layers(net: nn.Sequential, owner: str) -> None:
     """As `prove`, of an `nn.Sequential` that is called as such."""
     if torch.compiler.is_dynamo_compiling():
         return _prove_while_tracing(net)
-    _check_untouched(net, owner)
+    check_untouched(net, owner)
     _check_layers(net, owner, "")
 
 
 def _prove_mlp(module: nn.Module, owner: str) -> None:
     net = sequential_of(module)
-    _check_untouched(module, owner)
+    check_untouched(module, owner)
     _check_layers(net, owner, "")
     if net is not module:
-        _check_untouched(net, f"{owner}.net")
+        check_untouched(net, f"{owner}.net")
         _check_forward(net, f"{owner}.net")
     _check_forward(module, owner)
 
@@ -284,7 +284,7 @@ def _prove_mlp(module: nn.Module, owner: str) -> None:
 def _check_layers(net: nn.Sequential, owner: str, prefix: str) -> None:
     for key, layer in net._modules.items():
         place = prefix + key
-        _check_untouched(layer, f"layer {place} of {owner}")
+        check_untouched(layer, f"layer {place} of {owner}")
         if isinstance(layer, nn.Sequential):
             if not _is_plain_sequential(type(layer)):
                 raise NotFusedError(
@@ -293,7 +293,7 @@ def _check_layers(net: nn.Sequential, owner: str, prefix: str) -> None:
             _check_layers(layer, owner, place + ".")
         elif adapters.is_adapter(layer):
             for name, inner in adapters.inner_layers(layer):
-                _check_untouched(inner, f"{name} of layer {place} of {owner}")
+                check_untouched(inner, f"{name} of layer {place} of {owner}")
         elif isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward:
             raise NotFusedError(
                 f"layer {place} of {owner} must be nn.Linear, found {name_of(layer)} with a forward of its own; "
@@ -315,7 +315,13 @@ def _check_global_hooks() -> None:
             )
 
 
-def _check_untouched(module: nn.Module, name: str) -> None:
+def check_untouched(module: nn.Module, name: str) -> None:
+    """No hooks, no forward put on the instance, no `__call__` of its class.
+
+    Raises
+    ------
+    NotFusedError
+    """
     for hook in module._forward_pre_hooks.values():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"{name} has no weights yet; call the network once to create them")

@@ -164,6 +164,11 @@ class Term(nn.Module):
         return value if self.factor is None else value * _like(self.factor, value)
 
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
+        if reader.says_terms(self.net):
+            raise NotFusedError(
+                f"{reader.name_of(self.net)} says by hamiltonian_terms() what it computes of z, so it is no network of a Term; "
+                "add it up with SumHNN"
+            )
         reader.prove(self.net)
         found, found_biases, activation = reader.read_mlp(self.net, even=self.reads == "z")
         weights, biases = list(found), list(found_biases)

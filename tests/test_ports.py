@@ -250,5 +250,36 @@ def test_nothing_takes_the_friction_for_nothing():
     model, z0 = make(friction="conformal", control_dim=0), make_states(4, 2 * D)
     integrator = hf.SymplecticIntegrator(model, 0.1)
     torch.testing.assert_close(integrator.rollout(z0, 3), textbook(model, z0, 0.1, 3), rtol=1e-6, atol=1e-7)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, z):
+            return self.inner(z)
+
+    with pytest.raises(TypeError, match="holds a Hamiltonian with friction"):
+        hf.rollout(Wrapped(), z0, 0.1, 1)
     with pytest.raises(TypeError, match="pass its .H"):
         hf.rollout(hf.SumHNN(model, hf.Quadratic("q")), z0, 0.1, 1)
+
+
+def test_what_stands_around_it_is_seen():
+    class Doubled(hf.PortHNN):
+        def forward(self, z):
+            return 2 * super().forward(z)
+
+    hooked, z0 = make(friction="conformal"), make_states(4, 2 * D)
+    handle = hooked.register_forward_hook(lambda module, given, out: 2 * out)
+    for model, message in ((Doubled(MODELS["general"](), 0, "conformal").double(), "forward of its own"), (hooked, "hook")):
+        for call in (
+            lambda m: hf.rollout(m, z0, 0.1, 1),
+            lambda m: hf.gradient(m, z0),
+            lambda m: hf.vector_field(m, z0),
+            lambda m: hf.energy(m, z0),
+        ):
+            with pytest.raises(TypeError, match=message):
+                call(model)
+    handle.remove()
+    hf.rollout(hooked, z0, 0.1, 1)

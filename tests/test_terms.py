@@ -337,3 +337,36 @@ def test_gpu_kernels_leave_the_activations_that_they_lack_to_pytorch():
         ):
             tail = Tail([torch.ones(4, 3), torch.ones(1, 4)], [torch.ones(4), torch.ones(1)], activation)
             assert backend._delegated(a, tail, scheme, 1) is left
+
+
+class Fivefold(nn.Module):
+    """A network of q with a factor, which its own `.net` does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*_between(linear(D, 7, 1)))
+
+    def forward(self, q):
+        return 5 * self.net(q)
+
+    def hamiltonian_terms(self):
+        return hf.Term(self.net, "q", factor=5.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hf.Term(hf.Hamiltonian(linear(2 * D, 8, 1), order="pq", factor=2.0), "z"),
+        lambda: hf.Separable(V=Fivefold()),
+        lambda: hf.SumHNN(hf.Term(hf.Separable(nn.Sequential(*_between(linear(D, 7, 1)))), "z")),
+    ],
+)
+def test_a_term_of_what_says_its_own_terms_is_not_read_past_them(make):
+    model, z = make(), make_states(4, 2 * D)
+    with pytest.raises(NotFusedError, match="SumHNN"):
+        hf.gradient(model, z, backend="cpp")
+    x = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with pytest.warns(UserWarning, match="SumHNN"):
+        found = hf.gradient(model, z)
+    torch.testing.assert_close(found, expected)
