@@ -30,8 +30,10 @@ from .network import (
     TermSums,
     adjoint,
     evaluate,
+    pre_activations,
     tail_of,
     value_adjoint,
+    value_at,
 )
 from .network import energy as energy_of
 from .outline import Outline, kernel_stages
@@ -505,20 +507,34 @@ def _product_of_halves(W: Tensor) -> Tensor:
     return Wp @ Wq.T
 
 
-def energy_of_states(problem: Problem, states: Tensor, terms: Sequence[int]) -> Tensor:
-    """Of these terms at the states [B, n, 2d]: [B, n], [B, 0] if not asked for."""
+def energy_of_states(problem: Problem, states: Tensor, terms: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Of these terms at the states [B, n, 2d]: [B, n], [B, 0] if not asked for; and the networks' layers, [B n, h_i]."""
     if not problem.outline.with_energy:
-        return states.new_empty(len(states), 0)
-    return torch.stack([_in_work_dtype(problem.terms[k], states.dtype).value(states) for k in terms]).sum(0)
+        return states.new_empty(len(states), 0), []
+    found: list[Tensor] = []
+    values: list[Tensor] = []
+    for k in terms:
+        term = _in_work_dtype(problem.terms[k], states.dtype)
+        if term.stiffness is not None:
+            values.append(term.value(states))
+            continue
+        x = half_of(states, term.reads).flatten(0, 1)
+        layers = pre_activations(term, x)
+        values.append(value_at(term, x, layers).view(states.shape[:2]))
+        found += layers
+    return torch.stack(values).sum(0), found
 
 
 def _in_work_dtype(term: Term, dtype: torch.dtype) -> Term:
     return term._replace(weights=tuple(w.to(dtype) for w in term.weights), biases=tuple(b.to(dtype) for b in term.biases))
 
 
-def of_energy_of_states(problem: Problem, sums: Sweep, states: Tensor, gE: Tensor, terms: Sequence[int]) -> Tensor:
-    """The adjoint of `energy_of_states`: the cotangent of the states; adds the parameters' share."""
+def of_energy_of_states(
+    problem: Problem, sums: Sweep, states: Tensor, gE: Tensor, terms: Sequence[int], layers: Sequence[Tensor] = ()
+) -> Tensor:
+    """The adjoint of `energy_of_states`: the cotangent of the states; adds the parameters' share. `layers` as it gave them."""
     G = torch.zeros_like(states)
+    known = iter(layers)
     flat_gE = gE.reshape(-1)
     for k in terms:
         term, own = _in_work_dtype(problem.terms[k], states.dtype), None if sums.terms is None else sums.terms[k]
@@ -531,5 +547,6 @@ def of_energy_of_states(problem: Problem, sums: Sweep, states: Tensor, gE: Tenso
                 own.stiffness += squares.sum_to_size(own.stiffness.shape)
             continue
         x = half.flatten(0, 1)
-        to += value_adjoint(term, x, flat_gE, own).view_as(to)
+        own_layers = [next(known) for _ in term.weights[1:]] if layers else None
+        to += value_adjoint(term, x, flat_gE, own, own_layers).view_as(to)
     return G

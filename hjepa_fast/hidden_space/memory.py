@@ -28,6 +28,8 @@ class Backwards:
         if g_energy is not None and self.outline.from_states and g_states is not None and not self.outline.every_state:
             self.g_states = torch.cat((torch.zeros_like(g_states).expand(-1, self.n_steps, -1), g_states), dim=1)
         self.cotangents = [problem.z0.new_zeros(len(problem.z0), width) for width in self.outline.state_widths()]
+        self.layers: list[Tensor] = []
+        """[B, n_steps + 1, h], the kept ones of `Outline.energy_widths`."""
 
     def run(self, tape: Tensor, kept: Tensor) -> None:
         loop, outline, n_steps = self.loop, self.outline, self.n_steps
@@ -38,6 +40,9 @@ class Backwards:
             self.by_reversal(start, tape)
         else:
             memory = "store" if outline.memory == "tiles" else outline.memory
+            widths = [(n_steps + 1) * h for h in outline.energy_widths]
+            kept, *layers = kept.split([kept.shape[1] - sum(widths), *widths], dim=1)
+            self.layers = [x.unflatten(1, (n_steps + 1, -1)) for x in layers]
             self.segment(0, n_steps, self.values(kept), self.path_of(kept), tape, memory)
         first = self.first_states()
         if first is not None:
@@ -51,10 +56,16 @@ class Backwards:
         if self.g_states is not None and (self.outline.every_state or self.g_states.shape[1] > 1):
             extra = self.g_states[:, 0]
         if self.g_energy is not None and self.outline.from_states:
-            z0 = self.problem.z0[:, None]
-            more = of_energy_of_states(self.problem, self.sums, z0, self.g_energy[:, :1], self.outline.from_states)[:, 0]
+            more = self.of_energies(self.problem.z0[:, None], 0, 1)[:, 0]
             extra = more if extra is None else extra + more
         return extra
+
+    def of_energies(self, states: Tensor, begin: int, end: int) -> Tensor:
+        """The cotangent of the states begin..end-1 by the energies that are theirs."""
+        assert self.g_energy is not None
+        gE, terms = self.g_energy[:, begin:end], self.outline.from_states
+        layers = [x[:, begin:end].flatten(0, 1) for x in self.layers]
+        return of_energy_of_states(self.problem, self.sums, states, gE, terms, layers)
 
     def path_of(self, kept: Tensor) -> list[Tensor]:
         """The path's registers, [B, n, width], from what was kept; [B, 0, width] where nothing was."""
@@ -95,7 +106,7 @@ class Backwards:
             if outline.from_states:
                 states = self.problem.z0.new_empty(len(gE), end - begin, 2 * outline.d)
                 loop.to_states(path, states)
-                more = of_energy_of_states(self.problem, sums, states, gE[:, 1:], outline.from_states)
+                more = self.of_energies(states, begin + 1, end + 1)
                 G = more if G is None else G + more
             if end < self.n_steps:
                 # the energy after these steps is the one before the next

@@ -289,12 +289,31 @@ def evaluate_term(term: Term, x: Tensor) -> Evaluation:
     return Evaluation(delta @ term.weights[0], value)
 
 
-def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None) -> Tensor:
-    """Gradient of gE value(x), of a network at what it reads, x [B, n]: returns that of x, and adds those of the parameters."""
+def pre_activations(term: Term, x: Tensor) -> list[Tensor]:
+    """Those of a network's hidden layers, [B, h_i], at what it reads, x [B, n]."""
+    assert term.activation is not None
+    found: list[Tensor] = []
+    for layer, (weight, bias) in enumerate(zip(term.weights[:-1], term.biases[:-1], strict=True)):
+        found.append(torch.addmm(bias, term.activation.at(layer - 1)(found[-1]) if found else x, weight.T))
+    return found
+
+
+def value_at(term: Term, x: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """The value [B] of a network whose hidden layers have these pre-activations."""
+    assert term.activation is not None
+    last = term.activation.at(len(layers) - 1)(layers[-1]) if layers else x
+    return torch.addmm(term.biases[-1], last, term.weights[-1].T)[:, 0]
+
+
+def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None, layers: Sequence[Tensor] | None = None) -> Tensor:
+    """Gradient of gE value(x), of a network at what it reads, x [B, n]: returns that of x, and adds those of the parameters.
+
+    `layers` are its pre-activations, where they are known.
+    """
     assert term.activation is not None
     values, slopes = [x], []
-    for layer, (weight, bias) in enumerate(zip(term.weights[:-1], term.biases[:-1], strict=True)):
-        z, slope, _ = term.activation.at(layer).derivatives(torch.addmm(bias, values[-1], weight.T))
+    for layer, a in enumerate(pre_activations(term, x) if layers is None else layers):
+        z, slope, _ = term.activation.at(layer).derivatives(a)
         values.append(z)
         slopes.append(slope)
     e = gE[:, None]

@@ -91,6 +91,13 @@ class Outline:
         return tuple(k for k in range(len(self.forms)) if k not in self.program.energies)
 
     @cached_property
+    def energy_widths(self) -> list[int]:
+        """Of the layers that are kept of every state, in the order of `from_states`: the way back then need not go forward."""
+        if self.memory != "store":
+            return []
+        return [h for k in self.from_states if self.forms[k].n_layers > 1 for h in self.widths[k]]
+
+    @cached_property
     def every_path(self) -> bool:
         """Whether what states are made of is wanted after every step."""
         return self.every_state or bool(self.from_states)
@@ -153,4 +160,5 @@ class Outline:
         of_path = sum(self.path_widths())
         if not self.in_kernel and not self.dense and not self.from_states:
             n_kept = 1 if self.program.tracked else 0
-        return 0 if self.memory == "tiles" else self.tape_widths(n_steps, self.memory), n_kept * of_path
+        kept = n_kept * of_path + (n_steps + 1) * sum(self.energy_widths)
+        return 0 if self.memory == "tiles" else self.tape_widths(n_steps, self.memory), kept

@@ -50,7 +50,7 @@ def forward(problem: Problem) -> Result:
     none = z0.new_empty(len(z0), 0)
     if not n_steps:
         states = z0[:, None].clone()
-        return _result(states, energy_of_states(problem, states, range(len(outline.forms))), none, none, none, none.int())
+        return _result(states, energy_of_states(problem, states, range(len(outline.forms)))[0], none, none, none, none.int())
     if outline.tao:
         return _forward_tao(problem)
     loop, memory = problem.loop(), outline.memory
@@ -79,11 +79,13 @@ def forward(problem: Problem) -> Result:
         states[:, :first] = z0[:, None]
         loop.to_states(path, states[:, first:])
     energy = none
+    layers: list[Tensor] = []
     if outline.with_energy:
         energy = _joined([run.energy[:, : None if run is runs[-1] else -1] for run in runs])
         if outline.from_states:
-            energy = energy + energy_of_states(problem, states, outline.from_states)
-    of_path = outline.saved(n_steps)[1]
+            of_states, layers = energy_of_states(problem, states, outline.from_states)
+            energy = energy + of_states
+    of_path = outline.saved(n_steps)[1] - (n_steps + 1) * sum(outline.energy_widths)
     if of_path and outline.by_pair:
         path = [half_of(states, str(key[1]))[:, first:] for key in loop.path]
     if not outline.every_state and states.shape[1] > 1:
@@ -94,11 +96,13 @@ def forward(problem: Problem) -> Result:
     if memory in ("none", "checkpoint", "reversible"):
         tape = torch.cat([x.expand(len(z0), -1) for x in kept], dim=1) if kept else none
         return _result(states, energy, tape, none, residual, evaluations)
-    kept_path = none
+    to_keep: list[Tensor] = []
     if of_path:
         n = of_path // sum(outline.path_widths())
-        kept_path = torch.cat([x[:, -n:].flatten(1) for x in path], dim=1)
-    return _result(states, energy, runs[0].tape, kept_path, residual, evaluations)
+        to_keep = [x[:, -n:].flatten(1) for x in path]
+    if outline.energy_widths:
+        to_keep += [x.reshape(len(z0), -1) for x in layers]
+    return _result(states, energy, runs[0].tape, torch.cat(to_keep, dim=1) if to_keep else none, residual, evaluations)
 
 
 def _result(*parts: Tensor) -> Result:
