@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, ops, plan, ports, transforms, validation
+from . import hamiltonian, inputs, ops, plan, ports, transforms, validation
 from .backends import cpp, cuda, reference, triton
 from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
@@ -66,6 +66,7 @@ def rollout(
     unconverged: str = "raise",
     omega: float = 1.0,
     control: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Rollout:
     """Roll an MLP Hamiltonian's dynamics q' = dH/dp, p' = -dH/dq forward in time, all steps in one call.
 
@@ -108,7 +109,10 @@ def rollout(
     omega : float
         Of "tao": how strongly its two copies of the state are coupled.
     control : Tensor [..., m] or [..., n_steps, m], optional
-        Of a `PortHNN`: held throughout, or over each step. Its leading sizes and those of z0 are broadcast against each other.
+        u, held throughout, or over each step: through the port of a `PortHNN`, or as an input of H (`control_dim`). The energy
+        of H(z, u) at a state is that under the step which starts there, and at the last state under the last step.
+    condition : Tensor [..., c], optional
+        An input of H (`condition_dim`) that holds throughout. Leading sizes of z0, control and condition are broadcast.
     backend : str
         "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
         autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
@@ -143,16 +147,32 @@ def rollout(
     """
     validation.check_choice(backend, BACKENDS, "backend")
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
-    if isinstance(hnn, PortHNN):
-        step = functools.partial(
-            rollout, integrator=integrator, backend=backend, memory=memory, tolerance=tolerance,
-            max_evaluations=max_evaluations, unconverged=unconverged, omega=omega,
-        )  # fmt: skip
-        ports.hamiltonian_of(hnn)
-        return _with_port(hnn, z0, dt, n_steps, control, step, energy, states)
-    if control is not None:
-        ports.check_control(hnn, control, z0)
-    mlp = hamiltonian.of_any_module(hnn, z0, backend)
+    run = functools.partial(
+        _rollout, integrator=integrator, memory=memory, backend=backend, tolerance=tolerance, max_evaluations=max_evaluations,
+        unconverged=unconverged, omega=omega,
+    )  # fmt: skip
+    if isinstance(hnn, PortHNN) or control is not None or condition is not None:
+        return _with_inputs(hnn, z0, dt, n_steps, control, condition, run, energy, states)
+    return run(hamiltonian.of_any_module(hnn, z0, backend), z0, dt, n_steps, energy=energy, states=states)
+
+
+def _rollout(
+    mlp: hamiltonian.Hamiltonian,
+    z0: Tensor,
+    dt: float | Tensor,
+    n_steps: int,
+    *,
+    integrator: str,
+    energy: bool,
+    states: str,
+    memory: str,
+    backend: str,
+    tolerance: float | None,
+    max_evaluations: int,
+    unconverged: str,
+    omega: float,
+) -> Rollout:
+    """`rollout` of a Hamiltonian that was read."""
     key = None
     if isinstance(mlp, SumHamiltonian) and mlp.plans is not None:
         settings = (n_steps, max_evaluations, integrator, energy, states, memory, unconverged, tolerance, omega, backend)
@@ -214,49 +234,132 @@ def rollout(
     return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
 
 
-def _with_port(
-    model: PortHNN,
+class Given(NamedTuple):
+    """A Hamiltonian and the states of a call that may come with a control and a condition, all checked."""
+
+    H: hamiltonian.Hamiltonian
+    z: Tensor
+    """[..., 2d], of the common leading shape."""
+    forced: bool
+    """Whether the control enters by a port."""
+    read: bool
+    """Whether H reads the control."""
+    condition: Tensor | None
+    """[c] or [B, c]."""
+
+    def under(self, control: Tensor | None) -> hamiltonian.Hamiltonian:
+        """H of the state alone, where the control is [..., m]."""
+        if isinstance(self.H, ModuleHamiltonian) or not self.H.takes_inputs:
+            return self.H
+        return self.H.given(inputs.rows(control if self.read else None, self.z.shape[:-1]), self.condition)
+
+
+def given(
+    model: nn.Module,
+    z: Tensor,
+    backend: str,
+    control: Tensor | None,
+    condition: Tensor | None,
+    n_steps: int | None = None,
+    name: str = "z",
+) -> Given:
+    """Read and check what a call was given; with `n_steps` a control may be one for each step.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    inner = ports.hamiltonian_of(model) if isinstance(model, PortHNN) else model
+    H = hamiltonian.of_any_module(inner, z, backend, with_inputs=True)
+    forced, read = ports.places_of(model, H, control, condition)
+    z = validation.as_state(z, H, name)
+    leads = [z.shape[:-1]]
+    if control is not None:
+        size = model.control_dim if isinstance(model, PortHNN) and model.control_dim else H.control_dim
+        inputs.check(control, "control", size, z, n_steps)
+        leads.append(control.shape[: -2 if n_steps is not None and control.ndim > z.ndim else -1])
+    if condition is not None:
+        inputs.check(condition, "condition", H.condition_dim, z)
+        leads.append(condition.shape[:-1])
+    try:
+        lead = torch.broadcast_shapes(*leads)
+    except RuntimeError:
+        raise ValueError(
+            f"states, control and condition must agree in their leading sizes, found {', '.join(str(list(x)) for x in leads)}"
+        ) from None
+    return Given(H, z.expand(*lead, z.shape[-1]), forced, read, inputs.rows(condition, lead))
+
+
+def _with_inputs(
+    model: nn.Module,
     z0: Tensor,
     dt: float | Tensor,
     n_steps: int,
     control: Tensor | None,
-    step: Callable[..., Rollout],
+    condition: Tensor | None,
+    run: Callable[..., Rollout],
     with_energy: bool,
     which: str,
 ) -> Rollout:
-    """The integrator's steps with half of the friction and of the force before and after each."""
-    if model.kind is None and control is None:
-        return step(model.H, z0, dt, n_steps, energy=with_energy, states=which)
-    settings = step.keywords  # type: ignore[attr-defined]
-    backend = settings["backend"]
-    H = hamiltonian.of_any_module(model.H, z0, backend)
-    z0 = validation.as_state(z0, H, "z0")
+    """One rollout where nothing changes on the way, else a step at a time."""
     n_steps = validation.as_count(n_steps, "n_steps")
+    settings = run.keywords  # type: ignore[attr-defined]
+    x = given(model, z0, settings["backend"], control, condition, n_steps, "z0")
+    friction = isinstance(model, PortHNN) and model.kind is not None
+    changes = control is not None and control.ndim > z0.ndim
+    if not (friction or x.forced or (x.read and changes)):
+        return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
     validation.check_choice(which, ("all", "final"), "states")
     with_energy = validation.as_flag(with_energy, "energy")
     for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
         if settings[what] in refused:
-            raise ValueError(f'{what}="{settings[what]}" is not there for a rollout with friction or a control')
-    ports.check_control(model, control, z0, n_steps)
-    z, forces = ports.spread(model, z0, control, n_steps)
-    lead = z.shape[:-1]
-    steps = validation.as_step_sizes(dt, z, n_steps).to(z.dtype)
+            raise ValueError(
+                f'{what}="{settings[what]}" is not there for a rollout with friction, or a control that changes or is a force'
+            )
+    lead = x.z.shape[:-1]
+    steps = validation.as_step_sizes(dt, x.z, n_steps).to(x.z.dtype)
     steps = steps.reshape(*(lead if len(steps) > 1 else [1] * len(lead)), -1)
+    controls = [control[..., t, :] if control is not None and changes else control for t in range(n_steps)]
+    each = [x.under(u) for u in controls] if x.read and changes else [x.under(control)] * n_steps
+    path, solves = [x.z], []
+    for t, H in enumerate(each):
+        h = steps[..., min(t, steps.shape[-1] - 1), None]
 
-    def one_step(z: Tensor, h: Tensor) -> Rollout:
-        return step(model.H, z, h, 1, states="final")
+        def one_step(z: Tensor, H: hamiltonian.Hamiltonian = H, h: Tensor = h) -> Tensor:
+            found = run(H, z, h, 1, energy=False, states="final")
+            solves.append(found.solve)
+            return found.states
 
-    def gradient(z: Tensor) -> Tensor:
-        from .matching import gradient  # which calls on this module
-
-        return gradient(model.H, z, backend=backend)
-
-    path, found = ports.rolled(model, z, steps, forces, n_steps, one_step, gradient)
+        if isinstance(model, PortHNN):
+            force = model.force(controls[t]) if x.forced else None  # type: ignore[arg-type]
+            path.append(ports.step(model, path[-1], h, force, one_step, _gradient_of(x, controls[t], settings["backend"])))
+        else:
+            path.append(one_step(path[-1]))
     states = torch.stack(path, dim=-2)
-    solves = [one.solve for one in found if one.solve is not None]
-    solve = Solve(*(torch.cat(parts, dim=-1) for parts in zip(*solves, strict=True))) if solves else None
-    value = energy(model.H, states) if with_energy else None
-    return Rollout(states if which == "all" else path[-1], value, solve)
+    solved = [one for one in solves if one is not None]
+    solve = Solve(*(torch.cat(parts, dim=-1) for parts in zip(*solved, strict=True))) if solved else None
+    energies = None
+    if with_energy and n_steps:
+        energies = torch.stack([_energy(H, z) for H, z in zip([*each, each[-1]], path, strict=True)], dim=-1)
+    elif with_energy:
+        if x.read and changes:
+            raise ValueError("the energy of H(z, u) at no step takes a control that is held, [..., m]")
+        energies = _energy(x.under(control), x.z)[..., None]
+    return Rollout(states if which == "all" else path[-1], energies, solve)
+
+
+def _gradient_of(x: Given, control: Tensor | None, backend: str) -> Callable[[Tensor], Tensor]:
+    def gradient(z: Tensor) -> Tensor:
+        from .matching import of_hamiltonian  # which calls on this module
+
+        u = inputs.rows(control, x.z.shape[:-1]) if x.read else None
+        return of_hamiltonian(x.H, z, backend, False, u, x.condition)
+
+    return gradient
+
+
+def _energy(H: hamiltonian.Hamiltonian, z: Tensor) -> Tensor:
+    return H.energy(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
 
 
 def _by_plan(known: plan.Plan, z0: Tensor, dt: float | Tensor) -> Rollout:
@@ -366,23 +469,31 @@ def _state(backend: str, z0: Tensor) -> str:
     return choice if backend == "auto" else "available"
 
 
-def leapfrog(hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, control: Tensor | None = None) -> Tensor:
+def leapfrog(
+    hnn: nn.Module,
+    z0: Tensor,
+    dt: float | Tensor,
+    n_steps: int,
+    control: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
     """Leapfrog trajectory of an MLP Hamiltonian: kick, drift, kick (H-JEPA, Algorithm 1).
 
     p' = p - dt/2 Hq(q, p);  q+ = q + dt Hp(q, p');  p+ = p' - dt/2 Hq(q+, p').
 
     Arguments as for `rollout`. Returns the states [..., n_steps + 1, 2d], z0 first.
     """
-    return rollout(hnn, z0, dt, n_steps, integrator="leapfrog", control=control).states
+    return rollout(hnn, z0, dt, n_steps, integrator="leapfrog", control=control, condition=condition).states
 
 
-def energy(hnn: nn.Module, z: Tensor) -> Tensor:
-    """H(z) of an MLP Hamiltonian: [..., 2d] to [...], differentiable.
+def energy(hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    """H(z) of an MLP Hamiltonian: [..., 2d] to [...], differentiable; H(z, u, c) where it takes a control or a condition.
 
     Raises
     ------
     TypeError, ValueError
         As for `rollout`.
     """
-    H = hamiltonian.of_any_module(ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn, z, "reference")
-    return H.energy(validation.as_state(z, H, "z"))
+    hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
+    x = given(hnn, z, "reference", control, condition)
+    return _energy(x.under(control), x.z)

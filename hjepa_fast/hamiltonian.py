@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reader, reading
+from . import inputs, reader, reading
 from .activations import Activations
 from .errors import NotFusedError, warn
-from .models import SeparableHNN
+from .models import LatentHNN, SeparableHNN
 
 
 class Term(NamedTuple):
@@ -28,6 +28,10 @@ class Term(NamedTuple):
     activation: Activations | None = None
     stiffness: Tensor | None = None
     """k of a quadratic form, [d] or [1]; None of an MLP."""
+    control_dim: int = 0
+    """Columns of the first weights that read a control, after those that read the state."""
+    condition_dim: int = 0
+    """Columns that read a condition, the last ones."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -40,10 +44,35 @@ class Term(NamedTuple):
         if self.stiffness is not None:
             return 0.5 * (self.stiffness.to(x.dtype) * x * x).sum(-1)
         assert self.activation is not None
-        *hidden, (w_out, b_out) = zip(self.weights, self.biases, strict=True)
-        for layer, (weight, bias) in enumerate(hidden):
-            x = self.activation.at(layer)(F.linear(x, weight, bias))
-        return F.linear(x, w_out, b_out).squeeze(-1)
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if bias.ndim > 1:  # a bias for each sample, [B, h]: of states [B, 2d] or [B, n, 2d]
+                x = F.linear(x, weight) + bias.reshape(len(bias), *[1] * (x.ndim - 2), -1)
+            else:
+                x = F.linear(x, weight, bias)
+            if layer < last:
+                x = self.activation.at(layer)(x)
+        return x.squeeze(-1)
+
+    @property
+    def n_inputs(self) -> int:
+        """Columns of the first weights that do not read the state."""
+        return self.control_dim + self.condition_dim
+
+    def inputs(self, control: Tensor | None, condition: Tensor | None) -> Tensor:
+        """[u, c] as far as this reads them, [m] or [B, m]."""
+        found = [x for x, n in ((control, self.control_dim), (condition, self.condition_dim)) if n and x is not None]
+        lead = torch.broadcast_shapes(*[x.shape[:-1] for x in found])
+        return torch.cat([x.expand(*lead, -1) for x in found], dim=-1)
+
+    def given(self, control: Tensor | None, condition: Tensor | None) -> Term:
+        """This as a term of the state alone: its bias has the share of a control and a condition, [m] or [B, m]."""
+        if not self.n_inputs:
+            return self
+        n = self.weights[0].shape[1] - self.n_inputs
+        W, U = self.weights[0][:, :n], self.weights[0][:, n:]
+        bias = self.biases[0] + self.inputs(control, condition) @ U.T
+        return Term(self.reads, (W, *self.weights[1:]), (bias, *self.biases[1:]), self.activation)
 
 
 class SumHamiltonian:
@@ -54,6 +83,16 @@ class SumHamiltonian:
         self.tensors = tuple([t for term in terms for t in term.tensors])
         self.plans: dict[Any, Any] | None = None
         """See `plan.py`; None where this is read anew at every call."""
+        self.control_dim = max([term.control_dim for term in terms])
+        self.condition_dim = max([term.condition_dim for term in terms])
+
+    @property
+    def takes_inputs(self) -> bool:
+        return self.control_dim + self.condition_dim > 0
+
+    def given(self, control: Tensor | None, condition: Tensor | None) -> SumHamiltonian:
+        """H of the state alone, under a control and a condition, [m] or [B, m]."""
+        return SumHamiltonian(tuple([term.given(control, condition) for term in self.terms]), self.latent_dim)
 
     @property
     def separable(self) -> bool:
@@ -71,6 +110,9 @@ class SumHamiltonian:
 
 class ModuleHamiltonian:
     """H(z) = module(z), whatever the module computes. Only backend="reference" runs it, by nested autograd."""
+
+    control_dim = condition_dim = 0
+    takes_inputs = False
 
     def __init__(self, module: nn.Module, latent_dim: int) -> None:
         self.module, self.latent_dim = module, latent_dim
@@ -110,7 +152,7 @@ class ModuleHamiltonian:
 Hamiltonian = SumHamiltonian | ModuleHamiltonian
 
 
-def of_any_module(module: nn.Module, z: Tensor, backend: str) -> Hamiltonian:
+def of_any_module(module: nn.Module, z: Tensor, backend: str, with_inputs: bool = False) -> Hamiltonian:
     """What `from_module` reads, or else the module itself with its own forward, where `backend` leaves that open.
 
     With "auto" a warning says why nothing faster can be taken.
@@ -118,11 +160,16 @@ def of_any_module(module: nn.Module, z: Tensor, backend: str) -> Hamiltonian:
     Raises
     ------
     TypeError, ValueError
-        As for `from_module`, and `NotFusedError` where another backend is asked for by name.
+        As for `from_module`, and `NotFusedError` where another backend is asked for by name. A Hamiltonian that takes a control
+        or a condition where there is none (`with_inputs` is false).
     """
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     try:
-        return from_module(module)
+        H = from_module(module)
+        if H.takes_inputs and not with_inputs:
+            for name in inputs.NAMES:
+                inputs.check_given(reader.name_of(module), name, None, getattr(H, f"{name}_dim"))
+        return H
     except NotFusedError as why:
         if backend not in ("auto", "reference"):
             raise NotFusedError(f'{why}, so backend "{backend}" would compute something else; {_REMEDIES}') from None
@@ -178,6 +225,10 @@ def _read(module: nn.Module) -> SumHamiltonian:
         raise ValueError(
             f"the terms of {reader.name_of(module)} must be of states [q, p] of one size 2d; found {found or 'none'}"
         )
+    for name in ("control_dim", "condition_dim"):
+        counts = {getattr(term, name) for term in terms} - {0}
+        if len(counts) > 1:
+            raise ValueError(f"the terms of {reader.name_of(module)} must agree in {name}, found {sorted(counts)}")
     like = next((term.weights[0] for term in terms if term.weights), terms[0].tensors[0])
     for term in terms:
         for t in term.tensors:
@@ -193,11 +244,30 @@ def _read(module: nn.Module) -> SumHamiltonian:
     return SumHamiltonian(tuple(terms), known.pop())
 
 
+def with_input_columns(term: Term, module: Any) -> Term:
+    """A network whose last columns read the control and the condition that the module says.
+
+    Raises
+    ------
+    ValueError
+        Not enough columns, or those of z are odd.
+    """
+    term = term._replace(control_dim=module.control_dim, condition_dim=module.condition_dim)
+    width = term.weights[0].shape[1]
+    left = width - term.n_inputs
+    if left < 1 or (term.reads == "z" and left % 2):
+        raise ValueError(
+            f"{reader.name_of(module)} takes {width} numbers: a control of {term.control_dim} and a condition of "
+            f"{term.condition_dim} leave {left} for {'z = [q, p], an even size' if term.reads == 'z' else term.reads}"
+        )
+    return term
+
+
 def _size_of(term: Term) -> int:
     """2d, or 0 where any is."""
     if term.stiffness is not None:
         return 2 * term.stiffness.numel() if term.stiffness.numel() > 1 else 0
-    width = term.weights[0].shape[1]
+    width = term.weights[0].shape[1] - term.n_inputs
     return width if term.reads == "z" else 2 * width
 
 
@@ -214,6 +284,9 @@ def _terms_of(module: nn.Module) -> list[Term]:
         if module.kinetic is None:
             return [V, *quadratic, Term("p", stiffness=V.weights[0].new_ones(1))]
         return [V, *quadratic, Term("p", *reader.read_mlp(module.kinetic, even=False))]
+    known = isinstance(module, LatentHNN) and type(module).forward is LatentHNN.forward
+    if known and (module.control_dim or module.condition_dim):
+        return [with_input_columns(Term("z", *reader.read_mlp(module, even=False)), module)]
     if not reader.says_terms(module):
         return [Term("z", *reader.read_mlp(module, even=True))]
     given = module.hamiltonian_terms()  # type: ignore[operator]

@@ -8,17 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import gradient_ops, hamiltonian, ports, validation
-from .api import BACKENDS, choose_backend, rollout, through_transforms
+from . import gradient_ops, inputs, ports, validation
+from .api import BACKENDS, Given, choose_backend, given, rollout, through_transforms
 from .backends import reference
-from .hamiltonian import ModuleHamiltonian, Term
+from .hamiltonian import Hamiltonian, ModuleHamiltonian, SumHamiltonian, Term
 from .ports import PortHNN
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
 
 
-def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
+def gradient(
+    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """grad H = (Hq, Hp) at every state, in one fused pass.
 
     Parameters
@@ -27,13 +29,15 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
         As for `hjepa_fast.rollout`.
     z : Tensor [..., 2d]
         States: float32, float64 or bfloat16, of the network's dtype and device.
+    control, condition : Tensor [..., m] and [..., c], optional
+        Where H takes them.
     backend : str
         "auto", "cpp", "torch" or "reference" (nested autograd, differentiable any number of times). "triton" and "cuda" have
         no such kernel and leave it to PyTorch operations.
 
     Returns
     -------
-    Tensor [..., 2d], differentiable once more with respect to z and every parameter of `hnn`.
+    Tensor [..., 2d], differentiable once more with respect to z, control, condition and every parameter of `hnn`.
 
     Raises
     ------
@@ -42,30 +46,53 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     RuntimeError
         A backend asked for by name that is not there; a third derivative through one that has none.
     """
-    return _gradient(ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn, z, backend, rotated=False)
+    return _gradient(hnn, z, control, condition, backend, rotated=False)[0]
 
 
-def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
+def _gradient(
+    hnn: nn.Module, z: Tensor, control: Tensor | None, condition: Tensor | None, backend: str, rotated: bool
+) -> tuple[Tensor, Given]:
     validation.check_choice(backend, BACKENDS, "backend")
-    H = hamiltonian.of_any_module(hnn, z, backend)
-    z = validation.as_state(z, H, "z")
+    x = given(getattr(hnn, "_orig_mod", hnn), z, backend, control, condition)  # of torch.compile
+    u = inputs.rows(control, x.z.shape[:-1]) if x.read else None
+    return of_hamiltonian(x.H, x.z, backend, rotated, u, x.condition), x
+
+
+def of_hamiltonian(
+    H: Hamiltonian,
+    z: Tensor,
+    backend: str,
+    rotated: bool = False,
+    control: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """grad H, or J grad H, at z [..., 2d], under a control and a condition, each [m] or [B, m] of as many states."""
     rows = z.reshape(-1, H.latent_dim)
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
     backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
-        g = reference.gradient(H, rows)
+        g = reference.gradient(H.given(control, condition) if isinstance(H, SumHamiltonian) and H.takes_inputs else H, rows)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
+
+    def of(term: Term, x: Tensor, rotated: bool = False) -> Tensor:
+        if not term.n_inputs:
+            return _of_term(term, x, backend, rotated)
+        assert term.activation is not None
+        with_inputs = torch.cat((x, term.inputs(control, condition).expand(len(x), -1)), dim=1)
+        g = gradient_ops.gradient(with_inputs, term.weights, term.biases, term.activation, backend)[:, : x.shape[1]]
+        return gradient_ops.rotate(g) if rotated else g
+
     if len(H.terms) == 1 and H.terms[0].reads == "z":
-        return _of_term(H.terms[0], rows, backend, rotated).reshape(z.shape)
+        return of(H.terms[0], rows, rotated).reshape(z.shape)
     d = H.latent_dim // 2
     found = {"q": torch.zeros_like(rows[:, :d]), "p": torch.zeros_like(rows[:, d:])}
     for term in H.terms:
         if term.reads == "z":
-            g = _of_term(term, rows, backend)
+            g = of(term, rows)
             found = {"q": found["q"] + g[:, :d], "p": found["p"] + g[:, d:]}
         else:
-            found[term.reads] = found[term.reads] + _of_term(term, rows[:, :d] if term.reads == "q" else rows[:, d:], backend)
+            found[term.reads] = found[term.reads] + of(term, rows[:, :d] if term.reads == "q" else rows[:, d:])
     return torch.cat((found["p"], -found["q"]) if rotated else (found["q"], found["p"]), dim=-1).reshape(z.shape)
 
 
@@ -77,23 +104,18 @@ def _of_term(term: Term, x: Tensor, backend: str, rotated: bool = False) -> Tens
     return gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend, rotated)
 
 
-def vector_field(hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, backend: str = "auto") -> Tensor:
+def vector_field(
+    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """J grad H = (Hp, -Hq) at every state: z' of Hamilton's equations q' = Hp, p' = -Hq; with a `PortHNN`'s friction and force.
 
     To match derivatives z' of the data, minimise |z' - vector_field(hnn, z)|^2 (Greydanus et al., 2019).
 
-    Parameters, errors and what is returned are those of `gradient`: [..., 2d]; and
-
-    control : Tensor [..., m], optional
-        Of a `PortHNN`.
+    Parameters, errors and what is returned are those of `gradient`: [..., 2d]. A control may come through a `PortHNN`'s port.
     """
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
-    if not isinstance(hnn, PortHNN):
-        ports.check_control(hnn, control, z)
-        return _gradient(hnn, z, backend, rotated=True)
-    field = _gradient(ports.hamiltonian_of(hnn), z, backend, rotated=True)
-    ports.check_control(hnn, control, z)
-    return ports.added(hnn, z.to(field.dtype), field, control)
+    field, x = _gradient(hnn, z, control, condition, backend, rotated=True)
+    return ports.added(hnn, x.z, field, control if x.forced else None) if isinstance(hnn, PortHNN) else field
 
 
 def step_residual(
@@ -104,6 +126,7 @@ def step_residual(
     *,
     scheme: str = "implicit-midpoint",
     control: Tensor | None = None,
+    condition: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """z1 minus the step from z0: zero where the data follow the network's step. One-step matching minimises its square.
@@ -125,8 +148,8 @@ def step_residual(
         Step size; a tensor may require grad. 0-d for all, or [..., 1] per sample.
     scheme : str
         One of `STEPS`.
-    control : Tensor [..., m], optional
-        Of a `PortHNN`, held over the step.
+    control, condition : Tensor [..., m] and [..., c], optional
+        Held over the step, where H or a `PortHNN`'s port takes them.
     backend : str
         As for `gradient`.
 
@@ -149,7 +172,7 @@ def step_residual(
             f"z0 and z1 must share one dtype and device, found {z0.dtype} on {z0.device} and {z1.dtype} on {z1.device}"
         )
     if scheme == "leapfrog":
-        return z1 - rollout(hnn, z0, dt, 1, states="final", backend=backend, control=control).states
+        return z1 - rollout(hnn, z0, dt, 1, states="final", backend=backend, control=control, condition=condition).states
     if z0.ndim == 0:
         raise ValueError("z0 must be [..., 2d], found a number")
     step = validation.as_step_sizes(dt, z0, 1)
@@ -160,4 +183,4 @@ def step_residual(
         "symplectic-euler": lambda: torch.cat((z0[..., :d], z1[..., d:]), dim=-1),
         "euler": lambda: z0,
     }[scheme]()
-    return z1 - z0 - step * vector_field(hnn, where, control=control, backend=backend)
+    return z1 - z0 - step * vector_field(hnn, where, control=control, condition=condition, backend=backend)

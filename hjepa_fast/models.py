@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import inputs
 from .activations import NAMES, Activation
 
 
@@ -25,24 +26,35 @@ class LatentHNN(nn.Module):
     hidden_dims : sequence of int
         Widths of the hidden layers; empty gives a linear H.
     activation : str
-        One of softplus, tanh, silu, gelu, gelu-tanh, sin.
+        One of `activations.NAMES`.
+    control_dim, condition_dim : int
+        Sizes of a control u and a condition c, for H(z, u, c): the first layer reads [z, u, c].
 
     Raises
     ------
     ValueError
-        An odd or non-positive size, or an unknown activation.
+        An odd or non-positive size, a negative one of a control or condition, or an unknown activation.
     """
 
     def __init__(
-        self, latent_dim: int = 1024, hidden_dims: Sequence[int] = (512, 512, 256), activation: str = "softplus"
+        self,
+        latent_dim: int = 1024,
+        hidden_dims: Sequence[int] = (512, 512, 256),
+        activation: str = "softplus",
+        control_dim: int = 0,
+        condition_dim: int = 0,
     ) -> None:
         super().__init__()
         _check_hamiltonian(latent_dim, activation)
-        self.latent_dim = latent_dim
-        self.net = _hamiltonian_mlp((latent_dim, *hidden_dims, 1), activation)
+        if min(control_dim, condition_dim) < 0:
+            raise ValueError(f"control_dim and condition_dim must be >= 0, found {control_dim} and {condition_dim}")
+        self.latent_dim, self.control_dim, self.condition_dim = latent_dim, control_dim, condition_dim
+        self.net = _hamiltonian_mlp((latent_dim + control_dim + condition_dim, *hidden_dims, 1), activation)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """H(z): [..., latent_dim] to [..., 1]."""
+    def forward(self, z: Tensor, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """H(z, u, c): states [..., latent_dim], with [..., control_dim] and [..., condition_dim], to [..., 1]."""
+        if self.control_dim or self.condition_dim or control is not None or condition is not None:
+            z = inputs.joined(self, z, control, condition)
         return self.net(z)
 
 

@@ -148,7 +148,8 @@ def with_tiles(x: Attributes, terms: Sequence[Term], z0: Tensor) -> Attributes:
         return x
     outline = x.outline(terms, z0.shape[1])
     size = z0.shape[0] * work_dtype(z0.dtype).itemsize
-    if outline.in_kernel or size * outline.tape_widths(x.n_steps, "store") <= LONGEST_TAPE:
+    by_row = any(t.biases and t.biases[0].ndim > 1 for t in terms)  # a tile starts with one bias for all samples
+    if outline.in_kernel or by_row or size * outline.tape_widths(x.n_steps, "store") <= LONGEST_TAPE:
         return x
     return x._replace(memory="tiles")
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import hamiltonian, reader, validation
+from . import hamiltonian, inputs, reader, validation
 from .errors import NotFusedError
+from .hamiltonian import Hamiltonian
 
 FRICTIONS = ("conformal", "rayleigh")
 
@@ -119,58 +119,39 @@ def hamiltonian_of(model: PortHNN) -> nn.Module:
     return model.H
 
 
-def check_control(model: nn.Module, control: Tensor | None, z: Tensor, n_steps: int | None = None) -> None:
-    """A control must be [..., m] or, where there are steps, [..., n_steps, m], for states z [..., 2d].
+def places_of(model: nn.Module, H: Hamiltonian, control: Tensor | None, condition: Tensor | None) -> tuple[bool, bool]:
+    """Whether the control enters by the port, and whether H itself reads it.
 
     Raises
     ------
-    TypeError, ValueError
-        Another type, dtype, device or shape; a Hamiltonian without a port.
+    ValueError
+        A control or condition without a place, or a place that is given none; a port of another size than H's control.
     """
-    if control is None:
-        return
-    if not isinstance(model, PortHNN) or not model.control_dim:
-        raise ValueError(
-            f"control was given, and {type(model).__name__} has no port for it; see hjepa_fast.PortHNN(control_dim=)"
-        )
-    if not isinstance(control, Tensor):
-        raise TypeError(f"control must be a tensor, found {type(control).__name__}")
-    m = model.control_dim
-    held = n_steps is None or control.ndim <= z.ndim
-    wanted = f"[..., {m}]" if n_steps is None else f"[..., {m}] held throughout, or [..., {n_steps}, {m}]"
-    sizes = () if held else (n_steps,)
-    if not 0 < control.ndim <= z.ndim + (not held) or tuple(control.shape[len(control.shape) - len(sizes) - 1 :]) != (
-        *sizes,
-        m,
-    ):
-        raise ValueError(f"control must be {wanted} for states {list(z.shape)}, found {list(control.shape)}")
-    if control.dtype != z.dtype or control.device != z.device:
-        raise TypeError(
-            f"control and the states must share one dtype and device, found {control.dtype} on {control.device} and {z.dtype} "
-            f"on {z.device}"
-        )
-    lead = control.shape[: control.ndim - len(sizes) - 1]
-    try:
-        torch.broadcast_shapes(lead, z.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            f"control {list(control.shape)} and states {list(z.shape)} must agree in their leading sizes, found {list(lead)} "
-            f"and {list(z.shape[:-1])}"
-        ) from None
+    m = model.control_dim if isinstance(model, PortHNN) else 0
+    if m and H.control_dim and m != H.control_dim:
+        raise ValueError(f"the port and the Hamiltonian must take one control, found sizes {m} and {H.control_dim}")
+    owner = reader.name_of(model)
+    # a port that is given no control exerts no force
+    if control is not None or H.control_dim:
+        inputs.check_given(owner, "control", control, m or H.control_dim)
+    inputs.check_given(owner, "condition", condition, H.condition_dim)
+    return bool(m) and control is not None, bool(H.control_dim)
 
 
-def spread(model: PortHNN, z: Tensor, control: Tensor | None, n_steps: int) -> tuple[Tensor, Tensor | None]:
-    """States of the common leading shape, [..., 2d], and forces [..., 1 or n_steps, d] that broadcast to it."""
-    if control is None:
-        return z, None
-    held = control.ndim <= z.ndim
-    if held:
-        control = control[..., None, :]
-    lead = torch.broadcast_shapes(control.shape[:-2], z.shape[:-1])
-    return z.expand(*lead, z.shape[-1]), model.force(control)
+def step(
+    model: PortHNN,
+    z: Tensor,
+    h: Tensor,
+    force: Tensor | None,
+    one_step: Callable[[Tensor], Tensor],
+    gradient: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The integrator's step with half of the friction and of the force before and after it."""
+    z = one_step(_half_step(model, z, h, force, gradient, force_first=False))
+    return _half_step(model, z, h, force, gradient, force_first=True)
 
 
-def moved(
+def _half_step(
     model: PortHNN, z: Tensor, h: Tensor, force: Tensor | None, gradient: Callable[[Tensor], Tensor], force_first: bool
 ) -> Tensor:
     """Half a step of friction and force. z is [..., 2d], h [..., 1], force [..., d]."""
@@ -189,27 +170,6 @@ def moved(
     if not force_first:
         p = pushed(p)
     return torch.cat((q, p), dim=-1)
-
-
-def rolled(
-    model: PortHNN,
-    z: Tensor,
-    steps: Tensor,
-    forces: Tensor | None,
-    n_steps: int,
-    one_step: Callable[[Tensor, Tensor], Any],
-    gradient: Callable[[Tensor], Tensor],
-) -> tuple[list[Tensor], list[Any]]:
-    """Every state [..., 2d] of a rollout from z, and what `one_step(z, dt)` gave for each step. steps: [..., 1 or n_steps]."""
-    states, found = [z], []
-    for t in range(n_steps):
-        h = steps[..., min(t, steps.shape[-1] - 1), None]
-        force = None if forces is None else forces[..., min(t, forces.shape[-2] - 1), :]
-        z = moved(model, z, h, force, gradient, force_first=False)
-        found.append(one_step(z, h))
-        z = moved(model, found[-1].states, h, force, gradient, force_first=True)
-        states.append(z)
-    return states, found
 
 
 def added(model: PortHNN, z: Tensor, field: Tensor, control: Tensor | None) -> Tensor:

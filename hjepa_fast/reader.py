@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from . import activations, adapters
 from .activations import Activation, Activations
 from .errors import NotFusedError
-from .models import SeparableHNN
+from .models import LatentHNN, SeparableHNN
 from .transforms import outside_graphs
 
 # PyTorch's older wrappers of layers: each recomputes a layer's weight in a hook, just before the layer runs
@@ -347,7 +347,7 @@ def _check_forward(module: nn.Module, owner: str) -> None:
     kind = type(module)
     if isinstance(module, nn.Sequential) and _is_plain_sequential(kind):
         return
-    if _is_promised(module):
+    if _is_promised(module) or kind.forward is LatentHNN.forward:
         return
     layers = layers_of(sequential_of(module), owner)
     if not layers or not adapters.is_linear(layers[0][1]):
@@ -374,7 +374,7 @@ def is_net(module: nn.Module) -> bool:
         and kind.__getattribute__ is object.__getattribute__
         and not hasattr(kind, "net")
         and "net" not in module.__dict__
-        and _depends_on_net_alone(code)
+        and (kind.forward is LatentHNN.forward or _depends_on_net_alone(code))
     )
 
 

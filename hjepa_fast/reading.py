@@ -89,7 +89,7 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool
     # zeros in place of a bias, made in inference mode, could not be trained through later
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
         return False
-    if reader.says_terms(module):
+    if reader.says_terms(module) or found.takes_inputs:
         return False
     nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
     named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import activations, adapters, hamiltonian, reader, validation
+from . import activations, adapters, hamiltonian, inputs, reader, validation
 from .activations import Activation
 from .errors import NotFusedError
 
@@ -35,10 +35,12 @@ class Hamiltonian(nn.Module):
         What the network's input is: "qp", or "pq" with p before q. z itself is always [q, p].
     output : int, optional
         Which of the network's outputs H is, where it has several.
-    scale, shift : float or Tensor [2d], optional
-        Statistics of the network's input, in its own order: it sees (x - shift) / scale.
+    scale, shift : float or Tensor [n], optional
+        Statistics of the network's n inputs, in its own order: it sees (x - shift) / scale.
     factor : float or Tensor [], optional
         What the output is multiplied with.
+    control_dim, condition_dim : int
+        Sizes of a control u and a condition c that the network reads after the state: [z, u, c].
 
     A `nn.Parameter` given for one of these is trained with the rest.
 
@@ -63,10 +65,14 @@ class Hamiltonian(nn.Module):
         scale: float | Tensor | None = None,
         shift: float | Tensor | None = None,
         factor: float | Tensor | None = None,
+        control_dim: int = 0,
+        condition_dim: int = 0,
     ) -> None:
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {order!r}")
+        self.control_dim = validation.as_count(control_dim, "control_dim")
+        self.condition_dim = validation.as_count(condition_dim, "condition_dim")
         self.net = nn.Sequential(*_with_activations(_layers(layers), activation))
         self.order, self.output = order, output
         (*_, (_, last)) = reader.layers_of(self.net, "Hamiltonian")
@@ -86,13 +92,16 @@ class Hamiltonian(nn.Module):
         width = getattr(first, "in_features", None)
         if not isinstance(width, int):
             raise NotFusedError(f"the network must start with nn.Linear, found {type(first).__name__}")
-        if width % 2:
-            raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; the network takes {width}")
+        left = width - self.control_dim - self.condition_dim
+        if left < 2 or left % 2:
+            what = f" beside a control of {self.control_dim} and a condition of {self.condition_dim}" if left != width else ""
+            raise ValueError(f"a Hamiltonian takes z = [q, p], an even size; the network takes {left}{what}")
         return width
 
-    def forward(self, z: Tensor) -> Tensor:
-        """H(z): [..., 2d] to [..., 1]."""
+    def forward(self, z: Tensor, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """H(z, u, c): [..., 2d], with [..., control_dim] and [..., condition_dim], to [..., 1]."""
         x = z if self.order == "qp" else torch.cat(z.chunk(2, dim=-1)[::-1], dim=-1)
+        x = inputs.joined(self, x, control, condition)
         if self.shift is not None:
             x = x - _like(self.shift, x)
         if self.scale is not None:
@@ -113,17 +122,18 @@ class Hamiltonian(nn.Module):
         if shift is not None:
             biases[0] = biases[0] - (weights[0] * shift).sum(1)
         if self.order == "pq":
-            weights[0] = torch.cat(weights[0].chunk(2, dim=1)[::-1], dim=1)
+            d = (weights[0].shape[1] - self.control_dim - self.condition_dim) // 2
+            weights[0] = torch.cat((weights[0][:, d : 2 * d], weights[0][:, :d], weights[0][:, 2 * d :]), dim=1)
         if self.output is not None:
             own = self.output % weights[-1].shape[0]
             weights[-1], biases[-1] = weights[-1][own : own + 1], biases[-1][own : own + 1]
         if self.factor is not None:
             _multiply(weights, biases, self.factor)
-        return [hamiltonian.Term("z", tuple(weights), tuple(biases), activation)]
+        return [hamiltonian.with_input_columns(hamiltonian.Term("z", tuple(weights), tuple(biases), activation), self)]
 
 
 class Term(nn.Module):
-    """factor net(x), a network of x = q, p, or z = [q, p].
+    """factor net(x), a network of x = q, p, or z = [q, p], and where it says so of [x, u, c].
 
     Parameters
     ----------
@@ -135,6 +145,8 @@ class Term(nn.Module):
     activation : as for `Hamiltonian`, for a sequence of layers
     factor : float or Tensor [], optional
         What the output is multiplied with.
+    control_dim, condition_dim : int
+        Sizes of a control u and a condition c that the network reads after x.
     """
 
     factor: float | Tensor | None
@@ -146,9 +158,13 @@ class Term(nn.Module):
         activation: Any = None,
         *,
         factor: float | Tensor | None = None,
+        control_dim: int = 0,
+        condition_dim: int = 0,
     ) -> None:
         super().__init__()
         self.reads = _reads(reads, ("q", "p", "z"))
+        self.control_dim = validation.as_count(control_dim, "control_dim")
+        self.condition_dim = validation.as_count(condition_dim, "condition_dim")
         if isinstance(net, nn.Module):
             if activation is not None:
                 raise ValueError("a network holds its activations, so none is to be given beside it")
@@ -157,9 +173,9 @@ class Term(nn.Module):
             self.net = nn.Sequential(*_with_activations(_layers(net), activation))
         _keep(self, "factor", factor, ())
 
-    def forward(self, z: Tensor) -> Tensor:
-        """[..., 2d] to [..., 1]."""
-        x = _half(z, self.reads)
+    def forward(self, z: Tensor, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """[..., 2d], with [..., control_dim] and [..., condition_dim], to [..., 1]."""
+        x = inputs.joined(self, _half(z, self.reads), control, condition)
         value = _column(self.net(x), x)
         return value if self.factor is None else value * _like(self.factor, value)
 
@@ -170,11 +186,14 @@ class Term(nn.Module):
                 "add it up with SumHNN"
             )
         reader.prove(self.net)
-        found, found_biases, activation = reader.read_mlp(self.net, even=self.reads == "z")
+        found, found_biases, activation = reader.read_mlp(
+            self.net, even=self.reads == "z" and not self.control_dim + self.condition_dim
+        )
         weights, biases = list(found), list(found_biases)
         if self.factor is not None:
             _multiply(weights, biases, self.factor)
-        return [hamiltonian.Term(self.reads, tuple(weights), tuple(biases), activation)]
+        own = hamiltonian.Term(self.reads, tuple(weights), tuple(biases), activation)
+        return [hamiltonian.with_input_columns(own, self)]
 
 
 class Quadratic(nn.Module):
@@ -222,10 +241,22 @@ class SumHNN(nn.Module):
         if not terms:
             raise TypeError("a sum has one term at least, found none")
         self.terms = nn.ModuleList(terms)
+        for name in inputs.NAMES:
+            sizes = {getattr(term, f"{name}_dim", 0) for term in terms} - {0}
+            if len(sizes) > 1:
+                raise ValueError(f"the terms of a sum must agree in {name}_dim, found {sorted(sizes)}")
+            setattr(self, f"{name}_dim", max(sizes, default=0))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """H(z): [..., 2d] to [..., 1]."""
-        value: Tensor = sum(_column(term(z), z) for term in self.terms)  # type: ignore[assignment]
+    def forward(self, z: Tensor, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """H(z, u, c): [..., 2d], with [..., control_dim] and [..., condition_dim], to [..., 1]."""
+        beside = {"control": control, "condition": condition}
+        for name, given in beside.items():
+            inputs.check_given(type(self).__name__, name, given, getattr(self, f"{name}_dim"))
+        values = []
+        for term in self.terms:
+            own = {name: x for name, x in beside.items() if getattr(term, f"{name}_dim", 0)}
+            values.append(term(z, **own) if own else _column(term(z), z))
+        value: Tensor = sum(values)  # type: ignore[assignment]
         return value
 
     def hamiltonian_terms(self) -> list[nn.Module]:

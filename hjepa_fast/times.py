@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ def odeint(
     integrator: str = "implicit-leapfrog",
     dense: bool = False,
     control: Tensor | None = None,
+    condition: Tensor | None = None,
     memory: str = "store",
     backend: str = "auto",
 ) -> Tensor:
@@ -49,7 +51,9 @@ def odeint(
         True: equal steps of at most dt throughout, which keeps that promise, and between them the cubic through the states and
         their derivatives (Hermite), whose own error is of order 4. It takes dt.
     control : Tensor [..., m] or [..., T - 1, m], optional
-        Of a `PortHNN`: held throughout, or from each time to the next (not with `dense`).
+        Held throughout, or from each time to the next (not with `dense`); see `rollout`.
+    condition : Tensor [..., c], optional
+        As for `rollout`.
 
     Returns
     -------
@@ -72,10 +76,9 @@ def odeint(
         raise ValueError("dense=True takes dt, the size of its equal steps")
     if dense and control is not None and control.ndim > z0.ndim:
         raise ValueError("a control for each interval has no place in equal steps across them; leave dense out")
-    settings = {"integrator": integrator, "memory": memory, "backend": backend}
+    settings: dict[str, Any] = {"integrator": integrator, "memory": memory, "backend": backend, "condition": condition}
     if n_times == 1:
-        rollout(hnn, z0, 0.0, 0, control=control, **settings)  # type: ignore[arg-type]  # which checks the rest
-        return z0[None].clone()
+        return rollout(hnn, z0, 0.0, 0, control=control, **settings).states.movedim(-2, 0)  # which checks the rest
     if dense:
         assert dt is not None
         return _between_equal_steps(hnn, z0, times, dt, control, settings)
@@ -90,7 +93,7 @@ def odeint(
                 f"control must be [..., m] or [..., {n_times - 1}, m] for {n_times} times, found {list(control.shape)}"
             )
         control = control.repeat_interleave(repeats.to(control.device), dim=-2)
-    states = rollout(hnn, z0, steps, sum(counts), control=control, **settings).states  # type: ignore[arg-type]
+    states = rollout(hnn, z0, steps, sum(counts), control=control, **settings).states
     ends = torch.tensor([0, *counts], device=states.device).cumsum(0)
     return states.index_select(-2, ends).movedim(-2, 0)
 
@@ -120,20 +123,21 @@ def _as_times(t: Tensor | Sequence[float], z0: Tensor) -> Tensor:
 
 
 def _between_equal_steps(
-    hnn: nn.Module, z0: Tensor, times: Tensor, dt: float, control: Tensor | None, settings: dict[str, str]
+    hnn: nn.Module, z0: Tensor, times: Tensor, dt: float, control: Tensor | None, settings: dict[str, Any]
 ) -> Tensor:
     span = times[..., -1:] - times[..., :1]
     n_steps = _count(span.detach().abs().amax().item(), dt)
     h = span / n_steps
-    states = rollout(hnn, z0, h, n_steps, control=control, **settings).states  # type: ignore[arg-type]
+    states = rollout(hnn, z0, h, n_steps, control=control, **settings).states
     at = (times - times[..., :1]) / h
     before = at.detach().floor().clamp(0, n_steps - 1)
     s = (at - before).to(states.dtype)[..., None]
     index = before.long().expand(*states.shape[:-2], -1)[..., None]
     z, z_next = (states.take_along_dim(index + k, dim=-2) for k in (0, 1))
-    u = None if control is None else control[..., None, :]
+    u, c = (None if x is None else x[..., None, :] for x in (control, settings["condition"]))
     f, f_next = (
-        h.to(states.dtype)[..., None] * vector_field(hnn, x, control=u, backend=settings["backend"]) for x in (z, z_next)
+        h.to(states.dtype)[..., None] * vector_field(hnn, x, control=u, condition=c, backend=settings["backend"])
+        for x in (z, z_next)
     )
     found = (1 + 2 * s) * (1 - s) ** 2 * z + s * (1 - s) ** 2 * f + s * s * (3 - 2 * s) * z_next + s * s * (s - 1) * f_next
     return found.movedim(-2, 0)

@@ -297,6 +297,11 @@ def _write(job: Job) -> _Written:
     )
 
 
+def _starts(job: Job, written: _Written) -> bool:
+    """Whether the extension makes the start: it knows the registers, and one bias for all samples."""
+    return written.starts and all([b.ndim == 1 for _, b in job.firsts])
+
+
 def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous, in this dtype."""
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
@@ -312,6 +317,7 @@ def _program_arguments(job: Job, written: _Written) -> tuple[list[Tensor], Tenso
     work = job.dt.dtype
     parameters = [M if M.stride(-1) == 1 or M.ndim == 1 else M.contiguous() for M in job.given]
     for (W, b), F in zip(job.firsts, job.networks, strict=True):
+        b = b if b.ndim == 1 else W.new_zeros(len(W))  # a bias for each sample is in the registers' start
         parameters += [_own(W, work), *[_own(w, work) for w in F.weights], _own(b, work), *[_own(w, work) for w in F.biases]]
     options = _options(job.networks[0].weights[0], work) | (job.memory != "recompute") << 33 | job.every_state << 34
     return parameters, job.dt.contiguous(), written.numbers, options
@@ -343,7 +349,7 @@ def run(
     chunks = _program_chunks(written, batch, n_steps, 1)
     end = [like.new_empty(batch, job.widths[i]) for i in program.state] if want_end or len(chunks) > 1 else []
     parameters, dt, numbers, options = _program_arguments(job, written)
-    if start is None and not written.starts:
+    if start is None and not _starts(job, written):
         start = job.start()
     starts = [] if start is None else [_by_rows(x) for x in start]
     z0 = _by_rows(like)
@@ -367,12 +373,12 @@ def run_back(
     """As `hidden_space.machine.run_back`."""
     require()
     batch, program, written = cotangents[0].shape[0], job.program, _as_written(job)
-    if written.delegated or not batch or not job.n_steps or not (tape.shape[1] or written.starts):
+    if written.delegated or not batch or not job.n_steps or not (tape.shape[1] or _starts(job, written)):
         return torch_backend.run_back(job, cotangents, values, g_path, g_energy, tape, sums)
     like = cotangents[0]
     own = [_by_rows(x) for x in cotangents]
     own += [like.new_zeros(batch, job.widths[i]) for i in program.known]
-    read = bool(program.tracked) or not written.starts
+    read = bool(program.tracked) or not _starts(job, written)
     followed = [x.clone(memory_format=torch.contiguous_format) for x in values] if read else []
     gdt = like.new_empty(batch, job.n_steps)
     totals = [] if sums is None else sums.tensors

@@ -131,7 +131,7 @@ class Loop(ABC):
             if own is not None and name != "B":
                 own.weights[0].addmm_(given.T, half_of(self.problem.z0, side))
             if own is not None and name != "U":
-                own.biases[0].add_(given.sum(0))
+                own.biases[0].add_(given.sum_to_size(own.biases[0].shape))
 
     def sums_in(self, half: str) -> list[tuple[int, int, str]]:
         """Which of the path's registers are coefficients in this half of the state: of term k's half `side`."""
@@ -382,8 +382,10 @@ class Kernel(Loop):
                 none = W.new_zeros(W.shape[0], d)
                 rows.append(W if term.reads == "z" else torch.cat((W, none) if term.reads == "q" else (none, W), dim=1))
                 biases.append(W.new_zeros(d) if term.activation is None else term.biases[0])
+            if any(b.ndim > 1 for b in biases):
+                biases = [b.expand(len(problem.z0), -1) for b in biases]
             parts = [Quadratic([term.stiffness], d) if term.stiffness is not None else tail_of(term) for term in terms]
-            self.W, self.b, self.F = torch.cat(rows), torch.cat(biases), Stack(parts, outline.stacked_widths)
+            self.W, self.b, self.F = torch.cat(rows), torch.cat(biases, dim=-1), Stack(parts, outline.stacked_widths)
         self.Wq, self.Wp = self.W.chunk(2, dim=1)
         remember = outline.memory == "none"
         self.K = remembered(_product_of_halves, self.W) if remember else self.backend.product(self.Wp, self.Wq.T)
@@ -409,7 +411,7 @@ class Kernel(Loop):
         gWp += self.backend.product(gK, self.Wq)
         gWq += self.backend.product(gK.T, self.Wp)
         gW.addmm_(la.T, self.problem.z0)
-        gb += la.sum(0)
+        gb += la.sum_to_size(gb.shape)
 
     def new_sums(self, sums: Sweep) -> None:
         if sums.terms is not None:
@@ -429,10 +431,10 @@ class Kernel(Loop):
             return
         _, gW, gb = sums.loop
         sizes = self.outline.stacked_widths
-        for term, own, W, b in zip(self.problem.terms, sums.terms, gW.split(sizes), gb.split(sizes), strict=True):
+        for term, own, W, b in zip(self.problem.terms, sums.terms, gW.split(sizes), gb.split(sizes, dim=-1), strict=True):
             if own.stiffness is None:
                 own.weights[0].add_(half_of(W, term.reads))
-                own.biases[0].add_(b)
+                own.biases[0].add_(b.sum_to_size(own.biases[0].shape))
 
     def run(
         self,

@@ -293,7 +293,7 @@ def pre_activations(term: Term, x: Tensor) -> list[Tensor]:
     """Those of a network's hidden layers, [B, h_i], at what it reads, x [B, n]."""
     assert term.activation is not None
     found: list[Tensor] = []
-    for layer, (weight, bias) in enumerate(zip(term.weights[:-1], term.biases[:-1], strict=True)):
+    for layer, (weight, bias) in enumerate(zip(term.weights[:-1], _biases_of_rows(term, len(x))[:-1], strict=True)):
         found.append(torch.addmm(bias, term.activation.at(layer - 1)(found[-1]) if found else x, weight.T))
     return found
 
@@ -302,7 +302,13 @@ def value_at(term: Term, x: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """The value [B] of a network whose hidden layers have these pre-activations."""
     assert term.activation is not None
     last = term.activation.at(len(layers) - 1)(layers[-1]) if layers else x
-    return torch.addmm(term.biases[-1], last, term.weights[-1].T)[:, 0]
+    return torch.addmm(_biases_of_rows(term, len(x))[-1], last, term.weights[-1].T)[:, 0]
+
+
+def _biases_of_rows(term: Term, n_rows: int) -> list[Tensor]:
+    """With the first layer's for each of [B n] rows, where it is one for each of B samples."""
+    first, *rest = term.biases
+    return [first if first.ndim == 1 else first.repeat_interleave(n_rows // max(len(first), 1), dim=0), *rest]
 
 
 def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None, layers: Sequence[Tensor] | None = None) -> Tensor:
@@ -320,7 +326,8 @@ def value_adjoint(term: Term, x: Tensor, gE: Tensor, sums: TermSums | None, laye
     for i in range(len(values) - 1, -1, -1):
         if sums is not None:
             sums.weights[i].addmm_(e.T, values[i])
-            sums.biases[i].add_(e.sum(0))
+            own = sums.biases[i]
+            own.add_(e.sum(0) if own.ndim == 1 else e.unflatten(0, (len(own), -1)).sum(1))
         e = e @ term.weights[i]
         if i:
             e = e * slopes[i - 1]
