@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .backends import cpp, cuda, reference, triton
 from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
 from .hidden_space.outline import work_dtype
+from .hidden_space.program import UNDRIVEN, Drive, covers, stages_of
 from .ports import PortHNN
 from .schemes import SCHEMES, for_separable
 
@@ -171,10 +172,12 @@ def _rollout(
     max_evaluations: int,
     unconverged: str,
     omega: float,
+    drive: Drive = UNDRIVEN,
+    externals: tuple[Tensor, ...] = (),
 ) -> Rollout:
-    """`rollout` of a Hamiltonian that was read."""
+    """`rollout` of a Hamiltonian that was read; driven by these numbers of every step."""
     key = None
-    if isinstance(mlp, SumHamiltonian) and mlp.plans is not None:
+    if isinstance(mlp, SumHamiltonian) and mlp.plans is not None and not drive:
         settings = (n_steps, max_evaluations, integrator, energy, states, memory, unconverged, tolerance, omega, backend)
         key = plan.key_of(mlp, z0, dt, settings)
         known = plan.recall(mlp, key)
@@ -198,10 +201,11 @@ def _rollout(
         backend = "reference"
         if not n_steps:
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
-    backend = choose_backend(through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
+    tensors = (*mlp.tensors, *externals)
+    backend = choose_backend(through_transforms(backend, (z0, dt, *tensors)), z0)
     separable = isinstance(mlp, SumHamiltonian) and mlp.separable
     _check_combination(integrator, separable, memory)
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))
+    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *tensors))
     if not differentiate:
         memory = "none"
     elif memory == "reversible" and not _is_reversible(integrator, separable):
@@ -214,17 +218,19 @@ def _rollout(
         path = path if every_state else path[:, -1:]
     else:
         assert isinstance(mlp, SumHamiltonian)
-        coupling = ops.choose_coupling(mlp.terms, integrator, z0, n_steps, every_state, differentiate, backend)
+        coupling = "pair"
+        if not drive:
+            coupling = ops.choose_coupling(mlp.terms, integrator, z0, n_steps, every_state, differentiate, backend)
         attributes = ops.Attributes(
             n_steps, ops.text_of(mlp.terms), ops.softplus_of(mlp.terms), integrator, coupling, every_state, energy, memory,
-            tolerance, max_evaluations, unconverged == "raise", omega, backend,
+            tolerance, max_evaluations, unconverged == "raise", omega, backend, drive.text(),
         )  # fmt: skip
         attributes = ops.with_tiles(attributes, mlp.terms, z0)
         if key is not None:
             outline = attributes.outline(mlp.terms, mlp.latent_dim)
             if plan.Plan.serves(mlp, outline, n_steps, z0):
                 plan.remember(mlp, key, plan.Plan(mlp, outline, attributes, given))
-        path, H, residual, evaluations = ops.run(z0, mlp.tensors, dt, attributes)
+        path, H, residual, evaluations = ops.run(z0, tensors, dt, attributes)
         if _solves(integrator, separable):
             residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
             solve = Solve(residual <= tolerance, residual, evaluations)
@@ -311,6 +317,8 @@ def _with_inputs(
         return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
     validation.check_choice(which, ("all", "final"), "states")
     with_energy = validation.as_flag(with_energy, "energy")
+    if _can_be_driven(x, settings, n_steps):
+        return _driven(model, x, dt, n_steps, control, changes, run, with_energy, which)
     for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
         if settings[what] in refused:
             raise ValueError(
@@ -338,14 +346,75 @@ def _with_inputs(
     states = torch.stack(path, dim=-2)
     solved = [one for one in solves if one is not None]
     solve = Solve(*(torch.cat(parts, dim=-1) for parts in zip(*solved, strict=True))) if solved else None
-    energies = None
-    if with_energy and n_steps:
-        energies = torch.stack([_energy(H, z) for H, z in zip([*each, each[-1]], path, strict=True)], dim=-1)
-    elif with_energy:
-        if x.read and changes:
-            raise ValueError("the energy of H(z, u) at no step takes a control that is held, [..., m]")
-        energies = _energy(x.under(control), x.z)[..., None]
+    if with_energy and x.read and changes and not n_steps:
+        raise ValueError("the energy of H(z, u) at no step takes a control that is held, [..., m]")
+    energies = _energies(x, states, control, changes) if with_energy else None
     return Rollout(states if which == "all" else path[-1], energies, solve)
+
+
+def _can_be_driven(x: Given, settings: dict[str, Any], n_steps: int) -> bool:
+    """Whether friction, force and control can be lines of the rollout's program."""
+    if not isinstance(x.H, SumHamiltonian) or settings["backend"] == "reference" or settings["memory"] == "reversible":
+        return False
+    validation.check_choice(settings["integrator"], INTEGRATORS, "integrator")
+    forms = tuple([ops.form_of(term) for term in x.H.terms])
+    tensors = (x.z, *x.H.tensors)
+    return n_steps > 0 and covers(forms, stages_of(settings["integrator"], forms)) and transforms.transform_of(tensors) is None
+
+
+def _driven(
+    model: nn.Module,
+    x: Given,
+    dt: float | Tensor,
+    n_steps: int,
+    control: Tensor | None,
+    changes: bool,
+    run: Callable[..., Rollout],
+    with_energy: bool,
+    which: str,
+) -> Rollout:
+    """One rollout whose program has lines for friction, force and control."""
+    assert isinstance(x.H, SumHamiltonian)
+    lead, d = x.z.shape[:-1], x.z.shape[-1] // 2
+    steps = validation.as_step_sizes(dt, x.z, n_steps)
+    u = None if control is None else inputs.steps(control, lead, changes)
+    externals: list[Tensor] = []
+    friction = ""
+    if isinstance(model, PortHNN) and model.kind is not None:
+        friction = model.kind
+        externals.append(ports.friction_of_steps(model, steps.to(x.z.dtype), d))
+    if x.forced and isinstance(model, PortHNN) and u is not None:
+        externals.append(model.force(u))
+    changing: list[int] = []
+    if x.read and u is not None and u.shape[1] > 1:
+        added = torch.cat((torch.zeros_like(u[:, :1]), u.diff(dim=1)), dim=1)
+        for k, term in enumerate(x.H.terms):
+            if term.control_dim:
+                changing.append(k)
+                externals.append(added @ term.columns_of_control().T)
+    first = None if u is None else u[:, 0]
+    H = x.H.given(first if first is None or len(first) > 1 else first[0], x.condition) if x.H.takes_inputs else x.H
+    drive = Drive(friction, x.forced, tuple(changing))
+    out = run(
+        H, x.z, dt, n_steps, energy=False, states="all" if with_energy else which, drive=drive, externals=tuple(externals)
+    )
+    if not with_energy:
+        return out
+    energies = _energies(x, out.states, control, changes)
+    return out._replace(states=out.states if which == "all" else out.states[..., -1, :], energy=energies)
+
+
+def _energies(x: Given, states: Tensor, control: Tensor | None, changes: bool) -> Tensor:
+    """At states [..., n, 2d]: under the step that starts there, and at the last under the last one."""
+    n = states.shape[-2]
+    rows = states.reshape(-1, n, states.shape[-1])
+    if not (x.read and changes) or control is None:
+        return x.under(control).energy(rows).reshape(states.shape[:-1])
+    assert isinstance(x.H, SumHamiltonian)
+    u = inputs.steps(control, states.shape[:-2], changes)
+    u = torch.cat((u, u[:, -1:]), dim=1).expand(len(rows), n, -1).flatten(0, 1)
+    c = None if x.condition is None else x.condition.expand(len(rows), -1).repeat_interleave(n, dim=0)
+    return x.H.given(u, c).energy(rows.flatten(0, 1)).reshape(states.shape[:-1])
 
 
 def _gradient_of(x: Given, control: Tensor | None, backend: str) -> Callable[[Tensor], Tensor]:

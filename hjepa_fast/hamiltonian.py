@@ -59,6 +59,11 @@ class Term(NamedTuple):
         """Columns of the first weights that do not read the state."""
         return self.control_dim + self.condition_dim
 
+    def columns_of_control(self) -> Tensor:
+        """Of the first weights, [h, m]."""
+        first = self.weights[0].shape[1] - self.n_inputs
+        return self.weights[0][:, first : first + self.control_dim]
+
     def inputs(self, control: Tensor | None, condition: Tensor | None) -> Tensor:
         """[u, c] as far as this reads them, [m] or [B, m]."""
         found = [x for x, n in ((control, self.control_dim), (condition, self.condition_dim)) if n and x is not None]

@@ -82,6 +82,16 @@ def check_given(owner: str, name: str, value: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} was given, and {owner} has {place if name == 'control' else f'no {name}_dim for it'}")
 
 
+def steps(value: Tensor, lead: torch.Size, changes: bool) -> Tensor:
+    """A control [..., m], or [..., n_steps, m] where it changes, as [1 or B, 1 or n_steps, m] for states so shaped."""
+    if not changes:
+        value = value[..., None, :]
+    n, m = value.shape[-2:]
+    if value.numel() == n * m:
+        return value.reshape(1, n, m)
+    return value.expand(*lead, n, m).reshape(-1, n, m)
+
+
 def rows(value: Tensor | None, lead: torch.Size) -> Tensor | None:
     """A held input [..., m] as [m], where one serves for all, or as [B, m], one for each state of this leading shape."""
     if value is None:

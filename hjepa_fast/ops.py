@@ -18,15 +18,17 @@ from .hidden_space import coupling, rollout
 from .hidden_space.fixed_point import Solver
 from .hidden_space.loops import Problem
 from .hidden_space.outline import Outline, work_dtype
-from .hidden_space.program import Form
+from .hidden_space.program import Form, drive_of
 from .plan import Plan
 from .transforms import is_plain
 
-# z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k. These
-# attributes follow the tensors in both operators.
+# z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k; and after
+# them the externals of what drives the rollout (`hidden_space.program.Drive`). These attributes follow the tensors in both
+# operators.
 _SCHEMA = (
     "SymInt n_steps, str terms, float[] softplus, str integrator, str coupling, bool every_state, bool with_energy, "
-    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend"
+    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend, "
+    "str drive=''"
 )
 torch.library.define(
     "hjepa_fast::rollout",
@@ -55,6 +57,10 @@ def _text_of(term: Term) -> str:
 def softplus_of(terms: Sequence[Term]) -> list[float]:
     """beta and threshold of each network's activations."""
     return [x for term in terms if term.activation is not None for x in activations.numbers_of(term.activation)]
+
+
+def form_of(term: Term) -> Form:
+    return Form(term.reads, len(term.weights), term.activation, term.stiffness is not None and term.stiffness.numel() == 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,6 +114,7 @@ class Attributes(NamedTuple):
     must_converge: bool
     omega: float
     backend: str
+    drive: str = ""
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -129,11 +136,15 @@ class Attributes(NamedTuple):
             )
         return terms
 
+    def externals(self, parameters: Sequence[Tensor], work: torch.dtype) -> list[Tensor]:
+        n = drive_of(self.drive).n_externals
+        return [x.to(work) for x in parameters[len(parameters) - n :]]
+
     def outline(self, terms: Sequence[Term], latent_dim: int) -> Outline:
         widths = tuple([tuple([int(w.shape[0]) for w in t.weights[:-1]]) or ((1,) if t.weights else ()) for t in terms])
         return _outline(
             self.forms, widths, int(latent_dim) // 2, self.integrator, self.coupling, self.every_state, self.with_energy,
-            self.memory,
+            self.memory, self.drive,
         )  # fmt: skip
 
 
@@ -144,7 +155,7 @@ where a gigabyte was kept before."""
 
 def with_tiles(x: Attributes, terms: Sequence[Term], z0: Tensor) -> Attributes:
     """With memory "tiles" for "store" where the tape would be longer than `LONGEST_TAPE`."""
-    if x.memory != "store" or x.backend != "cpp" or torch.compiler.is_compiling() or not x.n_steps:
+    if x.memory != "store" or x.backend != "cpp" or torch.compiler.is_compiling() or not x.n_steps or x.drive:
         return x
     outline = x.outline(terms, z0.shape[1])
     size = z0.shape[0] * work_dtype(z0.dtype).itemsize
@@ -164,11 +175,12 @@ def _outline(
     every_state: bool,
     with_energy: bool,
     memory: str,
+    drive: str,
 ) -> Outline:
     if how == "usual":
         firsts = tuple(w[0] if w else 1 for w in widths)
         how = coupling.choose(forms, firsts, d, integrator, _USUAL_BATCH, _USUAL_STEPS, every_state, memory != "none")
-    return Outline(forms, widths, d, integrator, how == "dense", every_state, with_energy, memory)
+    return Outline(forms, widths, d, integrator, how == "dense", every_state, with_energy, memory, drive_of(drive))
 
 
 def run_plan(plan: Plan, z0: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +215,7 @@ def _problem(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes
         x.must_converge,
         x.omega,
         backends.of(x.backend),
+        x.externals(parameters, work),
     )
 
 

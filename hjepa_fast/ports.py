@@ -151,6 +151,14 @@ def step(
     return _half_step(model, z, h, force, gradient, force_first=True)
 
 
+def friction_of_steps(model: PortHNN, steps: Tensor, d: int) -> Tensor:
+    """E of `hidden_space.program.Drive` for half of each step [1 or B, 1 or n_steps]: [1 or B, 1 or n_steps, d]."""
+    g = model.friction
+    assert g is not None
+    half = (g * steps[..., None] / 2).expand(*steps.shape, d)
+    return torch.expm1(-half) if model.kind == "conformal" else half
+
+
 def _half_step(
     model: PortHNN, z: Tensor, h: Tensor, force: Tensor | None, gradient: Callable[[Tensor], Tensor], force_first: bool
 ) -> Tensor:

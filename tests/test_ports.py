@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 import hjepa_fast as hf
-from hjepa_fast import diagnostics
+from hjepa_fast import api, diagnostics
+from hjepa_fast.backends import cpp
 from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
 D, M = 3, 2
-MODELS = {"general": lambda: make_hnn(2 * D, (7, 5)), "separable": lambda: make_two_networks(2 * D, (7,), (5,))}
+MODELS = {
+    "general": lambda: make_hnn(2 * D, (7, 5)),
+    "separable": lambda: make_two_networks(2 * D, (7,), (5,)),
+    "quadratic": lambda: hf.Separable([nn.Linear(D, 7), nn.Softplus(), nn.Linear(7, 1)], quadratic=torch.rand(D)),
+}
 
 
 def make(name="general", friction=None, control_dim=M, per_dimension=False, g=0.4):
@@ -94,6 +99,39 @@ def test_states_energies_and_gradients(name, backend, friction, per_dimension, c
     for k, (a, b) in enumerate(zip(*results, strict=True)):
         if a is not None or b is not None:
             torch.testing.assert_close(a, b, rtol=1e-10 if k < 2 else 1e-9, atol=1e-11 if k < 2 else 1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("friction", ["conformal", "rayleigh"])
+@pytest.mark.parametrize(
+    ("integrator", "backend", "memory", "path"),
+    [
+        ("leapfrog", "cpp", "recompute", 0),
+        ("leapfrog", "torch", "recompute", 0),
+        ("leapfrog", "cpp", "checkpoint", 0),
+        ("leapfrog", "cpp", "store", 1),
+        ("leapfrog", "cpp", "store", 2),
+        ("euler", "cpp", "store", 0),
+        ("rk4", "cpp", "store", 0),
+        ("yoshida4", "cpp", "store", 0),
+    ],
+)
+def test_in_one_program_as_step_by_step(name, friction, integrator, backend, memory, path, monkeypatch):
+    """Friction and force as lines of a rollout's program, against fused steps with the moves between them."""
+    monkeypatch.setattr(cpp, "path", path)
+    model, results = make(name, friction, per_dimension=True), []
+    for driven in (True, False):
+        z0, u = make_states(5, 2 * D).requires_grad_(), make_states(5, 6, M, seed=7).requires_grad_()
+        dt = torch.linspace(0.05, 0.1, 6, dtype=torch.float64).requires_grad_()
+        if not driven:
+            monkeypatch.setattr(api, "_can_be_driven", lambda *_: False)
+            memory = "store"
+        states = hf.rollout(model, z0, dt, 6, control=u, integrator=integrator, backend=backend, memory=memory).states
+        loss = (states * torch.linspace(0.5, 1.5, states.numel()).reshape(states.shape)).sum()
+        results.append((states, *torch.autograd.grad(loss, [z0, dt, u, *model.parameters()])))
+    monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("dt", [torch.tensor([0.1, 0.3, 0.2]), torch.linspace(0.1, 0.3, 4)[:, None], torch.rand(4, 3) / 5])

@@ -109,7 +109,7 @@ struct Sums {
 constexpr int MAX_NETWORKS = 8, MAX_REGISTERS = 64, MAX_MATRICES = 32, MAX_ITEMS = 24;
 
 // A line of a program, as in hjepa_fast/hidden_space/program.py.
-enum Op : int { EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN };
+enum Op : int { EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN, TAKE, SCALE, GIVE, UNSCALE };
 
 struct Line {
   int op, x, y;
@@ -190,6 +190,8 @@ struct Program {
   Rows<const T> g_path[MAX_REGISTERS];
   const T* gE;
   T* gdt;  // [B, n_steps]
+  Rows<const T> external[MAX_ITEMS];  // numbers of every step, rows or steps 0 apart where they are the same
+  Rows<T> of_external[MAX_ITEMS];     // backward: [B, n_steps, width], added to
   bool again;  // whether each tile runs forward first, on a tape of its own
 
   const Code& code(i64 step) const { return step ? later : first; }

@@ -33,6 +33,22 @@ HJEPA_INLINE void clear_own(const Crew& crew, T* x, i64 R, i64 width) {
   crew.template over_own<T>(R, width, [&](i64 r, i64 c) { store(x + r * w + c, Vec<T>{}); });
 }
 
+// y <- e, or y <- e x with x: e the external numbers of step t. They are read as they lie, not in vectors: their rows may end anywhere.
+template <class T>
+HJEPA_INLINE void take_external(const Crew& crew, const Program<T>& p, const Line& x, T* const* value, i64 row, i64 R, i64 t) {
+  const Rows<const T>& e = p.external[x.item];
+  const i64 n = p.width[x.y], w = ld<T>(n);
+  i64 first, last;
+  crew.template columns<T>(n, first, last);
+  if (last > n) last = n;
+  const T* source = x.op == SCALE ? value[x.x] : nullptr;
+  for (i64 r = 0; r < R; ++r) {
+    const T* from = e.at + (row + r) * e.stride + t * e.step;
+    T* to = value[x.y] + r * w;
+    for (i64 c = first; c < last; ++c) to[c] = source ? from[c] * source[r * w + c] : from[c];
+  }
+}
+
 template <class T>
 i64 widest_register(const Program<T>& p) {
   i64 widest = ld<T>(p.z0.stride);
@@ -98,6 +114,8 @@ struct ProgramForward {
         const Item& item = p.item[x->item];
         copy_own(crew, tape + item.offset + (item.before(t) + x->slot) * item.width, stride, value[x->x], ld<T>(item.width), R,
                  item.width);
+      } else if (x->op == TAKE || x->op == SCALE) {
+        take_external(crew, p, *x, value, row, R, t);
       }
     }
   }
@@ -309,6 +327,35 @@ struct ProgramBackward {
         case ADJOINT:
           adjoint(*x, R, c_of);
           break;
+        case TAKE:
+        case SCALE:
+          take_external(crew, p, *x, value, row, R, t);
+          break;
+        case GIVE:
+        case UNSCALE:
+          give_external(*x, row, R, t);
+          break;
+      }
+    }
+  }
+
+  // The adjoint of `take_external`, which leaves no cotangent of y.
+  void give_external(const Line& x, i64 row, i64 R, i64 t) {
+    const Rows<const T>& e = p.external[x.item];
+    const Rows<T>& to = p.of_external[x.item];
+    const i64 n = p.width[x.y], w = ld<T>(n);
+    i64 first, last;
+    crew.template columns<T>(n, first, last);
+    if (last > n) last = n;
+    for (i64 r = 0; r < R; ++r) {
+      const T* from = e.at + (row + r) * e.stride + t * e.step;
+      T* total = to.at + (row + r) * to.stride + t * to.step;
+      T* ly = given[x.y] + r * w;
+      for (i64 c = first; c < last; ++c) {
+        const T g = ly[c];
+        total[c] += x.op == GIVE ? g : g * value[x.x][r * w + c];
+        if (x.op == UNSCALE) given[x.x][r * w + c] += g * from[c];
+        ly[c] = 0;
       }
     }
   }

@@ -1,8 +1,8 @@
 // The operators that run programs: included by ops.cpp, whose helpers they use.
 #pragma once
 
-// parameters: the matrices that are no halves of first layers, then every network's weights and biases. program: numbers that say the rest
-// (hjepa_fast/backends/cpp.py writes them).
+// parameters: the matrices that are no halves of first layers, then every network's weights and biases, then the externals. program:
+// numbers that say the rest (hjepa_fast/backends/cpp.py writes them). cotangents: of the state, of what is known, of the externals.
 #define PROGRAM_ARGUMENTS "Tensor tape, Tensor[] parameters, Tensor dt, Tensor program, int begin, int end, int options) -> ()"
 
 constexpr const char* PROGRAM_FORWARD =
@@ -85,6 +85,10 @@ struct ProgramCall {
       rest += 2 * layers;
       next = take_activations(p.network[n].activation, int(layers) - 1, next);
       take_network(p.network[n], weights.back(), keep, in.options.layers());
+    }
+    for (int i = 0; rest != in.parameters.end(); ++rest, ++i) {
+      const Tensor& e = *rest;
+      p.external[i] = {data<T>(e), e.size(0) > 1 ? e.stride(0) : 0, e.size(1) > 1 ? e.stride(1) : 0};
     }
     auto given = in.parameters.begin();
     for (int m = 0; m < p.n_matrices; ++m) matrices.push_back(half_of[m] < 0 ? *given++ : first[half_of[m]]);
@@ -337,6 +341,8 @@ void program_backward(std::vector<Tensor> cotangents, std::vector<Tensor> values
   const auto run = [&]<class T>(T) {
     ProgramCall<T> call(in, cotangents[0].size(0), true);
     call.set(call.p.cotangent, cotangents);
+    const int n_own = call.p.n_state + call.p.n_known;
+    for (int i = n_own; i < int(cotangents.size()); ++i) call.p.of_external[i - n_own] = call.p.cotangent[i];
     call.set(call.p.value, values);
     call.set(call.p.g_path, g_path);
     call.set(&call.p.z0, {z0});

@@ -293,7 +293,9 @@ def _write(job: Job) -> _Written:
         or len(program.networks) > MAX_NETWORKS
         or len(program.registers) > MAX_REGISTERS
         or len(program.matrices) > MAX_MATRICES
-        or len(program.items) > MAX_ITEMS,
+        or len(program.items) > MAX_ITEMS
+        or len(program.state) + len(program.known) + len(job.externals) > MAX_REGISTERS
+        or len(job.externals) > MAX_ITEMS,
     )
 
 
@@ -319,6 +321,7 @@ def _program_arguments(job: Job, written: _Written) -> tuple[list[Tensor], Tenso
     for (W, b), F in zip(job.firsts, job.networks, strict=True):
         b = b if b.ndim == 1 else W.new_zeros(len(W))  # a bias for each sample is in the registers' start
         parameters += [_own(W, work), *[_own(w, work) for w in F.weights], _own(b, work), *[_own(w, work) for w in F.biases]]
+    parameters += [_own(e, work) for e in job.externals]
     options = _options(job.networks[0].weights[0], work) | (job.memory != "recompute") << 33 | job.every_state << 34
     return parameters, job.dt.contiguous(), written.numbers, options
 
@@ -378,6 +381,7 @@ def run_back(
     like = cotangents[0]
     own = [_by_rows(x) for x in cotangents]
     own += [like.new_zeros(batch, job.widths[i]) for i in program.known]
+    own += job.of_externals
     read = bool(program.tracked) or not _starts(job, written)
     followed = [x.clone(memory_format=torch.contiguous_format) for x in values] if read else []
     gdt = like.new_empty(batch, job.n_steps)

@@ -55,6 +55,8 @@ class Problem(NamedTuple):
     omega: float
     """Of Tao's method."""
     backend: ModuleType
+    externals: Sequence[Tensor] = ()
+    """[1 or B, 1 or n_steps, width], in the work dtype: see `program.Drive`."""
 
     @property
     def n_steps(self) -> int:
@@ -74,6 +76,7 @@ class Sweep:
         self.dt = problem.z0.new_zeros(problem.z0.shape[0], problem.n_steps)
         self.terms = [TermSums(term, problem.z0.dtype, self.fresh) for term in problem.terms] if need_parameters else None
         self.residual = problem.z0.new_zeros(problem.z0.shape[0])
+        self.externals = [problem.z0.new_zeros(*self.dt.shape, e.shape[2]) for e in problem.externals]
         self.loop: list[Tensor] = []
         """What the loop adds gradients of its matrices to."""
 
@@ -251,6 +254,7 @@ class Programmed(Loop):
         self.whole = Job(
             self.program, problem.z0, [(term.weights[0], term.biases[0]) for term in terms], given,
             [tail_of(term) for term in terms], problem.dt, self.outline.with_energy, True, "none", self.outline.register_widths,
+            problem.externals,
         )  # fmt: skip
 
     def start(self) -> list[Tensor]:
@@ -277,7 +281,8 @@ class Programmed(Loop):
 
     def job(self, begin: int, end: int, memory: str, every: bool) -> Job:
         steps = self.problem.dt if (begin, end) == (0, self.problem.n_steps) else self.problem.dt[:, begin:end]
-        return self.whole._replace(dt=steps, every_state=every, memory=memory)
+        some = [e if e.shape[1] == 1 else e[:, begin:end] for e in self.problem.externals]
+        return self.whole._replace(dt=steps, every_state=every, memory=memory, externals=some)
 
     def run(
         self,
@@ -334,7 +339,7 @@ class Programmed(Loop):
         if sums.terms is not None:
             gradients = Sums(sums.loop, [sums.terms[k].tail() for k in self.program.networks], sums.fresh)
             sums.fresh = False
-        job = self.job(begin, end, memory, every)
+        job = self.job(begin, end, memory, every)._replace(of_externals=[x[:, begin:end] for x in sums.externals])
         found, gdt = self.backend.run_back(job, cotangents, values, g_path, g_energy, tape, gradients)
         sums.dt[:, begin:end] = gdt
         return found

@@ -10,7 +10,25 @@ import torch
 from torch import Tensor
 
 from .network import Gradients, Tail, adjoint, delta_at, evaluate, restore, tape_width
-from .program import ADD, ADJOINT, CLEAR, EVALUATE, FORGET, HESSIAN, KEEP, LOAD, RESTORE, Code, Instruction, Key, Program
+from .program import (
+    ADD,
+    ADJOINT,
+    CLEAR,
+    EVALUATE,
+    FORGET,
+    GIVE,
+    HESSIAN,
+    KEEP,
+    LOAD,
+    RESTORE,
+    SCALE,
+    TAKE,
+    UNSCALE,
+    Code,
+    Instruction,
+    Key,
+    Program,
+)
 
 
 def half_of(z: Tensor, side: str) -> Tensor:
@@ -39,6 +57,10 @@ class Job(NamedTuple):
     """"none", "recompute" or "store", what to keep for `run_back`."""
     widths: tuple[int, ...]
     """Of every register."""
+    externals: Sequence[Tensor] = ()
+    """[1 or B, 1 or n_steps, width] of each: see `program.Drive`."""
+    of_externals: Sequence[Tensor] = ()
+    """[B, n_steps, width], where `run_back` adds their cotangents."""
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -204,6 +226,8 @@ def run(
                 values[x.y] = start[0].new_zeros(())
             elif x.op == KEEP and job.memory != "none":
                 tapes[x.item].append(values[x.x])
+            elif x.op in (TAKE, SCALE):
+                _take(values, x, job, step)
 
     for step in range(n_steps):
         execute(job.code(step), step)
@@ -222,6 +246,12 @@ def run(
     return Run(
         [values[i] for i in program.state], stacked, energy, torch.cat(tape, 1) if tape else start[0].new_empty(batch, 0)
     )
+
+
+def _take(values: list[Tensor], x: Instruction, job: Job, step: int) -> None:
+    external = job.externals[x.item]
+    e = external[:, min(step, external.shape[1] - 1)]
+    values[x.y] = e.expand(len(job.z0), -1) if x.op == TAKE else e * values[x.x]
 
 
 def _registers(program: Program, start: Sequence[Tensor]) -> list[Tensor]:
@@ -289,6 +319,14 @@ def run_back(
             elif x.op == LOAD:
                 at[x.x] = kept.at(x, step)
             elif x.op == FORGET:
+                given[x.y] = zero
+            elif x.op in (TAKE, SCALE):
+                _take(at, x, job, step)
+            elif x.op in (GIVE, UNSCALE) and given[x.y] is not zero:
+                e, to = job.externals[x.item], job.of_externals[x.item][:, step]
+                if x.op == UNSCALE:
+                    given[x.x] = given[x.x] + e[:, min(step, e.shape[1] - 1)] * given[x.y]
+                to += given[x.y] if x.op == GIVE else given[x.y] * at[x.x]
                 given[x.y] = zero
             elif x.op == ADJOINT and given[x.y] is not zero:
                 c = x.c * dt if x.scaled else x.c

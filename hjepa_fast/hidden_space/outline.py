@@ -11,7 +11,7 @@ import torch
 from ..schemes import SubStep
 from . import program, tao
 from .network import tape_width
-from .program import Form, Key, Program, stages_of
+from .program import UNDRIVEN, Drive, Form, Key, Program, stages_of
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,6 +53,7 @@ class Outline:
     memory: str
     """"none", "store", "recompute", "checkpoint" or "reversible"; or "tiles", which keeps no tape: the backward pass runs a few
     rows forward again and back while what they leave is in the cache."""
+    drive: Drive = UNDRIVEN
 
     @cached_property
     def stages(self) -> tuple[SubStep, ...]:
@@ -72,7 +73,7 @@ class Outline:
 
     @cached_property
     def program(self) -> Program:
-        return program.compiled(self.forms, self.stages, self.dense, self.with_energy)
+        return program.compiled(self.forms, self.stages, self.dense, self.with_energy, self.drive)
 
     @cached_property
     def implicit(self) -> bool:
@@ -104,7 +105,7 @@ class Outline:
 
     def register_width(self, key: Key) -> int:
         name, *rest = key
-        if name in ("C", "Z", "Y"):
+        if name in ("C", "Z", "Y", "V", "F"):
             return 2 if name == "C" else self.d
         return self.widths[int(rest[1 if name in ("S", "G", "X") else 0])][0]
 

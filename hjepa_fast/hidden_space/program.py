@@ -8,6 +8,7 @@ A program works on registers, rows of numbers a sample; all it does to them is
 
     evaluate            D_k <- delta_k(A_k)
     add                 y <- y + c x M,  or  y <- y + c dt x M,  with M a matrix, a vector's diagonal, or nothing
+    take, scale         y <- e,  y <- e x elementwise,  with e numbers from outside for this step: friction, forces, controls
 
 and its adjoint consists of the adjoints of these, read backwards. How a move reaches the first layers is the coupling:
 
@@ -22,7 +23,7 @@ in q, and q likewise of p. `C` are the coefficients of the state at the start, `
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..activations import Activations
@@ -33,14 +34,51 @@ Key = tuple[str | int, ...]
 
 Registers: ("A", k) the first pre-activation of term k; ("D", k) delta there; ("S", half, k, side) the coefficient in q or p
 (`half`) of the half `side` of term k's first layer; ("C", half) of the state at the start; ("U", k); ("B", k) the bias;
-("Z", half) the state's half; ("Y",) a move of it; ("G", i, k) and ("X", i, k) the gradient of sub-step i, and that mixed
-with earlier ones.
+("Z", half) the state's half; ("Y",) a move of it, ("V",) one by friction; ("F",) a force, ("I", k) what a control adds to A_k;
+("G", i, k) and ("X", i, k) the gradient of sub-step i, and that mixed with earlier ones.
 
 Matrices: ("K", k, side, j, other) the product of two halves, the second one transposed; ("W", k, side) a half; ("k", term, n)
 the diagonal of n numbers of a quadratic form.
 """
 
-EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN = range(9)
+EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN, TAKE, SCALE, GIVE, UNSCALE = range(13)
+
+
+class Drive(NamedTuple):
+    """What moves the state beside H. Each has numbers of its own for every step, `externals`: [1 or B, 1 or n_steps, width].
+
+    Before and after the integrator's step stand half of the friction and half of the force, the friction outside.
+    """
+
+    friction: str = ""
+    """"conformal", p <- p + E p with E = exp(-g dt / 2) - 1; or "rayleigh", p <- p - E Hp with E = g dt / 2; or none."""
+    force: bool = False
+    """p <- p + dt / 2 f."""
+    control: tuple[int, ...] = ()
+    """Terms whose first pre-activation changes by some numbers before every step: a control that they read has changed."""
+
+    @property
+    def n_externals(self) -> int:
+        return bool(self.friction) + self.force + len(self.control)
+
+    def __bool__(self) -> bool:
+        return self.n_externals > 0
+
+    def text(self) -> str:
+        """As an attribute."""
+        return f"{self.friction},{int(self.force)},{'+'.join(map(str, self.control))}" if self else ""
+
+
+UNDRIVEN = Drive()
+
+
+@functools.lru_cache(maxsize=256)
+def drive_of(text: str) -> Drive:
+    """What `Drive.text` wrote."""
+    if not text:
+        return UNDRIVEN
+    friction, force, control = text.split(",")
+    return Drive(friction, force == "1", tuple([int(k) for k in control.split("+") if k]))
 
 
 class Form(NamedTuple):
@@ -176,8 +214,8 @@ class _Group(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, forms: Sequence[Form], stages: Sequence[SubStep], dense: bool, with_energy: bool) -> None:
-        self.forms, self.stages, self.dense = forms, stages, dense
+    def __init__(self, forms: Sequence[Form], stages: Sequence[SubStep], dense: bool, with_energy: bool, drive: Drive) -> None:
+        self.forms, self.stages, self.dense, self.drive = forms, stages, dense, drive
         self.networks = [k for k, f in enumerate(forms) if not f.quadratic]
         self.quadratic = {side: [k for k, f in enumerate(forms) if f.quadratic and f.reads == side] for side in "qp"}
         self.mixes = any(s.mix for s in stages)
@@ -263,18 +301,66 @@ class _Compiler:
                     if bias >= 0:
                         code.append(self.add(bias, y, -c, True, scale))
         else:
-            Y = self.register("Y")
-            values.append(Instruction(CLEAR, y=Y))
-            values += [self.add(gradient[k], Y, matrix=(("W", k, side), False)) for k in sources]
-            values += [self.add(self.register("Z", side), Y, matrix=(("k", t, "d"), False)) for t in self.quadratic[side]]
-            code += [*values, self.add(Y, self.register("Z", half), c, True)]
-            code += [self.add(Y, self.register("A", j), c, True, (("W", j, half), True)) for j in readers]
-        restores = [
+            values = self.slope(side, gradient)
+            code += [*values, *self.moved(self.register("Y"), half, c, True)]
+        return _Group(code, self.restores(sources, gradient), values)
+
+    def slope(self, side: str, gradient: dict[int, int]) -> list[Instruction]:
+        """Y <- the gradient of H with respect to `side`."""
+        Y = self.register("Y")
+        values = [Instruction(CLEAR, y=Y)]
+        for k in self.networks:
+            if self.forms[k].sees(side):
+                values.append(self.add(gradient[k], Y, matrix=(("W", k, side), False)))
+        return values + [self.add(self.register("Z", side), Y, matrix=(("k", t, "d"), False)) for t in self.quadratic[side]]
+
+    def moved(self, x: int, half: str, c: float, scaled: bool) -> list[Instruction]:
+        """This half of the state by c x, and what reads it."""
+        code = [self.add(x, self.register("Z", half), c, scaled)]
+        for j in self.networks:
+            if self.forms[j].sees(half):
+                code.append(self.add(x, self.register("A", j), c, scaled, (("W", j, half), True)))
+        return code
+
+    def restores(self, sources: Sequence[int], gradient: dict[int, int]) -> list[Instruction]:
+        return [
             Instruction(RESTORE, self.register("A", k), self.register("D", k), item=self.networks.index(k), slot=self.where[k])
             for k in sources
             if gradient[k] == self.register("D", k)
         ]
-        return _Group(code, restores, values)
+
+    def rub(self) -> _Group:
+        """Half of the friction."""
+        V, Zp = self.register("V"), self.register("Z", "p")
+        keep = Instruction(KEEP, Zp, item=self.keep(Zp))
+        if self.drive.friction == "conformal":
+            values = [Instruction(SCALE, Zp, V, item=0)]
+            return _Group([keep, *values, *self.moved(V, "p", 1.0, False)], [], values)
+        gradient = {k: self.register("D", k) for k in self.networks}
+        values = [*self.slope("p", gradient), Instruction(SCALE, self.register("Y"), V, item=0)]
+        sources = [k for k in self.networks if self.forms[k].sees("p")]
+        # a quadratic form of p makes the friction depend on what it moves
+        kept = [keep] if self.quadratic["p"] else []
+        return _Group([*kept, *values, *self.moved(V, "p", -1.0, False)], self.restores(sources, gradient), values)
+
+    def push(self) -> _Group:
+        """Half of the force."""
+        return _Group(self.moved(self.register("F"), "p", 0.5, True), [], [])
+
+    def inputs(self) -> tuple[list[Instruction | _Group], list[Instruction]]:
+        """What is taken before a step, and what its adjoint needs of that."""
+        code: list[Instruction | _Group] = []
+        prologue: list[Instruction] = []
+        item = int(bool(self.drive.friction))
+        if self.drive.force:
+            prologue.append(Instruction(TAKE, y=self.register("F"), item=item))
+            code.append(_Group([*prologue], [], []))
+            item += 1
+        for k in self.drive.control:
+            I = self.register("I", k)  # noqa: E741
+            code.append(_Group([Instruction(TAKE, y=I, item=item), self.add(I, self.register("A", k))], [], []))
+            item += 1
+        return code, prologue
 
     def keep(self, register: int) -> int:
         if register not in self.kept:
@@ -283,26 +369,43 @@ class _Compiler:
 
     def step(self, known: set[int]) -> tuple[list[Instruction | _Group], list[Instruction], set[int]]:
         """One step; values that its adjoint needs throughout; what is known after it."""
-        code: list[Instruction | _Group] = []
-        prologue: list[Instruction] = []
-        known = set(known)
+        code, prologue = self.inputs()
+        known = set(known) - set(self.drive.control)
         self.where = dict.fromkeys(known, -1)
         counts = dict.fromkeys(self.networks, 0)
-        for i, s in enumerate(self.stages):
-            sides = [(side, c) for side, c in (("q", -s.kick), ("p", s.drift)) if c]
+
+        def evaluate_stale(wanted: Callable[[int], bool]) -> None:
             for k in self.networks:
-                if k in known or not (self.mixes or any(self.forms[k].sees(side) for side, _ in sides)):
+                if k in known or not wanted(k):
                     continue
                 code.append(self.evaluate(k, counts[k]))
                 self.where[k] = counts[k]
                 counts[k] += 1
                 known.add(k)
+
+        def driven(*groups: str) -> None:
+            for which in groups:
+                if which == "friction" and self.drive.friction:
+                    if self.drive.friction == "rayleigh":
+                        evaluate_stale(lambda k: self.forms[k].sees("p"))
+                    code.append(self.rub())
+                elif which == "force" and self.drive.force:
+                    code.append(self.push())
+                else:
+                    continue
+                known.difference_update([k for k in known if self.forms[k].sees("p")])
+
+        driven("friction", "force")
+        for i, s in enumerate(self.stages):
+            sides = [(side, c) for side, c in (("q", -s.kick), ("p", s.drift)) if c]
+            evaluate_stale(lambda k: self.mixes or any(self.forms[k].sees(side) for side, _ in sides))  # noqa: B023
             gradient = {k: self.register("D", k) for k in self.networks}
             if self.mixes:
                 prologue += self.mix(i, s, gradient, code)
             code += [self.move(side, c, gradient) for side, c in sides]
             for side, _ in sides:
-                known = {k for k in known if not self.forms[k].sees(_OTHER[side])}
+                known.difference_update([k for k in known if self.forms[k].sees(_OTHER[side])])
+        driven("force", "friction")
         return code, prologue, known
 
     def mix(self, i: int, s: SubStep, gradient: dict[int, int], code: list[Instruction | _Group]) -> list[Instruction]:
@@ -339,19 +442,21 @@ def _flattened(code: Iterable[Instruction | _Group]) -> list[Instruction]:
     return [x for item in code for x in (item.code if isinstance(item, _Group) else [item])]
 
 
+_ADJOINTS = {ADD: ADJOINT, CLEAR: FORGET, TAKE: GIVE, SCALE: UNSCALE}
+
+
 def _reversed(code: Sequence[Instruction | _Group], prologue: Sequence[Instruction], tracked: set[int]) -> list[Instruction]:
     back = [*prologue]
     for item in reversed(code):
         if isinstance(item, Instruction):
             back.append(item._replace(op=HESSIAN))
             continue
-        back += item.restores + [x._replace(op=LOAD) for x in item.code if x.op == KEEP] + item.values
-        for x in reversed(item.code):
-            if x.op == ADD:
-                back.append(x._replace(op=ADJOINT))
-            elif x.op == CLEAR:
-                back.append(x._replace(op=FORGET))
-        back += [x._replace(c=-x.c) for x in reversed(item.code) if x.op == ADD and x.y in tracked]
+        loads = [x._replace(op=LOAD) for x in item.code if x.op == KEEP]
+        back += item.restores + loads + item.values
+        back += [x._replace(op=_ADJOINTS[x.op]) for x in reversed(item.code) if x.op in _ADJOINTS]
+        # what was loaded is back where it was
+        followed = tracked - {x.x for x in loads}
+        back += [x._replace(c=-x.c) for x in reversed(item.code) if x.op == ADD and x.y in followed]
     return back
 
 
@@ -368,10 +473,12 @@ def _with_meetings(code: Sequence[Instruction]) -> Code:
         elif x.op == ADJOINT:
             # the cotangent of y gives that of x; where gradients of matrices are gathered each thread copies its own columns
             whole, writes = ({(True, x.y)} if x.matrix >= 0 else set()), {(True, x.x)}
-        elif x.op in (CLEAR, LOAD):
-            writes = {(False, x.y if x.op == CLEAR else x.x)}
-        elif x.op == FORGET:
+        elif x.op in (CLEAR, LOAD, TAKE, SCALE):
+            writes = {(False, x.x if x.op == LOAD else x.y)}
+        elif x.op in (FORGET, GIVE):
             writes = {(True, x.y)}
+        elif x.op == UNSCALE:
+            writes = {(True, x.x), (True, x.y)}
         elif x.op in (EVALUATE, RESTORE):
             writes = {(False, x.y)}
         elif x.op == HESSIAN:
@@ -386,9 +493,15 @@ def _with_meetings(code: Sequence[Instruction]) -> Code:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(forms: tuple[Form, ...], stages: tuple[SubStep, ...], dense: bool, with_energy: bool) -> Program:
-    """The program of explicit sub-steps for these terms, which `covers`, and with a dense coupling `closes`, must allow."""
-    c = _Compiler(forms, stages, dense, with_energy)
+def compiled(
+    forms: tuple[Form, ...], stages: tuple[SubStep, ...], dense: bool, with_energy: bool, drive: Drive = UNDRIVEN
+) -> Program:
+    """The program of explicit sub-steps for these terms, which `covers`, and with a dense coupling `closes`, must allow.
+
+    What is driven takes a coupling by pair.
+    """
+    assert not (drive and dense)
+    c = _Compiler(forms, stages, dense, with_energy, drive)
     first, prologue, known = c.step(set())
     later, _, known_later = c.step(known)
     assert known_later == known

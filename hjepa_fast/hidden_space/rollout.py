@@ -159,7 +159,7 @@ def backward(
     kept: Tensor,
     need_parameters: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradients of z0 [B, 2d], every parameter of every term (none unless needed), and dt [B, n_steps].
+    """Gradients of z0 [B, 2d], every parameter of every term and every external (none unless needed), and dt [B, n_steps].
 
     Parameters
     ----------
@@ -183,8 +183,10 @@ def backward(
     else:
         Backwards(problem, sums, g_states, g_energy).run(tape, kept)
     _check_adjoint(problem, sums.residual)
-    parameters = [] if sums.terms is None else [x for term in sums.terms for x in term.tensors]
-    return sums.z0, parameters, sums.dt
+    if sums.terms is None:
+        return sums.z0, [], sums.dt
+    externals = [g.sum_to_size(e.shape) for g, e in zip(sums.externals, problem.externals, strict=True)]
+    return sums.z0, [*[x for term in sums.terms for x in term.tensors], *externals], sums.dt
 
 
 def _check_adjoint(problem: Problem, residual: Tensor) -> None:
