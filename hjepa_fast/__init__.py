@@ -7,7 +7,7 @@ from .integrators import EulerIntegrator, SymplecticIntegrator
 from .matching import gradient, step_residual, vector_field
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 from .ports import PortHNN
-from .terms import Hamiltonian, Quadratic, Separable, SumHNN, Term
+from .terms import Hamiltonian, Held, Quadratic, Separable, SumHNN, Term
 from .times import odeint
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "BitReversible",
     "EulerIntegrator",
     "Hamiltonian",
+    "Held",
     "LatentHNN",
     "PortHNN",
     "Quadratic",

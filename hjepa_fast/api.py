@@ -393,7 +393,7 @@ def _driven(
                 changing.append(k)
                 externals.append(added @ term.columns_of_control().T)
     first = None if u is None else u[:, 0]
-    H = x.H.given(first if first is None or len(first) > 1 else first[0], x.condition) if x.H.takes_inputs else x.H
+    H = x.H.given(first if first is None or len(first) != 1 else first[0], x.condition) if x.H.takes_inputs else x.H
     drive = Drive(friction, x.forced, tuple(changing))
     out = run(
         H, x.z, dt, n_steps, energy=False, states="all" if with_energy else which, drive=drive, externals=tuple(externals)

@@ -27,8 +27,7 @@ from .transforms import is_plain
 # operators.
 _SCHEMA = (
     "SymInt n_steps, str terms, float[] softplus, str integrator, str coupling, bool every_state, bool with_energy, "
-    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend, "
-    "str drive=''"
+    "str memory, float tolerance, int max_evaluations, bool must_converge, float omega, str backend, str drive"
 )
 torch.library.define(
     "hjepa_fast::rollout",
@@ -114,7 +113,7 @@ class Attributes(NamedTuple):
     must_converge: bool
     omega: float
     backend: str
-    drive: str = ""
+    drive: str
 
     @property
     def forms(self) -> tuple[Form, ...]:

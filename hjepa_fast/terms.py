@@ -289,6 +289,47 @@ class Separable(SumHNN):
         super().__init__(*terms)
 
 
+class Held(nn.Module):
+    """H(z) of an H(z, u, c) whose control and condition are held: for diagnostics, and all else that takes H of z alone.
+
+    Parameters
+    ----------
+    H : nn.Module
+        With a `control_dim` or a `condition_dim`.
+    control, condition : Tensor [m] and [c], optional
+        A `nn.Parameter` is trained with the rest.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One that H does not take, or takes and is not given; another size.
+    """
+
+    control: Tensor | None
+    condition: Tensor | None
+
+    def __init__(self, H: nn.Module, control: Tensor | None = None, condition: Tensor | None = None) -> None:
+        super().__init__()
+        self.H = H
+        found = hamiltonian.from_module(H)
+        for name, value in zip(inputs.NAMES, (control, condition), strict=True):
+            size: int = getattr(found, f"{name}_dim")
+            inputs.check_given(reader.name_of(H), name, value, size)
+            if value is not None and not (isinstance(value, Tensor) and value.shape == (size,)):
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must be a tensor [{size}], found {shape}")
+            _keep(self, name, value, None)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """H(z, u, c): [..., 2d] to [..., 1]."""
+        given = {name: getattr(self, name) for name in inputs.NAMES if getattr(self, name) is not None}
+        value: Tensor = self.H(z, **given)
+        return value
+
+    def hamiltonian_terms(self) -> list[hamiltonian.Term]:
+        return list(hamiltonian.from_module(self.H).given(self.control, self.condition).terms)
+
+
 def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     if not isinstance(net, Term):
         return Term(net, reads)

@@ -180,6 +180,20 @@ def test_many_plans_from_one_state():
     assert torch.allclose(held[2], hf.leapfrog(H, z[0], 0.1, 3, control=plans[2, 0], condition=c[0]), atol=1e-13)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_held(name):
+    H, (_, u, c) = make(name), given(shared=True)
+    z = make_states(B, 2 * D)
+    held = hf.Held(H, u if H.control_dim else None, c)
+    assert torch.allclose(held(z), H(z, u, c))
+    assert torch.allclose(hf.leapfrog(held, z, 0.1, 3), hf.leapfrog(H, z, 0.1, 3, u, c), atol=1e-12)
+    integrator = "leapfrog" if name == "separable" else "implicit-midpoint"
+    assert hf.diagnostics.symplecticity_defect(held, z, 0.1, integrator=integrator).max() < 1e-12
+
+    hf.energy(held, z).sum().backward()
+    assert next(H.parameters()).grad is not None
+
+
 def test_times():
     H, (z, u, c) = make("separable"), given()
     t = torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)
@@ -223,6 +237,9 @@ x = torch.ones
         (lambda H, z: hf.leapfrog(hf.PortHNN(H, 3).double(), z, 0.1, 2), ValueError, "sizes 3 and 2"),
         (lambda H, z: H(z), ValueError, "none was given"),
         (lambda H, z: H(z, x(3).double(), x(4).double()), ValueError, r"\[..., 2\], found \[3\]"),
+        (lambda H, z: hf.Held(H, x(2)), ValueError, "takes a condition of 4"),
+        (lambda H, z: hf.Held(H, x(2), x(1, 4)), ValueError, r"condition must be a tensor \[4\], found \[1, 4\]"),
+        (lambda H, z: hf.Held(hf.LatentHNN(4, (3,)), x(2)), ValueError, "no port or control_dim"),
         (lambda H, z: hf.LatentHNN(4, (3,), control_dim=-1), ValueError, "found -1"),
         (lambda H, z: hf.LatentHNN(4, (3,))(z, x(2)), ValueError, "no port or control_dim"),
         (lambda H, z: hf.energy(hf.LatentHNN(6, (3,)).double(), z, condition=x(2)), ValueError, "no condition_dim"),

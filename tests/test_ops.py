@@ -102,13 +102,15 @@ def test_bfloat16_error_is_at_most_twice_the_reference(backend):
 @pytest.mark.parametrize("memory", [*MEMORY, "none"])
 def test_opcheck(backend, memory):
     H = hamiltonian.from_module(make_hnn(6, (5, 4), dtype=torch.float32))
-    for how in ("dense", "pair"):
+    driven = [("pair", "rayleigh,1,")] if memory in ("store", "recompute", "none") else []
+    for how, drive in [("dense", ""), ("pair", ""), *driven]:
         z0 = make_states(3, 6, dtype=torch.float32).requires_grad_(memory != "none")
-        parameters = [p.detach().requires_grad_(memory != "none") for p in H.tensors]
+        externals = [torch.full((1, 1, 3), 0.1), torch.rand(3, 4, 3)] if drive else []
+        parameters = [p.detach().requires_grad_(memory != "none") for p in (*H.tensors, *externals)]
         dt = torch.full((1, 1), 0.3, requires_grad=memory != "none")
         attributes = (
             4, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how, True, True, memory, 1e-6, 50, True, 1.0,
-            backend,
+            backend, drive,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.hjepa_fast.rollout.default, (z0, parameters, dt, *attributes))
         if memory != "none":
@@ -313,7 +315,7 @@ def test_the_state_never_decides_the_size_of_the_loop():
         H = hamiltonian.from_module(make_hnn(d, (8, 4)))
         attributes = (
             9, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", "dense", False, False, "store", 1e-6, 50, True, 1.0,
-            "torch",
+            "torch", "",
         )  # fmt: skip
         dt = torch.full((1, 1), 0.1, dtype=torch.float64)
         _, _, tape, kept, *_ = torch.ops.hjepa_fast.rollout(make_states(2, d), H.tensors, dt, *attributes)

@@ -63,7 +63,7 @@ def couplings(H, integrator):
 def roll(H, z0, dt, n, integrator, how, every, energy, memory, backend, tolerance=1e-13):
     return torch.ops.hjepa_fast.rollout(
         z0, H.tensors, dt, n, ops.text_of(H.terms), ops.softplus_of(H.terms), integrator, how, every, energy, memory, tolerance,
-        50, True, 1.0, backend,
+        50, True, 1.0, backend, "",
     )[: 1 + energy]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def test_learnable_masses(size, states, backend):
     for how, memory in itertools.product(("dense", "pair") if size == 1 else ("pair",), MEMORY):
         found = torch.ops.hjepa_fast.rollout(
             z0, H.tensors, dt, 3, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how, states == "all", True,
-            memory, 1e-14, 50, True, 1.0, backend,
+            memory, 1e-14, 50, True, 1.0, backend, "",
         )[:2]  # fmt: skip
         grads = []
         for out in (found, expected):
@@ -262,7 +262,7 @@ def test_opcheck_and_compile(name, backend, memory, every_state):
     for how in ("dense", "pair") if name != "quadratic" else ("pair",):
         arguments = (
             z0, list(H.tensors), torch.full((1, 1), 0.3), 4, ops.text_of(H.terms), ops.softplus_of(H.terms), "leapfrog", how,
-            every_state, True, memory, 1e-6, 50, True, 1.0, backend,
+            every_state, True, memory, 1e-6, 50, True, 1.0, backend, "",
         )  # fmt: skip
         torch.library.opcheck(torch.ops.hjepa_fast.rollout.default, arguments)
 
