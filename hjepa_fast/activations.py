@@ -198,11 +198,13 @@ _SIMPLE: dict[type[nn.Module], str] = {
 
 
 def from_module(module: nn.Module) -> Activation | None:
-    """The activation that a module computes, or None if it is not one that a Hamiltonian may use."""
+    """The activation that a module computes, or None if it is not one that a Hamiltonian may use, if only beside others."""
     if type(module) is nn.Softplus:
         return Activation("softplus", float(module.beta), float(module.threshold))
     if type(module) is nn.ELU:
         return Activation("elu", float(module.alpha))
+    if type(module) is nn.ReLU:  # whose values and slopes are elu's of alpha 0, also at 0
+        return Activation("elu", 0.0)
     if type(module) is nn.GELU:
         return Activation("gelu" if module.approximate == "none" else "gelu-tanh")
     name = _SIMPLE.get(type(module))

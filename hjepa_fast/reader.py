@@ -146,7 +146,8 @@ def read_layers(net: nn.Sequential, owner: str) -> tuple[tuple[Tensor, ...], tup
             linears.append((place, layer))
             continue
         activation = activations.from_module(layer)
-        if activation is None:
+        # an energy of ReLU alone is piecewise linear, so there is nothing for a vector field to learn from
+        if activation is None or all(type(other) is nn.ReLU for _, other in layers[1::2]):
             raise NotFusedError(
                 f"layer {place} of {owner} must be a smooth activation "
                 f"({', '.join(activations.NAMES)}), found {_layer_kind(layer)}"

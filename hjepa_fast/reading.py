@@ -2,8 +2,8 @@
 
 Reading a module takes as long as a step of a small network does. What is remembered belongs to one module, never to its class,
 and holds only while every part is the very object that was read: layers, parameters with their shapes, forwards, no hooks, and
-the settings of activations. A module with anything else about it (dropout, parametrizations, a forward that must be followed at
-every call) is read anew each time.
+the settings of activations and terms. A module with anything else about it (dropout, parametrizations, a factor, a forward that
+must be followed at every call, terms that a user's own class says) is read anew each time.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ class _Part(NamedTuple):
     children: list[nn.Module | None]
     tensors: list[tuple[Tensor | None, Any, Any, Any]]
     """Each parameter with its shape, dtype and device."""
-    settings: tuple[Any, ...]
-    """Of an activation."""
+    terms: Any
+    """The class's method that says its terms."""
+    settings: tuple[Any, ...] | None
+    """Of an activation or a term; None of what is not to be remembered."""
 
     @classmethod
     def of(cls, module: nn.Module) -> _Part:
         tensors = [(t, *((t.shape, t.dtype, t.device) if t is not None else (None,) * 3)) for t in module._parameters.values()]
-        return cls(type(module), type(module).forward, list(module._modules.values()), tensors, activations.settings_of(module))
+        kind, terms = type(module), getattr(type(module), "hamiltonian_terms", None)
+        return cls(kind, kind.forward, list(module._modules.values()), tensors, terms, _settings_of(module))
 
     def holds(self, module: nn.Module) -> bool:
         own = module.__dict__
@@ -44,6 +47,8 @@ class _Part(NamedTuple):
             or self.kind.forward is not self.forward
             or self.kind.__call__ is not _CALL
             or "forward" in own
+            or "hamiltonian_terms" in own
+            or getattr(self.kind, "hamiltonian_terms", None) is not self.terms
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
@@ -56,7 +61,24 @@ class _Part(NamedTuple):
         for now, (t, shape, dtype, device) in zip(parameters.values(), self.tensors, strict=True):
             if now is not t or (t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device)):
                 return False
-        return not self.settings or activations.settings_of(module) == self.settings
+        return not self.settings or _settings_of(module) == self.settings
+
+
+_TERMS = f"{__package__}.terms"
+
+
+def _says_settings(module: nn.Module) -> bool:
+    """Whether it is of a class of `terms.py`. A subclass may compute something else, so it does not count."""
+    return type(module).__module__ == _TERMS
+
+
+def _settings_of(module: nn.Module) -> tuple[Any, ...] | None:
+    if _says_settings(module):
+        found: tuple[Any, ...] | None = module._settings()  # type: ignore[operator]
+        return found
+    if type(module) is SeparableHNN:  # a tensor in place of the parameter may become another one
+        return None if isinstance(vars(module).get("stiffness"), Tensor) else ("stiffness",)
+    return activations.settings_of(module)
 
 
 class _Reading(NamedTuple):
@@ -89,7 +111,9 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool
     # zeros in place of a bias, made in inference mode, could not be trained through later
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
         return False
-    if reader.says_terms(module) or found.takes_inputs:
+    if reader.says_terms(module):
+        return _says_settings(module) and _keep(module, found, list(module.modules())[1:], named=False)
+    if found.takes_inputs:
         return False
     nets = [net for net in (module.potential, module.kinetic) if net] if type(module) is SeparableHNN else [module]
     named = type(module) is not SeparableHNN and not isinstance(module, nn.Sequential)
@@ -105,14 +129,26 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool
         layer = pending.pop()
         if type(layer) is nn.Sequential:
             pending += layer
-        elif type(layer) not in (nn.Linear, nn.Identity) and activations.from_module(layer) is None:
-            return False
         parts.append(layer)
-    if any(isinstance(part, nn.Sequential) and type(part) is not nn.Sequential for part in parts):
+    return _keep(module, found, parts, named)
+
+
+def _keep(module: nn.Module, found: Any, parts: list[nn.Module], named: bool) -> bool:
+    if not all(_is_plain(part) for part in parts):
         return False
     snapshots = [(part, _Part.of(part)) for part in parts]
     root = _Part.of(module)
+    if any(part.settings is None for part in (root, *(part for _, part in snapshots))):
+        return False
     if any(m is module for m, _ in snapshots) or not root.holds(module) or not all(p.holds(m) for m, p in snapshots):
         return False
     _readings[module] = _Reading(found, root, snapshots, named)
     return True
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether it computes what its parts, parameters and settings say."""
+    if type(part) is nn.Linear:  # whose weight may have become another attribute
+        return part._parameters.keys() == {"weight", "bias"}
+    plain = type(part) in (nn.Identity, nn.Sequential, nn.ModuleList)
+    return plain or _says_settings(part) or activations.from_module(part) is not None

@@ -131,6 +131,12 @@ class Hamiltonian(nn.Module):
             _multiply(weights, biases, self.factor)
         return [hamiltonian.with_input_columns(hamiltonian.Term("z", tuple(weights), tuple(biases), activation), self)]
 
+    def _settings(self) -> tuple[Any, ...] | None:
+        """What else than the layers is part of H; None where tensors are made of them at every reading. See `reading.py`."""
+        around = (self.output, self.scale, self.shift, self.factor)
+        own = (self.order, self.control_dim, self.condition_dim)
+        return own if self.order == "qp" and around == (None,) * 4 else None
+
 
 class Term(nn.Module):
     """factor net(x), a network of x = q, p, or z = [q, p], and where it says so of [x, u, c].
@@ -139,7 +145,7 @@ class Term(nn.Module):
     ----------
     net : nn.Module, or a sequence of layers
         An `nn.Sequential` of Linear layers with a smooth activation between them and one output, or what holds one as `.net`;
-        or the layers, as for `Hamiltonian`.
+        or the layers, as for `Hamiltonian`, of which an `nn.ModuleList` is a sequence.
     reads : str
         "q", "p" or "z".
     activation : as for `Hamiltonian`, for a sequence of layers
@@ -165,7 +171,7 @@ class Term(nn.Module):
         self.reads = _reads(reads, ("q", "p", "z"))
         self.control_dim = validation.as_count(control_dim, "control_dim")
         self.condition_dim = validation.as_count(condition_dim, "condition_dim")
-        if isinstance(net, nn.Module):
+        if isinstance(net, nn.Module) and not isinstance(net, nn.ModuleList):
             if activation is not None:
                 raise ValueError("a network holds its activations, so none is to be given beside it")
             self.net = net
@@ -194,6 +200,9 @@ class Term(nn.Module):
             _multiply(weights, biases, self.factor)
         own = hamiltonian.Term(self.reads, tuple(weights), tuple(biases), activation)
         return [hamiltonian.with_input_columns(own, self)]
+
+    def _settings(self) -> tuple[Any, ...] | None:
+        return None if self.factor is not None else (self.reads, self.control_dim, self.condition_dim)
 
 
 class Quadratic(nn.Module):
@@ -224,6 +233,9 @@ class Quadratic(nn.Module):
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
         k = self.k if isinstance(self.k, Tensor) else torch.tensor(self.k, dtype=torch.float64)
         return [hamiltonian.Term(self.reads, stiffness=k.reshape(-1))]
+
+    def _settings(self) -> tuple[Any, ...] | None:
+        return None if isinstance(self.k, Tensor) else (self.reads, self.k)
 
 
 class SumHNN(nn.Module):
@@ -261,6 +273,9 @@ class SumHNN(nn.Module):
 
     def hamiltonian_terms(self) -> list[nn.Module]:
         return list(self.terms)
+
+    def _settings(self) -> tuple[Any, ...] | None:
+        return ()
 
 
 class Separable(SumHNN):
@@ -326,6 +341,9 @@ class Held(nn.Module):
         value: Tensor = self.H(z, **given)
         return value
 
+    def _settings(self) -> None:
+        return None
+
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
         return list(hamiltonian.from_module(self.H).given(self.control, self.condition).terms)
 
@@ -338,7 +356,7 @@ def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     return net
 
 
-def _layers(layers: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
+def _layers(layers: Sequence[nn.Module] | nn.ModuleList | nn.Sequential) -> list[nn.Module]:
     given = list(layers.children()) if isinstance(layers, nn.Sequential) else list(layers)
     if not given or not all(isinstance(layer, nn.Module) for layer in given):
         found = ", ".join(type(layer).__name__ for layer in given) or "none"

@@ -472,6 +472,17 @@ def test_a_change_after_the_first_call_is_seen(kind):
     torch.testing.assert_close(states, textbook(module, Z), rtol=1e-12, atol=1e-13)
 
 
+def test_a_weight_that_is_no_parameter_is_read_anew():
+    """As of a network whose weights another one gives."""
+    net, separable = mlp(), hf.SeparableHNN(4, (3,), quadratic=True).double()
+    given = net[0].weight.detach().clone()
+    del net[0].weight, separable.stiffness
+    for factor in (1.0, 2.0):
+        net[0].weight, separable.stiffness = factor * given, factor * torch.ones(2).double()
+        for H in (net, hf.Term(net, "z"), separable):
+            torch.testing.assert_close(hf.leapfrog(H, Z, 0.1, 2)[:, -1], textbook(H, Z), rtol=1e-12, atol=1e-13)
+
+
 def test_a_first_call_that_is_not_finite_proves_nothing():
     kind = type("Later", (Holder,), {"forward": lambda self, z: self.scale * self.net(z)})
     module = kind(scale=5.0)

@@ -109,6 +109,13 @@ class TestOneNetwork:
         net = nn.Sequential(a, nn.Tanh(), b, nn.SiLU(), c, nn.Sigmoid(), d)
         assert_equal(net, lambda z: net(z).squeeze(-1), [a.weight, b.weight, c.weight], backend)
 
+    def test_relu_beside_a_smooth_activation(self, backend):
+        a, b, c = linear(2 * D, 9, 6, 1)
+        with torch.no_grad():  # at its corner, where PyTorch's slope is 0
+            b.weight[0], b.bias[0] = 0, 0
+        net = nn.Sequential(a, nn.Tanh(), b, nn.ReLU(), c)
+        assert_equal(net, lambda z: net(z).squeeze(-1), [a.weight, b.weight, b.bias, c.weight], backend)
+
     def test_p_before_q(self, backend):
         a, b = linear(2 * D, 9, 1)
         model = hf.Hamiltonian([a, b], order="pq")
@@ -320,6 +327,45 @@ def test_terms_that_do_not_fit_together():
 
     with pytest.raises(TypeError, match="found itself"):
         hf.leapfrog(Itself(), z0, 0.1, 1)
+
+
+CHANGES = {
+    "a factor": lambda H: setattr(H.terms[0], "factor", 3.0),
+    "what a term reads": lambda H: setattr(H.terms[0], "reads", "p"),
+    "a stiffness": lambda H: setattr(H.terms[1], "k", 4.0),
+    "a stiffness of each": lambda H: setattr(H.terms[1], "k", torch.ones(D).double()),
+    "the order": lambda H: setattr(H.terms[2], "order", "pq"),
+    "a shift": lambda H: setattr(H.terms[2], "shift", 0.5),
+    "weights in place": lambda H: H.terms[0].net[0].weight.data.mul_(2),
+    "a layer": lambda H: H.terms[0].net.__setitem__(0, *linear(D, 7)),
+    "an activation": lambda H: H.terms[2].net.__setitem__(1, nn.Softplus(2.0)),
+    "its sharpness": lambda H: setattr(H.terms[2].net[1], "beta", 3.0),
+    "a term": lambda H: H.terms.__setitem__(2, hf.Quadratic("p", 0.7)),
+    "one term more": lambda H: H.terms.append(hf.Quadratic("p", 0.7)),
+    "what it says": lambda H: setattr(H, "hamiltonian_terms", lambda: [H.terms[0], H.terms[1]]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_read_holds_until_something_changes(change, monkeypatch):
+    V, general = linear(D, 7, 1), linear(2 * D, 5, 1)
+    H = hf.SumHNN(hf.Term(V, "q", "tanh"), hf.Quadratic("q", 2.0), hf.Hamiltonian(general, nn.Softplus()))
+    energy = {
+        "what it says": lambda z: H.terms[0](z) + H.terms[1](z),
+    }.get(change, H)
+    asked = []
+    monkeypatch.setattr(hf.SumHNN, "hamiltonian_terms", lambda self: asked.append(self) or list(self.terms))
+    z = make_states(4, 2 * D)
+    for _ in range(3):
+        torch.testing.assert_close(hf.leapfrog(H, z, 0.1, 2), textbook(H, z, 0.1, 2)[0])
+    assert len(asked) == 1
+    CHANGES[change](H)
+    torch.testing.assert_close(hf.leapfrog(H, z, 0.1, 2), textbook(energy, z, 0.1, 2)[0])
+    before = hf.gradient(H, z).detach()
+    with torch.no_grad():
+        V[0].weight.add_(1.0)
+        H.terms[0].net[0].weight.add_(1.0)
+    assert not torch.equal(hf.gradient(H, z), before)
 
 
 def test_gpu_kernels_leave_the_activations_that_they_lack_to_pytorch():
