@@ -10,6 +10,7 @@ No loop, no coupling, one evaluation and one adjoint. Torch only, like `ops`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -90,6 +91,7 @@ class _Direct(torch.autograd.Function):
         return None, None, None, g_x if need_x else None, *wanted
 
 
+@functools.cache
 def _loop(backend: str) -> ModuleType:
     """The GPU kernels have no such operator and leave it to PyTorch's."""
     return importlib.import_module(f"hjepa_fast.backends.{'cpp' if backend == 'cpp' else 'torch'}")
@@ -99,15 +101,17 @@ def _in_work_dtype(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], name: str, softplus: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tail]:
     work = work_dtype(x.dtype)
-    tail = Tail(weights[1:], biases[1:], activations.parse(name, iter(softplus))).to(work)
-    return x.to(work), weights[0].to(work), biases[0].to(work), tail
+    tail = Tail(weights[1:], biases[1:], activations.parse(name, iter(softplus)))
+    if all([t.dtype is work for t in (x, *weights, *biases)]):  # a cast to the same takes its time too
+        return x, weights[0], biases[0], tail
+    return x.to(work), weights[0].to(work), biases[0].to(work), tail.to(work)
 
 
 def _gradient(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool, name: str, softplus: Sequence[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     found, value, tape = _loop(backend).gradient(*_in_work_dtype(x, weights, biases, name, softplus), keep)
-    return found.to(x.dtype), value.to(x.dtype), tape
+    return (found, value, tape) if found.dtype is x.dtype else (found.to(x.dtype), value.to(x.dtype), tape)
 
 
 def _gradient_backward(
@@ -125,7 +129,7 @@ def _gradient_backward(
     inputs = _in_work_dtype(x, weights, biases, name, softplus)
     g_gradient, g_value = (None if g is None else g.to(tape.dtype) for g in (g_gradient, g_value))
     g_x, g_parameters = _loop(backend).gradient_backward(g_gradient, g_value, tape, *inputs, need_weights)
-    return g_x.to(x.dtype), [g.to(x.dtype) for g in g_parameters]
+    return (g_x, g_parameters) if g_x.dtype is x.dtype else (g_x.to(x.dtype), [g.to(x.dtype) for g in g_parameters])
 
 
 torch.library.impl("hjepa_fast::gradient", "CompositeExplicitAutograd", _gradient)
