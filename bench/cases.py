@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
 
+from .zoo import ZOO as REPLICAS
+
 STANDARD = ("eager", "manual", "jax", "baseline")
 EXTENDED = (*STANDARD, "func", "compiled")
 """With the slow ones: compiling 15 unrolled steps takes minutes on two cores."""
@@ -25,7 +27,8 @@ class Case:
     kind: str
     """"rollout" (no gradients), "training" (forward, loss with energy term, backward), or "backward", which is that of
     "training" alone; "matching" is a training step on the vector field at every state, and "residual" one on the residual of
-    the implicit midpoint rule between two states, both with no rollout."""
+    the implicit midpoint rule between two states, both with no rollout; "zoo" is one of a public repository's model, in
+    `zoo.py`."""
     batch: int
     n_steps: int = 15
     latent_dim: int = 1024
@@ -58,6 +61,11 @@ class Case:
     @property
     def arithmetic(self) -> str:
         return self.arithmetic_of(self.dtype, self.precision)
+
+    @property
+    def replica(self) -> str:
+        """Of a "zoo" case its key in `zoo.ZOO`."""
+        return self.name.removeprefix(ZOO_PREFIX)
 
     @property
     def matches(self) -> bool:
@@ -264,6 +272,15 @@ def impractical(case: Case) -> str:
     return ""
 
 
+ZOO_PREFIX = "zoo-"
+ZOO = tuple(
+    Case(
+        f"{ZOO_PREFIX}{name}", "zoo", entry.rows, entry.n_steps, entry.dim, entry.hidden, entry.activation,
+        dtype=entry.dtype, rivals=("eager",), backends="auto",
+    )
+    for name, entry in REPLICAS.items()
+)  # fmt: skip
+"""Public repositories' models in their own sizes, against their own way of training."""
 SMALL = tuple(case for case in GRID if not impractical(case))
 """The cells that can be measured in a sensible time and memory."""
 FULL = (
@@ -284,6 +301,7 @@ FULL = (
     _matching(1000, 64, 256, 256),
     _matching(256, 1024, 512, 512, 256),
     *(_reversible(n) for n in (32, 128)),
+    *ZOO,
     *SMALL,
 )
 

@@ -48,7 +48,7 @@ def environment(device: torch.device) -> dict[str, Any]:
                 [*package.glob("*.py"), *package.glob("backends/*.py"), *package.parent.glob("csrc/**/*.*")], package.parent
             ),
             "extensions": _hash(extensions(), package),
-            "bench": _hash([HERE / f"{name}.py" for name in ("cases", "chip", "measure", "rivals")], HERE),
+            "bench": _hash([HERE / f"{name}.py" for name in ("cases", "chip", "measure", "rivals", "zoo")], HERE),
             "torch": torch.__version__,
             "jax": _version("jax"),
             "python": platform.python_version(),

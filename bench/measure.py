@@ -99,8 +99,12 @@ class Expected:
         return worst
 
 
-def expected(problem: Problem, network: str) -> Expected:
-    """Of "hamiltonian:integrator" by nested autograd (backend "reference"), of "baseline" by its own code; in float64."""
+def expected(problem: Any, network: str) -> Expected:
+    """Of "hamiltonian:integrator" by nested autograd (backend "reference"), of others by their own code; in float64."""
+    if network == "zoo":
+        exact = problem.to(torch.float64)
+        value = exact.textbook()
+        return _of_gradients([value.detach(), *torch.autograd.grad(value, exact.parameters, materialize_grads=True)])
     case = problem.case
 
     def roll(p: Problem) -> tuple[Tensor, Tensor | None]:
@@ -135,6 +139,11 @@ def expected(problem: Problem, network: str) -> Expected:
         value = objective(part, *roll(part)) * (len(part.z0) * times / case.batch)
         terms = [value.detach(), *torch.autograd.grad(value, parameters, materialize_grads=True)]
         sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+    return _of_gradients(sums)
+
+
+def _of_gradients(sums: list[Tensor]) -> Expected:
+    """Of a loss and its gradients."""
     sizes = [x.abs().max().item() for x in sums]
     # the output bias has no effect on the loss: its gradient is rounding, which has no size of its own
     largest = max(sizes[1:])
@@ -213,7 +222,7 @@ def time_interleaved(
     return times
 
 
-def kept_bytes(contestant: Contestant, problem: Problem) -> int | None:
+def kept_bytes(contestant: Contestant, problem: Any) -> int | None:
     """Bytes that a rollout with energies keeps for its backward pass: unique storages, without parameters and inputs."""
     if contestant.roll is None:
         return None
@@ -240,7 +249,7 @@ def checked(
     device: torch.device,
     longest_call: float = math.inf,
     tell: Tell = lambda text: None,
-) -> tuple[Problem, list[Contestant], dict[str, Any], dict[str, str]]:
+) -> tuple[Any, list[Contestant], dict[str, Any], dict[str, str]]:
     """A case's contestants, each run once and found right.
 
     Returns

@@ -212,7 +212,7 @@ def of_device(contestant: str, results: dict[str, Any]) -> bool:
 def details(results: dict[str, Any]) -> str:
     """What the table of ratios does not show: lost cells, the grid, who is missing, integrators, memory, first calls."""
     entries = results["cases"]
-    text = losing(results) + grid(results)
+    text = losing(results) + zoo(results) + grid(results)
     absent: dict[str, list[str]] = {}
     for name, entry in entries.items():
         for contestant, reason in entry.get("left_out", {}).items():
@@ -278,6 +278,26 @@ def losing(results: dict[str, Any]) -> str:
         return f"\nLosing cells: none. In no one of {len(found)} does ours take {more}.\n"
     header = ["case", "ours", "best rival", "its time by ours", "of matrix rate"]
     return f"\nLosing cells, {len(lost)} of {len(found)}, in which ours takes {more}:\n\n" + _markdown(header, lost)
+
+
+def zoo(results: dict[str, Any]) -> str:
+    """A line for each model of a public repository."""
+    lines = []
+    for entry in results["cases"].values():
+        case = Case.of(entry["case"])
+        judged = bar(entry) if case.kind == "zoo" else None
+        if judged is not None:
+            mine, _, ratio = judged
+            ms, widths = _ms(entry["contestants"][mine]["median_s"]), "-".join(map(str, (case.latent_dim, *case.hidden_dims)))
+            how = f"{widths}, {case.activation}, {case.dtype}"
+            lines.append([case.replica, how, str(case.batch), str(case.n_steps), ms, f"{ratio:.2f}x"])
+    if not lines:
+        return ""
+    header = ["repository", "states and hidden layers", "batch", "steps", "ours, ms", "its own way"]
+    return (
+        "\nPublic repositories' models, layouts and losses: milliseconds of a training step, loss and gradients, by ours, and\n"
+        "how many times as long the repository's own way takes:\n\n" + _markdown(header, lines)
+    )
 
 
 def grid(results: dict[str, Any]) -> str:

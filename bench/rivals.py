@@ -27,6 +27,7 @@ from hjepa_fast.backends import cuda
 from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
 from .cases import Case
+from .zoo import Training
 
 ENERGY_WEIGHT = 100.0
 """So large that the energy term has a visible share in every gradient."""
@@ -75,8 +76,11 @@ class Problem:
         )
 
 
-def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
+def make_problem(case: Case, device: torch.device | str = "cpu") -> Any:
+    """A `Problem`, or of a "zoo" case a `zoo.Training`."""
     dtype = getattr(torch, case.dtype)
+    if case.kind == "zoo":
+        return Training.of(case.replica, case.batch, case.n_steps).to(dtype, device)
     hnn = _make_network(case)
     torch.manual_seed(0)
     baseline = hf.BaselineMLP(case.latent_dim, case.hidden_dims[:2])
@@ -144,7 +148,8 @@ class Contestant:
     run: Callable[[], list[Any]]
     ours: bool = False
     predicts: str = "hamiltonian:leapfrog"
-    """What the results must agree with: the problem's "baseline", or its Hamiltonian under an integrator."""
+    """What the results must agree with: the problem's "baseline", its Hamiltonian under an integrator, or of the "zoo" the
+    repository's way."""
     roll: Roll | None = None
     """The rollout alone, for counting what it keeps for the backward pass."""
     time_first: bool = False
@@ -321,7 +326,17 @@ def baseline_rollout(problem: Problem) -> Tensor:
     return states if problem.case.states == "all" else states[:, -1]
 
 
-def _eager(problem: Problem) -> Contestant:
+def _of_zoo(name: str, problem: Training, loss_of: Callable[[], Tensor], ours: bool = False) -> Contestant:
+    def train() -> list[Tensor]:
+        value = loss_of()
+        return [value.detach(), *torch.autograd.grad(value, problem.parameters, materialize_grads=True)]
+
+    return Contestant(name, train, ours, predicts="zoo")
+
+
+def _eager(problem: Problem | Training) -> Contestant:
+    if isinstance(problem, Training):
+        return _of_zoo("eager", problem, problem.textbook)
     return _contestant("eager", problem, lambda: eager_rollout(problem))
 
 
@@ -347,7 +362,10 @@ def _baseline(problem: Problem) -> Contestant:
     return _contestant("baseline", problem, roll, predicts="baseline", parameters=parameters)
 
 
-def _ours(problem: Problem, backend: str, memory: str, integrator: str) -> Contestant:
+def _ours(problem: Problem | Training, backend: str, memory: str, integrator: str) -> Contestant:
+    if isinstance(problem, Training):
+        return _of_zoo(backend, problem, lambda: problem.fused(backend), ours=True)
+
     def roll() -> tuple[Tensor, Tensor | None]:
         if problem.case.kind == "matching":
             return hf.vector_field(problem.hnn, problem.z0, backend=backend), None
@@ -503,7 +521,8 @@ def _import_jax() -> Any:
     return jax
 
 
-Builder = Callable[[Problem], Contestant]
+Builder = Callable[[Any], Contestant]
+"""Of what `make_problem` gives."""
 _BUILDERS: dict[str, Builder] = {
     "eager": _eager,
     "eager-float32": _eager_float32,
@@ -543,7 +562,8 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
         for memory, integrator in itertools.product(case.memory, case.integrators):
             options = {"backend": backend, "memory": memory, "integrator": integrator}
             builders[_our_name(**options)] = partial(_ours, **options)
-            plain = memory == "store" and integrator == "leapfrog" and case.kind != "backward" and backend != "torch"
+            kinds = memory == "store" and integrator == "leapfrog" and case.kind not in ("backward", "zoo")
+            plain = kinds and backend != "torch"
             if device.type == "cuda" and plain:
                 builders[f"{_our_name(**options)}:graphed"] = partial(_graphed, partial(_ours, **options))
     for name in case.rivals:

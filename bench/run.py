@@ -1,4 +1,4 @@
-"""Measure, keep, report: `python -m bench.run [--quick | --small | --full]`."""
+"""Measure, keep, report: `python -m bench.run [--quick | --zoo | --small | --full]`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, 
 from .progress import Progress, duration, prepare_streams
 from .rivals import Builder, entrants
 
-QUICK_MINUTES, SMALL_MINUTES, SMALL_COMPILE_MINUTES = 5.0, 40.0, 30.0
-"""A quick run on a processor is planned to end in, one of the grid, and what that takes more with torch.compile."""
+QUICK_MINUTES, ZOO_MINUTES, SMALL_MINUTES, SMALL_COMPILE_MINUTES = 5.0, 4.0, 40.0, 30.0
+"""A quick run on a processor is planned to end in, one of the zoo, one of the grid, and what that takes more with
+torch.compile."""
 QUICK_LONGEST_CALL, LONGEST_CALL = 5.0, 30.0
 """Seconds of a call, up to which a rival is timed."""
 LAUNCH_SECONDS, JAX_SECONDS, COMPILE_SECONDS = 2e-4, 1.5, 12.0
@@ -246,6 +247,11 @@ def _parser() -> argparse.ArgumentParser:
     subset = parser.add_mutually_exclusive_group()
     subset.add_argument("--quick", action="store_true", help="the table of ratios, five minutes (default without --only)")
     subset.add_argument(
+        "--zoo",
+        action="store_true",
+        help=f"training steps of public repositories' models against those repositories' ways, {ZOO_MINUTES:g} minutes",
+    )
+    subset.add_argument(
         "--small",
         action="store_true",
         help="the grid of small and large networks, batches and steps in which no cell should be lost, "
@@ -278,8 +284,8 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes",
         type=_number(float, 0),
         help="fewer rounds, but three, so that the run ends in so many minutes if it can; 0: no limit "
-        f"(default: {QUICK_MINUTES:g} for the quick set on a processor without --compile, {SMALL_MINUTES:g} for the small one, "
-        f"{SMALL_MINUTES + SMALL_COMPILE_MINUTES:g} if that compiles, else 0)",
+        f"(default: {QUICK_MINUTES:g} for the quick set on a processor without --compile, {ZOO_MINUTES:g} for the zoo, "
+        f"{SMALL_MINUTES:g} for the small set, {SMALL_MINUTES + SMALL_COMPILE_MINUTES:g} if that compiles, else 0)",
     )
     parser.add_argument(
         "--longest-call",
@@ -343,15 +349,17 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
     device = _device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
-    subset = "small" if options.small else "full" if options.full or (options.only and not options.quick) else "quick"
+    asked = [name for name in ("quick", "zoo", "small", "full") if getattr(options, name)]
+    (subset,) = asked or ["full" if options.only else "quick"]
     quick, every = cases.of_device(device.type)
-    selected = cases.select({"quick": quick, "small": cases.SMALL, "full": every}[subset], options.only)
+    selected = cases.select({"quick": quick, "zoo": cases.ZOO, "small": cases.SMALL, "full": every}[subset], options.only)
     if not selected:
         parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in every)}")
     compile = options.full or device.type == "cuda" if options.compile is None else options.compile
     minutes = options.minutes
     if minutes is None:
-        limits = {"quick": 0.0 if compile else QUICK_MINUTES, "small": SMALL_MINUTES + SMALL_COMPILE_MINUTES * compile}
+        small = SMALL_MINUTES + SMALL_COMPILE_MINUTES * compile
+        limits = {"quick": 0.0 if compile else QUICK_MINUTES, "zoo": ZOO_MINUTES, "small": small}
         minutes = 0.0 if device.type == "cuda" else limits.get(subset, 0.0)
     progress.limit = max(1.0, minutes * 60 - AFTER) if minutes else None
     path = _path(options, f"{subset}-{device.type}", device, parser)
