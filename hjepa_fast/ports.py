@@ -51,6 +51,8 @@ class PortHNN(nn.Module):
         G. Xavier-normal at first.
     friction : Tensor [] or [d], or None
         g >= 0, the softplus of a parameter.
+
+    A subclass may have `friction`, a property, and `force(control)` [..., m] to [..., d] of its own; its forward must stay.
     """
 
     _acts_on_states = True

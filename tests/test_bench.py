@@ -1062,3 +1062,17 @@ def test_the_small_set_has_a_file_of_its_own_and_can_be_compared(checkout, quick
     assert f"SLOWER       {cell.name} torch: 1.50" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main("--small", "--full")
+
+
+def test_the_zoo_is_checked_and_shown(checkout, quick_measure, monkeypatch, capsys):
+    (case,) = cases.select(cases.ZOO, "zoo-torchdyn")
+    monkeypatch.setattr(cases, "ZOO", (dataclasses.replace(case, backends="every"),))
+    assert main("--zoo", "--commit-results") == 0
+    (path,) = stored(checkout)
+    assert path.name == "zoo-cpu.json"
+    assert "| torchdyn | 2-64, tanh, float32 | 100 | 1 |" in capsys.readouterr().out
+    assert set(json.loads(path.read_text())["cases"]["zoo-torchdyn"]["contestants"]) == {"torch", "eager"}
+
+    monkeypatch.setattr("bench.zoo.Torchdyn.fused", lambda self, *_, **__: 2 * self.textbook(*self.batch(100, 1)))
+    assert main("--zoo", "--again", "--commit-results") == 1
+    assert "torch is wrong in zoo-torchdyn" in capsys.readouterr().err
