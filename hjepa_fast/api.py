@@ -203,6 +203,8 @@ def _rollout(
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
     tensors = (*mlp.tensors, *externals)
     backend = choose_backend(through_transforms(backend, (z0, dt, *tensors)), z0)
+    if drive and backend == "reference":
+        raise RuntimeError("nested autograd has no friction or force; they are steps of their own there")
     separable = isinstance(mlp, SumHamiltonian) and mlp.separable
     _check_combination(integrator, separable, memory)
     differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *tensors))
@@ -317,7 +319,7 @@ def _with_inputs(
         return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
     validation.check_choice(which, ("all", "final"), "states")
     with_energy = validation.as_flag(with_energy, "energy")
-    if _can_be_driven(x, settings, n_steps):
+    if _can_be_driven(model, x, (dt, control, condition), settings, n_steps):
         return _driven(model, x, dt, n_steps, control, changes, run, with_energy, which)
     for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
         if settings[what] in refused:
@@ -352,13 +354,13 @@ def _with_inputs(
     return Rollout(states if which == "all" else path[-1], energies, solve)
 
 
-def _can_be_driven(x: Given, settings: dict[str, Any], n_steps: int) -> bool:
+def _can_be_driven(model: nn.Module, x: Given, given: tuple[Any, ...], settings: dict[str, Any], n_steps: int) -> bool:
     """Whether friction, force and control can be lines of the rollout's program."""
     if not isinstance(x.H, SumHamiltonian) or settings["backend"] == "reference" or settings["memory"] == "reversible":
         return False
     validation.check_choice(settings["integrator"], INTEGRATORS, "integrator")
     forms = tuple([ops.form_of(term) for term in x.H.terms])
-    tensors = (x.z, *x.H.tensors)
+    tensors = [t for t in (x.z, *x.H.tensors, *given, *model.parameters()) if isinstance(t, Tensor)]
     return n_steps > 0 and covers(forms, stages_of(settings["integrator"], forms)) and transforms.transform_of(tensors) is None
 
 
@@ -422,7 +424,8 @@ def _gradient_of(x: Given, control: Tensor | None, backend: str) -> Callable[[Te
         from .matching import of_hamiltonian  # which calls on this module
 
         u = inputs.rows(control, x.z.shape[:-1]) if x.read else None
-        return of_hamiltonian(x.H, z, backend, False, u, x.condition)
+        # friction takes Hp alone
+        return of_hamiltonian(x.H, z, backend, False, u, x.condition, without="q").chunk(2, dim=-1)[1]
 
     return gradient
 

@@ -65,8 +65,12 @@ def of_hamiltonian(
     rotated: bool = False,
     control: Tensor | None = None,
     condition: Tensor | None = None,
+    without: str = "",
 ) -> Tensor:
-    """grad H, or J grad H, at z [..., 2d], under a control and a condition, each [m] or [B, m] of as many states."""
+    """grad H, or J grad H, at z [..., 2d], under a control and a condition, each [m] or [B, m] of as many states.
+
+    Terms that read but what `without` names are left out.
+    """
     rows = z.reshape(-1, H.latent_dim)
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
@@ -88,6 +92,8 @@ def of_hamiltonian(
     d = H.latent_dim // 2
     found = {"q": torch.zeros_like(rows[:, :d]), "p": torch.zeros_like(rows[:, d:])}
     for term in H.terms:
+        if term.reads == without:
+            continue
         if term.reads == "z":
             g = of(term, rows)
             found = {"q": found["q"] + g[:, :d], "p": found["p"] + g[:, d:]}

@@ -164,7 +164,7 @@ def friction_of_steps(model: PortHNN, steps: Tensor, d: int) -> Tensor:
 def _half_step(
     model: PortHNN, z: Tensor, h: Tensor, force: Tensor | None, gradient: Callable[[Tensor], Tensor], force_first: bool
 ) -> Tensor:
-    """Half a step of friction and force. z is [..., 2d], h [..., 1], force [..., d]."""
+    """Half a step of friction and force. z is [..., 2d], h [..., 1], force [..., d]; `gradient` gives Hp."""
     q, p = z.chunk(2, dim=-1)
     g = model.friction
 
@@ -176,7 +176,7 @@ def _half_step(
     if g is not None and model.kind == "conformal":
         p = torch.exp(-g * h / 2) * p
     elif g is not None:
-        p = p - h / 2 * g * gradient(torch.cat((q, p), dim=-1)).chunk(2, dim=-1)[1]
+        p = p - h / 2 * g * gradient(torch.cat((q, p), dim=-1))
     if not force_first:
         p = pushed(p)
     return torch.cat((q, p), dim=-1)
