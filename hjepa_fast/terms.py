@@ -133,9 +133,9 @@ class Hamiltonian(nn.Module):
 
     def _settings(self) -> tuple[Any, ...] | None:
         """What else than the layers is part of H; None where tensors are made of them at every reading. See `reading.py`."""
-        around = (self.output, self.scale, self.shift, self.factor)
+        plain = all(x is None for x in (self.output, self.scale, self.shift, self.factor))
         own = (self.order, self.control_dim, self.condition_dim)
-        return own if self.order == "qp" and around == (None,) * 4 else None
+        return own if self.order == "qp" and plain else None
 
 
 class Term(nn.Module):
