@@ -101,7 +101,7 @@ def forward(problem: Problem) -> Result:
         n = of_path // sum(outline.path_widths())
         to_keep = [x[:, -n:].flatten(1) for x in path]
     if outline.energy_widths:
-        to_keep += [x.reshape(len(z0), -1) for x in layers]
+        to_keep += [x.unflatten(0, (len(z0), n_steps + 1)).flatten(1) for x in layers]
     return _result(states, energy, runs[0].tape, torch.cat(to_keep, dim=1) if to_keep else none, residual, evaluations)
 
 
