@@ -6,6 +6,8 @@ PIP_FLAGS ?=
 SECONDS ?= 400
 N ?= 2000
 FIRST ?= 0
+# processes that share the tests
+JOBS ?= 2
 # options of bench.run, such as BENCH=--full
 BENCH ?=
 
@@ -16,14 +18,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
-	@echo "make test    install, then every test"
+	@echo "make test    install, then every test, by JOBS=$(JOBS) processes"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (five quiet minutes; BENCH=options)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
 	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
-	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)  BENCH=$(BENCH)"
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)  BENCH=$(BENCH)  JOBS=$(JOBS)"
 
 setup: $(VENV)/.ready
 
@@ -41,7 +43,7 @@ demo: setup
 	$(BIN)/hjepa-fast reproduce --encoder offline --background gradient --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 bench: setup
 	@$(BIN)/python -c 'import jax' 2>/dev/null || $(PIP) 'jax>=0.5' || echo 'JAX could not be installed; it is left out of the comparison'
