@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from . import gradient_ops, hamiltonian, ports, validation
 from .api import BACKENDS, choose_backend, rollout, through_transforms
 from .backends import reference
-from .hamiltonian import ModuleHamiltonian, Term
+from .hamiltonian import MechanicalHamiltonian, ModuleHamiltonian, Term
 from .ports import PortHNN
+from .state_space import ops as state_ops
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -55,6 +56,10 @@ def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
     backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
         g = reference.gradient(H, rows)
+        return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
+    if isinstance(H, MechanicalHamiltonian):
+        form = H.system.form
+        g = state_ops.gradient(rows, H.tensors, form.text(), form.numbers(), backend)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
     if len(H.terms) == 1 and H.terms[0].reads == "z":
         return _of_term(H.terms[0], rows, backend, rotated).reshape(z.shape)

@@ -67,7 +67,7 @@ class Hamiltonian(nn.Module):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {order!r}")
-        self.net = nn.Sequential(*_with_activations(_layers(layers), activation))
+        self.net = nn.Sequential(*with_activations(layers_of(layers), activation))
         self.order, self.output = order, output
         (*_, (_, last)) = reader.layers_of(self.net, "Hamiltonian")
         n_outputs = getattr(last, "out_features", 1)
@@ -154,13 +154,13 @@ class Term(nn.Module):
                 raise ValueError("a network holds its activations, so none is to be given beside it")
             self.net = net
         else:
-            self.net = nn.Sequential(*_with_activations(_layers(net), activation))
+            self.net = nn.Sequential(*with_activations(layers_of(net), activation))
         _keep(self, "factor", factor, ())
 
     def forward(self, z: Tensor) -> Tensor:
         """[..., 2d] to [..., 1]."""
         x = _half(z, self.reads)
-        value = _column(self.net(x), x)
+        value = column(self.net(x), x)
         return value if self.factor is None else value * _like(self.factor, value)
 
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
@@ -225,7 +225,7 @@ class SumHNN(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """H(z): [..., 2d] to [..., 1]."""
-        value: Tensor = sum(_column(term(z), z) for term in self.terms)  # type: ignore[assignment]
+        value: Tensor = sum(column(term(z), z) for term in self.terms)  # type: ignore[assignment]
         return value
 
     def hamiltonian_terms(self) -> list[nn.Module]:
@@ -251,14 +251,14 @@ class Separable(SumHNN):
         T: nn.Module | Sequence[nn.Module] | None = None,
         quadratic: float | Tensor | None = None,
     ) -> None:
-        terms: list[nn.Module] = [_term(V, "q")]
+        terms: list[nn.Module] = [as_term(V, "q")]
         if quadratic is not None:
             terms.append(Quadratic("q", quadratic))
-        terms.append(Quadratic("p") if T is None else _term(T, "p"))
+        terms.append(Quadratic("p") if T is None else as_term(T, "p"))
         super().__init__(*terms)
 
 
-def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
+def as_term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     if not isinstance(net, Term):
         return Term(net, reads)
     if net.reads != reads:
@@ -266,7 +266,7 @@ def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     return net
 
 
-def _layers(layers: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
+def layers_of(layers: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
     given = list(layers.children()) if isinstance(layers, nn.Sequential) else list(layers)
     if not given or not all(isinstance(layer, nn.Module) for layer in given):
         found = ", ".join(type(layer).__name__ for layer in given) or "none"
@@ -279,7 +279,7 @@ def _multiply(weights: list[Tensor], biases: list[Tensor], factor: float | Tenso
     weights[-1], biases[-1] = weights[-1] * own, biases[-1] * own
 
 
-def _with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
+def with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
     """The layers with an activation after each hidden one, unless they hold those themselves."""
     if not all(adapters.is_linear(layer) for layer in layers):
         if activation is not None:
@@ -339,5 +339,5 @@ def _half(z: Tensor, reads: str) -> Tensor:
     return q if reads == "q" else p
 
 
-def _column(value: Tensor, z: Tensor) -> Tensor:
+def column(value: Tensor, z: Tensor) -> Tensor:
     return value if value.ndim == z.ndim else value[..., None]
