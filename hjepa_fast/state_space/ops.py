@@ -85,7 +85,7 @@ class Attributes(NamedTuple):
 
 def loop_of(backend: str) -> ModuleType:
     """The GPU kernels have no such loop and leave it to PyTorch's operations."""
-    return importlib.import_module("hjepa_fast.state_space.loop")
+    return importlib.import_module("hjepa_fast.backends.cpp_states" if backend == "cpp" else "hjepa_fast.state_space.loop")
 
 
 def system_of(form: str, numbers: Sequence[float], parameters: Sequence[Tensor], work: torch.dtype) -> System:
