@@ -197,6 +197,7 @@ def rollout(
         path = path if every_state else path[:, -1:]
     elif isinstance(mlp, MechanicalHamiltonian):
         form = mlp.system.form
+        memory = state_ops.kept_of(memory, backend, mlp.system, z0.shape[0], n_steps, integrator)
         of_states = state_ops.Attributes(
             n_steps, form.text(), form.numbers(), integrator, every_state, energy, memory, tolerance, max_evaluations,
             unconverged == "raise", backend,

@@ -263,7 +263,11 @@ struct Mechanical {
   const T* dt;  // [1 or B, n_steps]
   i64 dt_stride;
   T* states;  // [B, n_steps + 1, 2d], of which `begin` is there
-  T* tape;    // [B, n_steps, n_sub, 4d], or null
+  // [B, n_steps, n_sub, tape_width], or null: a point and f there; if `tape_layers` what restores the rest, see `Saved` in
+  // hjepa_fast/state_space/equations.py
+  T* tape;
+  i64 tape_width;
+  bool tape_layers;
   T* residual;  // [B, n_steps]; backward: [B], in and out
   std::int32_t* evaluations;
   // backward: [B, 2d], in and out; [B, n_steps, 2d] or null

@@ -47,14 +47,31 @@ struct DenseTile {
   template <class Epilogue>
   HJEPA_INLINE void down(const T* x, int l, Epilogue epilogue) const {
     product<Plain<T>>(crew, x, lds[l + 1], R, p.width[l + 1], p.by_W[l], p.width[l], static_cast<T*>(nullptr),
-                      [&](T* a, i64 row, i64 column) { epilogue(a, row * lds[l] + column); });
+                      [&](T* a, i64 row, i64 column) { epilogue(a, row * lds[l] + column, column); });
   }
 
-  // The outputs of z_0.
-  void run() {
+  // Numbers that restore an evaluation, besides the outputs: a_l, then g_l.
+  i64 saved_width() const {
+    i64 n = 0;
+    for (int l = 1; l < p.L; ++l) n += 2 * p.width[l];
+    return n;
+  }
+
+  // f(l, a_l, g_l) for the hidden layers' places in what is saved.
+  template <class F>
+  HJEPA_INLINE void over_saved(T* saved, F f) const {
+    T* g_l = saved + saved_width() / 2;
+    for (int l = 1; l < p.L; saved += p.width[l], g_l += p.width[l], ++l) f(l, saved, g_l);
+  }
+
+  // The outputs of z_0. Rows of what is saved are `stride` apart; null if it is not wanted.
+  void run(T* saved, i64 stride) {
+    T* keep[MAX_LAYERS + 1] = {};
+    if (saved) over_saved(saved, [&](int l, T* a, T*) { keep[l] = a; });
     for (int l = 0; l < p.L; ++l)
       up(z(l), l, [&](T* a, i64 at, i64 column) {
         for (i64 i = 0; i < NR<T>; i += LANES<T>) store(a + i, load(a + i) + load(p.b[l] + column + i));
+        if (keep[l + 1]) put(keep[l + 1] + (at - column) / lds[l + 1] * stride, a, column, p.width[l + 1]);
         if (l + 1 == p.L)
           for (i64 i = 0; i < NR<T>; i += LANES<T>) store(y + at + i, load(a + i));
         else if (tangents)
@@ -64,10 +81,32 @@ struct DenseTile {
       });
   }
 
+  // As `run` and `pull` left everything but the outputs.
+  void restore(const T* saved, i64 stride) {
+    over_saved(const_cast<T*>(saved), [&](int l, const T* a, const T* g_l) {
+      for (i64 row = 0; row < R; ++row)
+        for (i64 column = 0; column < p.width[l]; column += NR<T>) {
+          const i64 at = row * lds[l] + column;
+          alignas(HJEPA_VECTOR_BYTES) T block[NR<T>];
+          for (i64 i = 0; i < NR<T>; i += LANES<T>)
+            store(block + i, load_first(a + row * stride + column + i, p.width[l] - column - i));
+          activate<T>(p.activation[l - 1], block, z(l) + at, d[l] + at, curve[l] + at, NR<T>);
+          for (i64 i = 0; i < NR<T>; i += LANES<T>) {
+            const Vec<T> own = load_first(g_l + row * stride + column + i, p.width[l] - column - i);
+            store(g[l] + at + i, own);
+            store(e(l) + at + i, own * load(d[l] + at + i));
+          }
+        }
+    });
+  }
+
   // From e_L: the gradient with respect to z_0 is added to of_x.
-  void pull(T* of_x) {
+  void pull(T* of_x, T* saved, i64 stride) {
+    T* keep[MAX_LAYERS + 1] = {};
+    if (saved) over_saved(saved, [&](int l, T*, T* g_l) { keep[l] = g_l; });
     for (int l = p.L - 1; l >= 0; --l)
-      down(e(l + 1), l, [&](T* x, i64 at) {
+      down(e(l + 1), l, [&](T* x, i64 at, i64 column) {
+        if (keep[l]) put(keep[l] + (at - column) / lds[l] * stride, x, column, p.width[l]);
         for (i64 i = 0; i < NR<T>; i += LANES<T>) {
           const Vec<T> own = load(x + i);
           if (!l) {
@@ -99,7 +138,7 @@ struct DenseTile {
   // From r_L: the tangent of `pull`'s gradient is added to of_x. Without `push` z'_0 is zero.
   void pull_tangent(T* of_x, bool pushed) {
     for (int l = p.L - 1; l >= 0; --l)
-      down(r(l + 1), l, [&](T* x, i64 at) {
+      down(r(l + 1), l, [&](T* x, i64 at, i64) {
         for (i64 i = 0; i < NR<T>; i += LANES<T>) {
           const Vec<T> own = load(x + i);
           if (!l) {
@@ -135,10 +174,6 @@ HJEPA_INLINE float exponential(float x) { return __builtin_expf(x); }
 HJEPA_INLINE double exponential(double x) { return __builtin_exp(x); }
 HJEPA_INLINE float log_of_1_plus(float x) { return __builtin_log1pf(x); }
 HJEPA_INLINE double log_of_1_plus(double x) { return __builtin_log1p(x); }
-HJEPA_INLINE float cosine(float x) { return __builtin_cosf(x); }
-HJEPA_INLINE double cosine(double x) { return __builtin_cos(x); }
-HJEPA_INLINE float sine(float x) { return __builtin_sinf(x); }
-HJEPA_INLINE double sine(double x) { return __builtin_sin(x); }
 
 // f = (Hp, -Hq) at states y, and the Hessian of H there. Rows of states are s numbers apart.
 template <class T>
@@ -167,12 +202,17 @@ struct SystemTile {
 
   void set_features() {
     const int k = p.n_others, a = p.n_angles;
-    for (i64 r = 0; r < R; ++r) {
-      const T* q = at + r * s;
-      T* to = x + r * sx;
-      for (int i = 0; i < k; ++i) to[i] = q[p.others[i]];
-      for (int i = 0; i < a; ++i) to[k + i] = cosine(q[p.angles[i]]), to[k + a + i] = sine(q[p.angles[i]]);
-    }
+    for (i64 r = 0; r < R; ++r)
+      for (int i = 0; i < k; ++i) x[r * sx + i] = at[r * s + p.others[i]];
+    // a vector of rows at a time
+    for (int i = 0; i < a; ++i)
+      for (i64 r = 0; r < R; r += LANES<T>) {
+        const i64 n = R - r < LANES<T> ? R - r : LANES<T>;
+        Vec<T> q = {}, sine, cosine;
+        for (i64 j = 0; j < n; ++j) q[j] = at[(r + j) * s + p.angles[i]];
+        sincos(q, sine, cosine);
+        for (i64 j = 0; j < n; ++j) x[(r + j) * sx + k + i] = cosine[j], x[(r + j) * sx + k + a + i] = sine[j];
+      }
   }
 
   void set_input(T* to) const { copy_rows(to, sx, x, sx, R, p.n); }
@@ -220,13 +260,20 @@ struct SystemTile {
     }
   }
 
-  // f [R, s] at y [R, s], zeros where it is not asked for; and what `adjoint` needs.
-  void evaluate(const T* y, bool of_p, bool of_q, T* f) {
+  // Parts of what restores an evaluation: the gradient with respect to the features, the entries, each network's layers.
+  T* saved_entries(T* saved) const { return saved + p.n; }
+  T* saved_V(T* saved) const { return saved ? saved + p.n + (p.N.L ? p.m : 0) : nullptr; }
+  T* saved_N(T* saved) const { return saved ? saved_V(saved) + (p.V.L ? V.saved_width() : 0) : nullptr; }
+
+  // f [R, s] at y [R, s], zeros where it is not asked for; and what `adjoint` needs. What restores it goes to `saved`, rows
+  // `stride` apart, if that is not null.
+  void evaluate(const T* y, bool of_p, bool of_q, T* f, T* saved = nullptr, i64 stride = 0) {
     at = y;
     set_features();
     if (p.N.L) {
       set_input(N.z(0));
-      N.run();
+      N.run(saved_N(saved), stride);
+      if (saved) copy_rows(saved_entries(saved), stride, N.y, sm, R, p.m);
     }
     kinetic(f);
     if (!of_p)
@@ -237,20 +284,47 @@ struct SystemTile {
     }
     clear(of_x, R * sx);
     if (p.V.L) {
-      run_V();
-      for (i64 r = 0; r < R; ++r) V.e(p.V.L)[r * V.lds[p.V.L]] = 1;
-      V.pull(of_x);
+      run_V(saved_V(saved), stride);
+      set_unit();
+      V.pull(of_x, saved_V(saved), stride);
     }
     if (p.N.L) {
       copy_rows(N.e(p.N.L), sm, c, sm, R, p.m);
-      N.pull(of_x);
+      N.pull(of_x, saved_N(saved), stride);
     }
+    if (saved) copy_rows(saved, stride, of_x, sx, R, p.n);
     pull_features(of_x, T(-1), f + d);
   }
 
-  void run_V() {
+  // As `evaluate` left everything, but f, of which Hp alone is formed.
+  void restore(const T* y, bool of_q, const T* tape, i64 stride, T* f) {
+    T* saved = const_cast<T*>(tape);
+    at = y;
+    set_features();
+    if (p.N.L) {
+      set_input(N.z(0));
+      N.restore(saved_N(saved), stride);
+      copy_rows(N.y, sm, saved_entries(saved), stride, R, p.m);
+    }
+    kinetic(f);
+    if (!of_q) return;
+    copy_rows(of_x, sx, saved, stride, R, p.n);
+    if (p.V.L) {
+      set_input(V.z(0));
+      V.restore(saved_V(saved), stride);
+      set_unit();
+    }
+    if (p.N.L) copy_rows(N.e(p.N.L), sm, c, sm, R, p.m);
+  }
+
+  void run_V(T* saved = nullptr, i64 stride = 0) {
     set_input(V.z(0));
-    V.run();
+    V.run(saved, stride);
+  }
+
+  // V's cotangent.
+  void set_unit() {
+    for (i64 r = 0; r < R; ++r) V.e(p.V.L)[r * V.lds[p.V.L]] = 1;
   }
 
   // factor x'(q)^T g, for g [R, sx], to rows of numbers that are s apart.
@@ -398,8 +472,9 @@ struct StatesTile {
   }
 
   T* field(int i) const { return f + i * R * s; }
-  T* tape_at(i64 row, i64 t, int i) const { return p.tape + ((row * p.n_steps + t) * p.n_sub + i) * 2 * width; }
-  i64 tape_stride() const { return p.n_steps * p.n_sub * 2 * width; }
+  T* tape_at(i64 row, i64 t, int i) const { return p.tape + ((row * p.n_steps + t) * p.n_sub + i) * p.tape_width; }
+  i64 tape_stride() const { return p.n_steps * p.n_sub * p.tape_width; }
+  T* saved_at(i64 row, i64 t, int i) const { return p.tape_layers ? tape_at(row, t, i) + 2 * width : nullptr; }
   HJEPA_INLINE T step(i64 row, i64 r, i64 t) const { return p.dt[(row + r) * p.dt_stride + t]; }
 
   // g(row, i) for each number of the states.
@@ -426,7 +501,7 @@ struct StatesTile {
       y[r * s + c] = guess;
     });
     solver.solve(crew, y, target, R, T(1), p.tolerance, p.max_evaluations, [&] {
-      at.evaluate(y, true, true, own);
+      at.evaluate(y, true, true, own, saved_at(row, t, i), tape_stride());
       each([&](i64 r, i64 c) { target[r * s + c] = z[r * s + c] + step(row, r, t) * k.point(c, p.d) * own[r * s + c]; });
     });
     each([&](i64 r, i64 c) { ago(0)[r * s + c] = step(row, r, t) * k.point(c, p.d) * own[r * s + c]; });
@@ -448,7 +523,7 @@ struct StatesTile {
         if (k.implicit)
           find_point(k, i, row, t);
         else
-          at.evaluate(z, k.of_p, k.of_q, field(i));
+          at.evaluate(z, k.of_p, k.of_q, field(i), saved_at(row, t, i), tape_stride());
         if (p.tape) {
           copy_rows(tape_at(row, t, i), tape_stride(), k.implicit ? y : z, s, R, width);
           copy_rows(tape_at(row, t, i) + width, tape_stride(), field(i), s, R, width);
@@ -483,8 +558,11 @@ struct StatesTile {
       p.gdt[(row + r) * p.n_steps + t] += sum;
     }
     copy_rows(y, s, tape_at(row, t, i), tape_stride(), R, width);
-    // f is known; what it leaves behind is not
-    at.evaluate(y, k.of_p, k.of_q, target);
+    // f is known; what it leaves behind may not be
+    if (p.tape_layers)
+      at.restore(y, k.of_q, saved_at(row, t, i), tape_stride(), target);
+    else
+      at.evaluate(y, k.of_p, k.of_q, target);
     if (k.implicit) {
       constexpr T tiny = sizeof(T) == 4 ? T(1.1754944e-38) : T(2.2250738585072014e-308);
       solver.solve(crew, w, target, R, tiny, p.tolerance, p.max_evaluations, [&] {

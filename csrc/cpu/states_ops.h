@@ -18,6 +18,9 @@ constexpr const char* STATES_GRADIENT_BACKWARD =
     "states_gradient_backward(Tensor(a!) g_z, Tensor(b!)[] sums, Tensor[] given, Tensor z, " STATES_ARGUMENTS
     "int options) -> ()";
 
+// Up to so many outputs, or features, are formed one by one: a panel of the columns of a product is 8 to 32 wide.
+constexpr i64 FEW_COLUMNS = 8;
+
 // The memory of a call, and what it computes.
 template <class T>
 struct StatesCall {
@@ -73,13 +76,23 @@ struct StatesCall {
     std::size_t at = 0;
     for (Dense<T>* net : {&p.V, &p.N}) {
       for (int l = 0; l < net->L; ++l) {
-        net->by_WT[l] = packer(parameters[at + l], true);
-        net->by_W[l] = packer(parameters[at + l], false);
+        const Tensor& W = parameters[at + l];
+        net->by_WT[l] = W.size(0) > FEW_COLUMNS ? packer(W, true) : Right<T>{nullptr, data<T>(W), W.size(1), true};
+        net->by_W[l] = W.size(1) > FEW_COLUMNS ? packer(W, false) : Right<T>{nullptr, turned(W, memory), W.size(0), true};
         net->b[l] = padded(parameters[at + net->L + l], kernels, memory);
       }
       at += 2 * net->L;
     }
     return packer.packs;
+  }
+
+  // W^T.
+  static const T* turned(const Tensor& W, Memory& memory) {
+    const i64 m = W.size(0), n = W.size(1);
+    T* to = memory.take<T>(m * n);
+    for (i64 i = 0; memory.base && i < m; ++i)
+      for (i64 j = 0; j < n; ++j) to[j * m + i] = data<T>(W)[i * n + j];
+    return to;
   }
 
   // f(first row, rows, scratch) for the tiles of a call in which each row has `evaluations` of f.
@@ -148,6 +161,8 @@ struct StatesCall {
     p.dt = data<T>(dt);
     p.dt_stride = dt.size(0) == 1 ? 0 : p.n_steps;
     p.tape = data<T>(tape);
+    p.tape_width = tape.size(3);
+    p.tape_layers = p.tape_width > 4 * p.d;
   }
 };
 
@@ -168,6 +183,7 @@ void check_states(const Tensor& like, const std::vector<const Tensor*>& tensors,
 void states_forward(Tensor states, Tensor tape, Tensor residual, Tensor evaluations, std::vector<Tensor> parameters, Tensor numbers,
                     Tensor dt, int64_t begin, int64_t end, int64_t options) {
   check_states(states, {&states, &tape, &residual, &dt}, parameters, numbers);
+  expect_writes({&tape});
   const auto run = [&]<class T>(T) {
     StatesCall<T> call(parameters, numbers, options);
     call.p.B = states.size(0);

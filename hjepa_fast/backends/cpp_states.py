@@ -66,17 +66,17 @@ def _chunks(system: System, rows: int, scheme: Sequence[SubStep], n_steps: int, 
 
 
 def forward(
-    system: System, z: Tensor, dt: Tensor, scheme: Sequence[SubStep], n_steps: int, keep: bool, solver: Solver
+    system: System, z: Tensor, dt: Tensor, scheme: Sequence[SubStep], n_steps: int, memory: str, solver: Solver
 ) -> Rolled:
     """As `state_space.loop.forward`."""
     cpp.require()
     if _delegated(system, len(z), n_steps):
-        return loop.forward(system, z, dt, scheme, n_steps, keep, solver)
+        return loop.forward(system, z, dt, scheme, n_steps, memory, solver)
     # everything is allocated before any work is done
     rows, width = z.shape
     states = z.new_empty(rows, n_steps + 1, width)
     states[:, 0] = z
-    tape = z.new_empty(rows, n_steps, len(scheme), 2 * width if keep else 0)
+    tape = z.new_empty(rows, n_steps, len(scheme), loop.tape_width(system, memory))
     solved = n_steps if any(stage.implicit for stage in scheme) else 0
     residual, evaluations = z.new_empty(rows, solved), z.new_empty(rows, solved, dtype=torch.int32)
     operands, steps = _operands(system, scheme, solver), dt.contiguous()

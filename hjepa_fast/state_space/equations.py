@@ -17,6 +17,7 @@ with e_l the gradient of H with respect to the l-th pre-activation, z_l the laye
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from .system import Form, Layers, System, factor, features, places, positive_der
 class Ran(NamedTuple):
     """What running a network leaves behind; lists have an entry a hidden layer."""
 
+    a: list[Tensor]
     values: list[Tensor]
     """x, z_1, ..., z_L."""
     slopes: list[Tensor]
@@ -42,29 +44,30 @@ class Pulled(NamedTuple):
     g: list[Tensor]
     """With respect to z_l; `e` with respect to a_l."""
     e: list[Tensor]
-    of_x: Tensor
 
 
-def run(net: Layers, x: Tensor) -> Ran:
-    values, slopes, curves = [x], [], []
+def run(net: Layers, x: Tensor, known: Sequence[Tensor] | None = None) -> Ran:
+    """The network at x [B, n]; `known` has the pre-activations and the output if they are."""
+    pre, values, slopes, curves = [], [x], [], []
     *hidden, (w_out, b_out) = zip(net.weights, net.biases, strict=True)
     for layer, (weight, bias) in enumerate(hidden):
-        z, slope, curve = net.activation.at(layer).derivatives(F.linear(values[-1], weight, bias))
+        pre.append(F.linear(values[-1], weight, bias) if known is None else known[layer])
+        z, slope, curve = net.activation.at(layer).derivatives(pre[-1])
         values.append(z)
         slopes.append(slope)
         curves.append(curve)
-    return Ran(values, slopes, curves, F.linear(values[-1], w_out, b_out))
+    return Ran(pre, values, slopes, curves, F.linear(values[-1], w_out, b_out) if known is None else known[-1])
 
 
-def pull(net: Layers, ran: Ran, c: Tensor) -> Pulled:
-    """The gradient of c . output, c [B, outputs]."""
+def pull(net: Layers, ran: Ran, c: Tensor) -> tuple[Pulled, Tensor]:
+    """The gradient of c . output, c [B, outputs], with respect to every layer's values, and to x."""
     g, e = [], []
     back = c @ net.weights[-1]
     for layer in range(len(ran.slopes) - 1, -1, -1):
         g.append(back)
         e.append(back * ran.slopes[layer])
         back = e[-1] @ net.weights[layer]
-    return Pulled(g[::-1], e[::-1], back)
+    return Pulled(g[::-1], e[::-1]), back
 
 
 def push(net: Layers, ran: Ran, x: Tensor) -> list[Tensor]:
@@ -110,6 +113,11 @@ def pull_tangent(
             sums.biases[layer].add_(r.sum(0))
         back = r @ net.weights[layer]
     return back
+
+
+def _restored(ran: Ran, saved: list[Tensor]) -> Pulled:
+    g = saved[len(saved) // 2 :]
+    return Pulled(g, [own * slope for own, slope in zip(g, ran.slopes, strict=True)])
 
 
 class Kinetic(NamedTuple):
@@ -220,21 +228,45 @@ class Sums:
         _, self.potential, self.mass, self.entries = System.of(system.form, self.tensors)
 
 
+class Saved(NamedTuple):
+    """What a point that was evaluated before is restored from."""
+
+    of_x: Tensor
+    entries: Tensor
+    V: list[Tensor]
+    """Pre-activations, then gradients with respect to the values, of each hidden layer; `N` likewise, of the mass network."""
+    N: list[Tensor]
+
+    @classmethod
+    def on(cls, system: System, tape: Tensor) -> Saved:
+        """From `Point.tape`."""
+        of_x, entries, *rest = tape.split(system.saved_widths(), dim=1)
+        n = 0 if system.potential is None else 2 * len(system.potential.widths)
+        return cls(of_x, entries, rest[:n], rest[n:])
+
+
 class Point:
     """The gradient of H at z [B, 2d], and its adjoint there."""
 
-    def __init__(self, system: System, z: Tensor) -> None:
-        self.system, form = system, system.form
+    def __init__(self, system: System, z: Tensor, saved: Saved | None = None) -> None:
+        self.system, self.saved, form = system, saved, system.form
         q, self.p = z.split(form.d, dim=1)
         self.angles = Angles(form, q)
-        self.N = None if system.mass is None else run(system.mass, self.angles.x)
+        known = None if saved is None else [*saved.N[: len(saved.N) // 2], saved.entries]
+        self.N = None if system.mass is None else run(system.mass, self.angles.x, known)
+        self.pulled_V: Pulled | None = None
+        self.pulled_N: Pulled | None = None
         y = system.entries[None] if system.entries is not None else None if self.N is None else self.N.output
         self.T = kinetic(form, y, self.p)
         self.one = z.new_ones(1, 1).expand(len(z), 1)
 
     @functools.cached_property
     def V(self) -> Ran | None:
-        return None if self.system.potential is None else run(self.system.potential, self.angles.x)
+        if self.system.potential is None:
+            return None
+        # its output is read at a point that is evaluated alone
+        known = None if self.saved is None else [*self.saved.V[: len(self.saved.V) // 2], self.one]
+        return run(self.system.potential, self.angles.x, known)
 
     @property
     def value(self) -> Tensor:
@@ -243,16 +275,35 @@ class Point:
 
     def of_q(self) -> Tensor:
         """Hq, [B, d]; leaves what `adjoint` needs."""
-        system, of_x = self.system, torch.zeros_like(self.angles.x)
-        self.pulled_V = self.pulled_N = None
-        if self.V is not None and system.potential is not None:
-            self.pulled_V = pull(system.potential, self.V, self.one)
-            of_x = of_x + self.pulled_V.of_x
-        if self.N is not None and system.mass is not None:
-            self.pulled_N = pull(system.mass, self.N, self.T.of_entries)
-            of_x = of_x + self.pulled_N.of_x
+        system, saved, of_x = self.system, self.saved, torch.zeros_like(self.angles.x)
+        if saved is not None:
+            of_x = saved.of_x
+            self.pulled_V = None if self.V is None else _restored(self.V, saved.V)
+            self.pulled_N = None if self.N is None else _restored(self.N, saved.N)
+        else:
+            if self.V is not None and system.potential is not None:
+                self.pulled_V, own = pull(system.potential, self.V, self.one)
+                of_x = of_x + own
+            if self.N is not None and system.mass is not None:
+                self.pulled_N, own = pull(system.mass, self.N, self.T.of_entries)
+                of_x = of_x + own
         self.of_x = of_x
         return self.angles.pull(of_x)
+
+    def tape(self) -> Tensor:
+        """What `Saved` divides, [B, width]; zeros for what was not asked for."""
+        system, rows, x = self.system, len(self.p), self.angles.x
+        parts = [self.of_x if hasattr(self, "of_x") else torch.zeros_like(x), x[:, :0] if self.N is None else self.N.output]
+        for net, name in ((system.potential, "V"), (system.mass, "N")):
+            pulled: Pulled | None = getattr(self, f"pulled_{name}")
+            if net is None:
+                continue
+            if pulled is None and name == "V":
+                parts.append(x.new_zeros(rows, 2 * sum(net.widths)))
+                continue
+            parts += getattr(self, name).a
+            parts += [x.new_zeros(rows, n) for n in net.widths] if pulled is None else [g.expand(rows, -1) for g in pulled.g]
+        return torch.cat(parts, dim=1)
 
     @property
     def of_p(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..hidden_space.fixed_point import EXTRAPOLATION, Solver, fixed_point
 from ..schemes import SubStep
-from .equations import Point, Sums
+from .equations import Point, Saved, Sums
 from .system import System
 
 
@@ -30,7 +30,8 @@ class Rolled(NamedTuple):
     states: Tensor
     """[B, n_steps + 1, 2d], z0 first."""
     tape: Tensor
-    """[B, n_steps, sub-steps, 4d]: each point and f there; [B, n_steps, sub-steps, 0] unless kept."""
+    """[B, n_steps, sub-steps, width]: each point and f there, 4d numbers, and with "store" what `equations.Saved` has; none
+    unless kept."""
     residual: Tensor
     """[B, n_steps], the largest of each step, and `evaluations` of the gradient in its implicit sub-steps, int32; [B, 0] if
     there are none."""
@@ -44,23 +45,17 @@ def coefficients(stage: SubStep, like: Tensor) -> tuple[Tensor, Tensor]:
     return a, like.new_tensor([stage.implicit_drift] * d + [stage.implicit_kick] * d)
 
 
-def field_at(system: System, y: Tensor, of_p: bool = True, of_q: bool = True) -> tuple[Point, Tensor]:
-    """The point, and f there [B, 2d], with zeros for what is not asked for."""
-    point = Point(system, y)
-    zero = torch.zeros_like(point.p)
-    return point, torch.cat((point.of_p if of_p else zero, -point.of_q() if of_q else zero), dim=1)
-
-
-def _field(system: System, stage: SubStep, mixes: bool, y: Tensor) -> tuple[Point, Tensor]:
-    """What of f a sub-step needs."""
-    both = stage.implicit or mixes
-    return field_at(system, y, both or stage.drift != 0, both or stage.kick != 0)
+def _field(stage: SubStep, mixes: bool, point: Point) -> tuple[Point, Tensor]:
+    """The point, and what of f a sub-step needs there, [B, 2d], with zeros for the rest."""
+    both, zero = stage.implicit or mixes, torch.zeros_like(point.p)
+    of_p = point.of_p if both or stage.drift else zero
+    return point, torch.cat((of_p, -point.of_q() if both or stage.kick else zero), dim=1)
 
 
 def forward(
-    system: System, z: Tensor, dt: Tensor, scheme: Sequence[SubStep], n_steps: int, keep: bool, solver: Solver
+    system: System, z: Tensor, dt: Tensor, scheme: Sequence[SubStep], n_steps: int, memory: str, solver: Solver
 ) -> Rolled:
-    """Roll z [B, 2d] forward; dt is [1 or B, n_steps]."""
+    """Roll z [B, 2d] forward; dt is [1 or B, n_steps], memory "none", "recompute" or "store"."""
     states, tape, residuals, evaluations = [z], [], [], []
     moves: list[list[Tensor]] = [[] for _ in scheme]  # of each sub-step's point, in the last few steps
     moved = [coefficients(stage, z) for stage in scheme]
@@ -72,36 +67,48 @@ def forward(
             if stage.implicit:
                 start = z + sum(k * move for k, move in zip(EXTRAPOLATION[len(moves[i])], moves[i], strict=True))
 
-                def follow(y: Tensor, z: Tensor = z, cb: Tensor = c * b) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-                    f = field_at(system, y)[1]
+                def follow(y: Tensor, z: Tensor = z, cb: Tensor = c * b) -> tuple[Tensor, tuple[Tensor, Point, Tensor, Tensor]]:
+                    point, f = _field(stage, mixes, Point(system, y))
                     move = cb * f
-                    return z + move, (y, f, move)
+                    return z + move, (y, point, f, move)
 
-                (y, f, move), residual, count = fixed_point(follow, start, 1.0, solver)
+                (y, point, f, move), residual, count = fixed_point(follow, start, 1.0, solver)
                 moves[i] = [move, *moves[i]][: len(EXTRAPOLATION) - 1]
                 residuals.append(residual)
                 evaluations.append(count)
             else:
-                y, f = z, _field(system, stage, mixes, z)[1]
-            if keep:
-                tape.append(torch.cat((y, f), dim=1))
+                y, (point, f) = z, _field(stage, mixes, Point(system, z))
+            if memory != "none":
+                tape += [y, f, *([point.tape()] if memory == "store" else [])]
             z = z + c * a * mixed(stage, f, fields)
             fields.append(f)
         states.append(z)
     none, by_step = z.new_empty(len(z), 0), (n_steps, -1)
-    width = 4 * system.form.d if keep else 0
+    width = tape_width(system, memory)
     return Rolled(
         torch.stack(states, 1),
-        torch.stack(tape, 1).unflatten(1, (n_steps, len(scheme))) if tape else z.new_empty(len(z), n_steps, len(scheme), width),
+        torch.cat(tape, dim=1).unflatten(1, (n_steps, len(scheme), width)) if tape else z.new_empty(len(z), n_steps, len(scheme), width),
         torch.stack(residuals, 1).unflatten(1, by_step).amax(2) if residuals else none,
         torch.stack(evaluations, 1).unflatten(1, by_step).sum(2, dtype=torch.int32) if evaluations else none.int(),
     )
+
+
+def tape_width(system: System, memory: str) -> int:
+    """Numbers kept a sub-step and sample."""
+    return {"none": 0, "recompute": 4 * system.form.d, "store": 4 * system.form.d + sum(system.saved_widths())}[memory]
 
 
 def mixed(stage: SubStep, f: Tensor, earlier: Sequence[Tensor]) -> Tensor:
     for weight, other in zip(stage.mix, earlier, strict=False):
         f = f + weight * other
     return f
+
+
+def _divided(system: System, tape: Tensor) -> tuple[Tensor, Tensor, Saved | None]:
+    """A point, f there, and what restores the rest, of one sub-step's tape."""
+    width = 2 * system.form.d
+    y, f, rest = tape.split([width, width, tape.shape[1] - 2 * width], dim=1)
+    return y, f, Saved.on(system, rest) if rest.shape[1] else None
 
 
 def turned(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +148,7 @@ def backward(
         if g_states is not None:
             later = later + g_states[:, t]
         c = dt[:, t, None]
-        points, fields = zip(*[tape[:, t, i].chunk(2, dim=1) for i in range(len(scheme))], strict=True)
+        points, fields, saved = zip(*[_divided(system, tape[:, t, i]) for i in range(len(scheme))], strict=True)
         given: list[tuple[SubStep, Tensor]] = []
         for i in range(len(scheme) - 1, -1, -1):
             stage, (a, b), f = scheme[i], moved[i], fields[i]
@@ -152,7 +159,7 @@ def backward(
                 if i < len(other.mix):
                     w = w + other.mix[i] * v
             given.append((stage, own))
-            point, _ = _field(system, stage, mixes, points[i])
+            point, _ = _field(stage, mixes, Point(system, points[i], saved[i]))
             if stage.implicit:
 
                 def follow(x: Tensor, w: Tensor = w, cb: Tensor = c * b, point: Point = point) -> tuple[Tensor, Tensor]:

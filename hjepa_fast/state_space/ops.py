@@ -20,6 +20,7 @@ from ..ops import refuse_batches, refuse_second_derivative
 from ..schemes import SCHEMES, SubStep
 from ..transforms import is_plain
 from .equations import Sums
+from .loop import tape_width
 from .system import System, energy, parse
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are `System.tensors`. These attributes follow the tensors in both.
@@ -30,11 +31,11 @@ _SCHEMA = (
 torch.library.define(
     "hjepa_fast::states_rollout",
     f"(Tensor z0, Tensor[] parameters, Tensor dt, {_SCHEMA}) -> "
-    "(Tensor states, Tensor energy, Tensor tape, Tensor residual, Tensor evaluations)",
+    "(Tensor states, Tensor energy, Tensor tape, Tensor kept, Tensor residual, Tensor evaluations)",
 )
 torch.library.define(
     "hjepa_fast::states_rollout_backward",
-    "(Tensor? g_states, Tensor? g_energy, Tensor tape, Tensor z0, Tensor[] parameters, Tensor dt, bool need_parameters, "
+    "(Tensor? g_states, Tensor? g_energy, Tensor tape, Tensor kept, Tensor z0, Tensor[] parameters, Tensor dt, bool need_parameters, "
     f"{_SCHEMA}) -> (Tensor g_z0, Tensor[] g_parameters, Tensor g_dt)",
 )
 torch.library.define(
@@ -73,14 +74,33 @@ class Attributes(NamedTuple):
 
     @property
     def n_kept(self) -> int:
-        """States on the tape: each segment's first, with checkpoints; all of them where energies are wanted."""
+        """States kept: each segment's first, with checkpoints; all of them where energies are wanted."""
         if self.memory == "checkpoint":
             return -(-self.n_steps // segment_length(self.n_steps, self.memory))
         return self.n_steps + 1 if self.with_energy and self.memory != "none" else 0
 
-    def tape_width(self, d: int) -> int:
-        points = 4 * d * self.n_steps * len(self.scheme) if self.memory in ("store", "recompute") else 0
-        return points + 2 * d * self.n_kept
+    @property
+    def on_tape(self) -> str:
+        """What of each sub-step is on the tape: see `loop.forward`."""
+        return self.memory if self.memory in ("store", "recompute") else "none"
+
+
+LONGEST_TAPE, NARROW = 2**29, 128
+"""Bytes of a tape, and widths of layers, beyond and up to which the C++ backend does not keep every layer's values, but forms them
+again: reading them back took longer for layers of 50, and 9 to 14 % less time for layers of 200 and 300."""
+
+
+def kept_of(memory: str, backend: str, system: System, batch: int, n_steps: int, integrator: str) -> str:
+    """The `memory` of a call: "recompute" for "store" where that is better."""
+    if memory != "store" or backend != "cpp":
+        return memory
+    widths = [n for net in (system.potential, system.mass) if net for n in net.widths]
+    if max(widths, default=0) <= NARROW:
+        return "recompute"
+    if torch.compiler.is_compiling():
+        return memory
+    size = batch * n_steps * len(SCHEMES[integrator].stages) * tape_width(system, memory)
+    return "recompute" if size * 8 > LONGEST_TAPE else memory
 
 
 def loop_of(backend: str) -> ModuleType:
@@ -101,7 +121,7 @@ def run(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes) -> 
         found = _forward(z0, parameters, dt, x)
     else:
         return _Direct.apply(x, *tensors)
-    states, H, _, residual, evaluations = found
+    states, H, _, _, residual, evaluations = found
     return states, H, residual, evaluations
 
 
@@ -109,25 +129,24 @@ def _forward(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes
     work, n_steps = work_dtype(z0.dtype), x.n_steps
     system = system_of(x.form, x.numbers, parameters, work)
     start, steps = z0.to(work), dt.to(work).expand(-1, n_steps)
-    keep = x.memory in ("store", "recompute")
-    rolled = loop_of(x.backend).forward(system, start, steps, x.scheme, n_steps, keep, x.solver)
+    rolled = loop_of(x.backend).forward(system, start, steps, x.scheme, n_steps, x.on_tape, x.solver)
     if x.must_converge and rolled.residual.numel():
         check_converged(x.solver, start, rolled.residual)
     H = energy(system, rolled.states) if x.with_energy else start.new_empty(len(start), 0)
-    kept = [rolled.tape.flatten(1)] if keep else []
+    kept = rolled.states[:, : x.n_kept]
     if x.memory == "checkpoint":
-        kept.append(rolled.states[:, : n_steps : segment_length(n_steps, x.memory)].flatten(1))
-    elif x.n_kept:
-        kept.append(rolled.states.flatten(1))
-    tape = torch.cat(kept, dim=1) if kept else start.new_empty(len(start), 0)
-    states = rolled.states if x.every_state else rolled.states[:, -1:].contiguous()
-    return states.to(z0.dtype), H.to(z0.dtype), tape, rolled.residual, rolled.evaluations
+        kept = rolled.states[:, : n_steps : segment_length(n_steps, x.memory)]
+    states = rolled.states if x.every_state else rolled.states[:, -1:]
+    # outputs of an operator must not be one another
+    states, kept = states.to(z0.dtype, memory_format=torch.contiguous_format), kept.clone(memory_format=torch.contiguous_format)
+    return states, H.to(z0.dtype), rolled.tape, kept, rolled.residual, rolled.evaluations
 
 
 def _backward(
     g_states: Tensor | None,
     g_energy: Tensor | None,
     tape: Tensor,
+    kept: Tensor,
     z0: Tensor,
     parameters: Sequence[Tensor],
     dt: Tensor,
@@ -138,16 +157,13 @@ def _backward(
     system, n_steps = system_of(x.form, x.numbers, parameters, work), x.n_steps
     sums = Sums(system) if need_parameters else None
     start, steps = z0.to(work), dt.to(work).expand(-1, n_steps)
-    loop, width = loop_of(x.backend), z0.shape[1]
+    loop = loop_of(x.backend)
     g = None
     if g_states is not None:
         g = g_states.to(work)
         if not x.every_state and n_steps:
             g = torch.cat((torch.zeros_like(g).expand(-1, n_steps, -1), g), dim=1)
     length = segment_length(n_steps, x.memory)
-    points, kept = tape.split([tape.shape[1] - x.n_kept * width, x.n_kept * width], dim=1)
-    points = points.unflatten(1, (n_steps if points.shape[1] else 0, len(x.scheme), 2 * width))
-    kept = kept.unflatten(1, (x.n_kept, width))
     of_energy = None if g_energy is None else g_energy.to(work)
     later, gdt, worst = torch.zeros_like(start), [], start.new_zeros(len(start))
 
@@ -162,10 +178,10 @@ def _backward(
 
     for begin in reversed(range(0, n_steps, length)):
         end = min(begin + length, n_steps)
-        states, on_tape = kept, points
+        states, on_tape = kept, tape
         if x.memory == "checkpoint":
             again = loop.forward(
-                system, kept[:, begin // length].contiguous(), steps[:, begin:end], x.scheme, end - begin, True, x.solver
+                system, kept[:, begin // length].contiguous(), steps[:, begin:end], x.scheme, end - begin, "store", x.solver
             )
             states, on_tape = again.states, again.tape
         given = with_energies(states[:, 1 : end - begin + 1], begin + 1, end + 1)
@@ -197,7 +213,8 @@ def _(z0: Tensor, parameters: list[Tensor], dt: Tensor, *attributes: Any) -> tup
     return (
         z0.new_empty(batch, n_steps + 1 if x.every_state else 1, z0.shape[1]),
         z0.new_empty(batch, n_steps + 1 if x.with_energy else 0),
-        z0.new_empty(batch, x.tape_width(z0.shape[1] // 2), dtype=work),
+        z0.new_empty(batch, n_steps, len(x.scheme), tape_width(system_of(x.form, x.numbers, parameters, work), x.on_tape), dtype=work),
+        z0.new_empty(batch, x.n_kept, z0.shape[1], dtype=work),
         z0.new_empty(batch, implicit, dtype=work),
         z0.new_empty(batch, implicit, dtype=torch.int32),
     )
@@ -208,6 +225,7 @@ def _(
     g_states: Tensor | None,
     g_energy: Tensor | None,
     tape: Tensor,
+    kept: Tensor,
     z0: Tensor,
     parameters: list[Tensor],
     dt: Tensor,
@@ -226,22 +244,22 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Attributes, z0: Tensor, dt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        states, H, tape, residual, evaluations = _forward(z0, parameters, dt, x)
+        states, H, tape, kept, residual, evaluations = _forward(z0, parameters, dt, x)
         ctx.mark_non_differentiable(residual, evaluations)
         ctx.set_materialize_grads(False)
         ctx.attributes = x
-        ctx.save_for_backward(tape, z0, dt, *parameters)
+        ctx.save_for_backward(tape, kept, z0, dt, *parameters)
         return states, H, residual, evaluations
 
     @staticmethod
     def backward(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
-        tape, z0, dt, *parameters = ctx.saved_tensors
+        tape, kept, z0, dt, *parameters = ctx.saved_tensors
         need_z0, need_dt, *needs = ctx.needs_input_grad[1:]
         # where the backward pass is itself watched or to be differentiated, the operator has the say
         given = [g for g in (g_states, g_energy) if g is not None]
         watched = torch.is_grad_enabled() or not is_plain(given or [z0])
         run: Any = torch.ops.hjepa_fast.states_rollout_backward if watched else _backward
-        g_z0, found, g_dt = run(g_states, g_energy, tape, z0, parameters, dt, any(needs), *ctx.attributes)
+        g_z0, found, g_dt = run(g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes)
         return None, g_z0 if need_z0 else None, g_dt if need_dt else None, *_wanted(found, needs)
 
 
@@ -251,18 +269,18 @@ def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | Non
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z0, parameters, dt, *attributes = inputs
-    _, _, tape, residual, evaluations = output
+    _, _, tape, kept, residual, evaluations = output
     ctx.mark_non_differentiable(residual, evaluations)
     ctx.attributes = tuple(attributes)
-    ctx.save_for_backward(tape, z0, dt, *parameters)
+    ctx.save_for_backward(tape, kept, z0, dt, *parameters)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    tape, z0, dt, *parameters = ctx.saved_tensors
+    tape, kept, z0, dt, *parameters = ctx.saved_tensors
     need_z0, needs, need_dt, *_rest = ctx.needs_input_grad
     g_z0, found, g_dt = torch.ops.hjepa_fast.states_rollout_backward(
-        g_states, g_energy, tape, z0, parameters, dt, any(needs), *ctx.attributes
+        g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes
     )
     return (
         g_z0 if need_z0 else None,

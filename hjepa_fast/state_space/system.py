@@ -37,6 +37,11 @@ class Layers(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [*self.weights, *self.biases]
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the hidden layers."""
+        return [w.shape[0] for w in self.weights[:-1]]
+
     def to(self, dtype: torch.dtype) -> Layers:
         return Layers([w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases], self.activation)
 
@@ -123,6 +128,13 @@ class System(NamedTuple):
         """V's weights and biases, then the mass network's, or the entries of a constant mass."""
         nets = [net for net in (self.potential, self.mass) if net]
         return [*[t for net in nets for t in net.tensors], *([] if self.entries is None else [self.entries])]
+
+    def saved_widths(self) -> list[int]:
+        """Numbers of each part of what restores an evaluation: the gradient with respect to the features, a mass network's entries,
+        and for each network every hidden layer's pre-activations, then the gradients with respect to its values."""
+        nets = [net for net in (self.potential, self.mass) if net]
+        n = 0 if self.mass is None else self.form.n_entries
+        return [self.form.n_features, n, *[width for net in nets for _ in range(2) for width in net.widths]]
 
     def to(self, dtype: torch.dtype) -> System:
         return System.of(self.form, [t.to(dtype) for t in self.tensors])
