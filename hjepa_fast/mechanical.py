@@ -3,7 +3,7 @@
     hjepa_fast.MechanicalHNN(V, mass=hjepa_fast.Cholesky(net), angles=(0, 2))
 
 The energy is not linear in q before a first layer, so there is no hidden space: a rollout runs on the states, with the
-gradient and its adjoint written out (see `state_space`). Symplectic ODE-Net (Zhong, Dey, Chakraborty, ICLR 2020) is this, with a
+gradient and its adjoint written out (see `state_space`). Symplectic ODE-Net (Zhong, Dey, Chakraborty, ICLR 2020) is this with a
 control: see docs/hamiltonians.md.
 """
 
@@ -221,8 +221,8 @@ class MechanicalHNN(nn.Module):
     -----
     Every function of the library takes it. Without angles, and with a constant diagonal mass or none, it is a sum of terms,
     with all that there is for those. Otherwise a rollout runs on the states: in C++ or in PyTorch operations, on a GPU always
-    these, with every integrator but "tao", which nested autograd runs, and every `memory` but "reversible". "store" keeps what
-    "recompute" does, 4d numbers a sub-step and sample. H needs the mass matrix's inverse alone.
+    these, with every integrator but "tao", which nested autograd runs, and every `memory` but "reversible". "recompute" keeps 4d
+    numbers a sub-step and sample, and so does "store" in C++ where it takes no longer. H needs the mass matrix's inverse alone.
     """
 
     def __init__(

@@ -1,11 +1,9 @@
-"""The loop on states of mechanical systems as a C++ extension for CPUs: the same functions as `state_space/loop.py`, in one call
-each."""
+"""The loop on states of mechanical systems as a C++ extension for CPUs: `state_space/loop.py`'s functions, one call each."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,9 +79,7 @@ def forward(
     residual, evaluations = z.new_empty(rows, solved), z.new_empty(rows, solved, dtype=torch.int32)
     operands, steps = _operands(system, scheme, solver), dt.contiguous()
     for begin, end in _chunks(system, rows, scheme, n_steps, 1):
-        torch.ops.hjepa_fast_cpp.states_forward(
-            states, tape, residual, evaluations, *operands, steps, begin, end, _options(z)
-        )
+        torch.ops.hjepa_fast_cpp.states_forward(states, tape, residual, evaluations, *operands, steps, begin, end, _options(z))
     return Rolled(states, tape, residual, evaluations)
 
 

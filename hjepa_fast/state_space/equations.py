@@ -254,6 +254,8 @@ class Point:
         self.angles = Angles(form, q)
         known = None if saved is None else [*saved.N[: len(saved.N) // 2], saved.entries]
         self.N = None if system.mass is None else run(system.mass, self.angles.x, known)
+        self.of_x = torch.zeros_like(self.angles.x)
+        """The gradient with respect to the features, once `of_q` was asked for."""
         self.pulled_V: Pulled | None = None
         self.pulled_N: Pulled | None = None
         y = system.entries[None] if system.entries is not None else None if self.N is None else self.N.output
@@ -275,7 +277,7 @@ class Point:
 
     def of_q(self) -> Tensor:
         """Hq, [B, d]; leaves what `adjoint` needs."""
-        system, saved, of_x = self.system, self.saved, torch.zeros_like(self.angles.x)
+        system, saved, of_x = self.system, self.saved, self.of_x
         if saved is not None:
             of_x = saved.of_x
             self.pulled_V = None if self.V is None else _restored(self.V, saved.V)
@@ -293,7 +295,7 @@ class Point:
     def tape(self) -> Tensor:
         """What `Saved` divides, [B, width]; zeros for what was not asked for."""
         system, rows, x = self.system, len(self.p), self.angles.x
-        parts = [self.of_x if hasattr(self, "of_x") else torch.zeros_like(x), x[:, :0] if self.N is None else self.N.output]
+        parts = [self.of_x, x[:, :0] if self.N is None else self.N.output]
         for net, name in ((system.potential, "V"), (system.mass, "N")):
             pulled: Pulled | None = getattr(self, f"pulled_{name}")
             if net is None:

@@ -13,6 +13,7 @@ solved in w as the point is solved in y, and z gets l + nu.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,12 +67,7 @@ def forward(
         for i, (stage, (a, b)) in enumerate(zip(scheme, moved, strict=True)):
             if stage.implicit:
                 start = z + sum(k * move for k, move in zip(EXTRAPOLATION[len(moves[i])], moves[i], strict=True))
-
-                def follow(y: Tensor, z: Tensor = z, cb: Tensor = c * b) -> tuple[Tensor, tuple[Tensor, Point, Tensor, Tensor]]:
-                    point, f = _field(stage, mixes, Point(system, y))
-                    move = cb * f
-                    return z + move, (y, point, f, move)
-
+                follow = partial(_follow, system, stage, z, c * b)
                 (y, point, f, move), residual, count = fixed_point(follow, start, 1.0, solver)
                 moves[i] = [move, *moves[i]][: len(EXTRAPOLATION) - 1]
                 residuals.append(residual)
@@ -87,10 +83,21 @@ def forward(
     width = tape_width(system, memory)
     return Rolled(
         torch.stack(states, 1),
-        torch.cat(tape, dim=1).unflatten(1, (n_steps, len(scheme), width)) if tape else z.new_empty(len(z), n_steps, len(scheme), width),
+        torch.cat(tape, dim=1).unflatten(1, (n_steps, len(scheme), width))
+        if tape
+        else z.new_empty(len(z), n_steps, len(scheme), width),
         torch.stack(residuals, 1).unflatten(1, by_step).amax(2) if residuals else none,
         torch.stack(evaluations, 1).unflatten(1, by_step).sum(2, dtype=torch.int32) if evaluations else none.int(),
     )
+
+
+def _follow(
+    system: System, stage: SubStep, z: Tensor, cb: Tensor, y: Tensor
+) -> tuple[Tensor, tuple[Tensor, Point, Tensor, Tensor]]:
+    """z + c b f(y); y, the point there, f(y) and c b f(y)."""
+    point, f = _field(stage, False, Point(system, y))
+    move = cb * f
+    return z + move, (y, point, f, move)
 
 
 def tape_width(system: System, memory: str) -> int:

@@ -35,8 +35,8 @@ torch.library.define(
 )
 torch.library.define(
     "hjepa_fast::states_rollout_backward",
-    "(Tensor? g_states, Tensor? g_energy, Tensor tape, Tensor kept, Tensor z0, Tensor[] parameters, Tensor dt, bool need_parameters, "
-    f"{_SCHEMA}) -> (Tensor g_z0, Tensor[] g_parameters, Tensor g_dt)",
+    "(Tensor? g_states, Tensor? g_energy, Tensor tape, Tensor kept, Tensor z0, Tensor[] parameters, Tensor dt, "
+    f"bool need_parameters, {_SCHEMA}) -> (Tensor g_z0, Tensor[] g_parameters, Tensor g_dt)",
 )
 torch.library.define(
     "hjepa_fast::states_gradient", "(Tensor z, Tensor[] parameters, str form, float[] numbers, str backend) -> Tensor"
@@ -86,8 +86,8 @@ class Attributes(NamedTuple):
 
 
 LONGEST_TAPE, NARROW = 2**29, 128
-"""Bytes of a tape, and widths of layers, beyond and up to which the C++ backend does not keep every layer's values, but forms them
-again: reading them back took longer for layers of 50, and 9 to 14 % less time for layers of 200 and 300."""
+"""Bytes of a tape, and the widest layers: with a longer tape, or no wider layers, the C++ backend keeps no layer's values and
+forms them again. To read them back took longer for layers of 50, and 9 to 14 % less time for layers of 200 and 300."""
 
 
 def kept_of(memory: str, backend: str, system: System, batch: int, n_steps: int, integrator: str) -> str:
@@ -136,10 +136,10 @@ def _forward(z0: Tensor, parameters: Sequence[Tensor], dt: Tensor, x: Attributes
     kept = rolled.states[:, : x.n_kept]
     if x.memory == "checkpoint":
         kept = rolled.states[:, : n_steps : segment_length(n_steps, x.memory)]
-    states = rolled.states if x.every_state else rolled.states[:, -1:]
     # outputs of an operator must not be one another
-    states, kept = states.to(z0.dtype, memory_format=torch.contiguous_format), kept.clone(memory_format=torch.contiguous_format)
-    return states, H.to(z0.dtype), rolled.tape, kept, rolled.residual, rolled.evaluations
+    kept = kept.clone(memory_format=torch.contiguous_format)
+    states = rolled.states if x.every_state else rolled.states[:, -1:].clone(memory_format=torch.contiguous_format)
+    return states.to(z0.dtype), H.to(z0.dtype), rolled.tape, kept, rolled.residual, rolled.evaluations
 
 
 def _backward(
@@ -213,7 +213,9 @@ def _(z0: Tensor, parameters: list[Tensor], dt: Tensor, *attributes: Any) -> tup
     return (
         z0.new_empty(batch, n_steps + 1 if x.every_state else 1, z0.shape[1]),
         z0.new_empty(batch, n_steps + 1 if x.with_energy else 0),
-        z0.new_empty(batch, n_steps, len(x.scheme), tape_width(system_of(x.form, x.numbers, parameters, work), x.on_tape), dtype=work),
+        z0.new_empty(
+            batch, n_steps, len(x.scheme), tape_width(system_of(x.form, x.numbers, parameters, work), x.on_tape), dtype=work
+        ),
         z0.new_empty(batch, x.n_kept, z0.shape[1], dtype=work),
         z0.new_empty(batch, implicit, dtype=work),
         z0.new_empty(batch, implicit, dtype=torch.int32),

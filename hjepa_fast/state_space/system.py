@@ -130,8 +130,8 @@ class System(NamedTuple):
         return [*[t for net in nets for t in net.tensors], *([] if self.entries is None else [self.entries])]
 
     def saved_widths(self) -> list[int]:
-        """Numbers of each part of what restores an evaluation: the gradient with respect to the features, a mass network's entries,
-        and for each network every hidden layer's pre-activations, then the gradients with respect to its values."""
+        """Numbers of each part of what restores an evaluation: the gradient with respect to the features, a mass network's
+        entries, and for each network every hidden layer's pre-activations, then the gradients with respect to its values."""
         nets = [net for net in (self.potential, self.mass) if net]
         n = 0 if self.mass is None else self.form.n_entries
         return [self.form.n_features, n, *[width for net in nets for _ in range(2) for width in net.widths]]
