@@ -38,6 +38,9 @@ class Case:
     """H = T(p) + V(q), two networks of these widths, instead of one of q and p."""
     quadratic: bool = False
     """Of a separable H: T = |p|^2 / 2 instead of a network, and V has sum_i k_i q_i^2 / 2 besides its own."""
+    mechanical: bool = False
+    """H = p^T M^-1(q) p / 2 + V(q) of angles q, a network of these widths for V and one for the Cholesky factor of M^-1; under
+    "rk4", as Symplectic ODE-Net is trained."""
     dtype: str = "float32"
     precision: str = "highest"
     """Of float32 products, as in `torch.set_float32_matmul_precision`."""
@@ -115,7 +118,7 @@ class Case:
     def eager_flops(self) -> int:
         """Of one call of the published code: three gradients a step, each through every layer, first one included."""
         inputs = self.latent_dim // 2 if self.separable else self.latent_dim
-        networks = 2 if self.separable and not self.quadratic else 1
+        networks = 2 if self.mechanical or (self.separable and not self.quadratic) else 1
         layers = networks * sum(a * b for a, b in pairwise((inputs, *self.hidden_dims)))
         return self.passes * self.batch * self.eager_gradients * 4 * layers
 
@@ -133,7 +136,7 @@ class Case:
     @property
     def eager_gradients(self) -> int:
         """Of H in one call of the published code."""
-        return 1 if self.matches else 3 * self.n_steps
+        return 1 if self.matches else (4 if self.mechanical else 3) * self.n_steps
 
     @property
     def problem(self) -> Case:
@@ -176,6 +179,14 @@ def _reversible(n_steps: int) -> Case:
 
 def _separable(kind: str, batch: int) -> Case:
     return Case(f"separable-{kind}-b{batch}-t15", kind, batch, separable=True, rivals=("eager",))
+
+
+def _mechanical(kind: str, width: int) -> Case:
+    """A double pendulum's: four features, windows of five steps."""
+    return Case(
+        f"mechanical-{width}-{kind}-b64-t5", kind, 64, 5, 4, (width, width), "tanh", mechanical=True, integrators=("rk4",),
+        dt=0.0625, rivals=("eager",),
+    )  # fmt: skip
 
 
 def _matching(batch: int, latent_dim: int, *hidden_dims: int) -> Case:
@@ -302,6 +313,7 @@ FULL = (
     _matching(256, 1024, 512, 512, 256),
     *(_reversible(n) for n in (32, 128)),
     *ZOO,
+    *(_mechanical(kind, width) for kind in ("rollout", "training") for width in (50, 100, 300)),
     *SMALL,
 )
 

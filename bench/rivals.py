@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import hjepa_fast as hf
 from hjepa_fast import api
 from hjepa_fast.backends import cuda
-from hjepa_fast.testing import make_hnn, make_states, make_two_networks
+from hjepa_fast.testing import make_hnn, make_mechanical, make_states, make_two_networks
 
 from .cases import Case
 from .zoo import Training
@@ -102,6 +102,8 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Any:
 
 def _make_network(case: Case) -> nn.Module:
     hnn: nn.Module
+    if case.mechanical:
+        return make_mechanical(case.latent_dim // 2, case.hidden_dims, case.activation)
     if case.separable:
         hnn = make_two_networks(case.latent_dim, case.hidden_dims, case.hidden_dims, case.activation)
         outputs = [hnn.potential[-1], hnn.kinetic[-1]]
@@ -232,6 +234,38 @@ def eager_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _leapfrog(problem, lambda q, p, half: (gradient(torch.cat((q, p), dim=-1))[:, half], None))
 
 
+def mechanical_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The classical Runge-Kutta method on the field of a class like Symplectic ODE-Net's: M^-1(q) built by batched products, H
+    differentiated by autograd at each of its four points."""
+    hnn, dt = problem.hnn, problem.dt
+    d = problem.z0.shape[-1] // 2
+    below = torch.tril_indices(d, d, -1, device=problem.z0.device)
+
+    def field(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            if not z.requires_grad:
+                z = z.detach().requires_grad_()
+            q, p = z.chunk(2, dim=1)
+            x = torch.cat((q.cos(), q.sin()), dim=1)
+            entries = hnn.mass.net(x)
+            L = torch.diag_embed(entries[:, :d])
+            L[:, below[0], below[1]] = entries[:, d:]
+            W = torch.bmm(L, L.transpose(1, 2))
+            H = 0.5 * torch.bmm(p[:, None], torch.bmm(W, p[:, :, None])).reshape(-1, 1) + hnn.V.net(x)
+            Hq, Hp = torch.autograd.grad(H.sum(), z, create_graph=problem.training)[0].chunk(2, dim=1)
+        return torch.cat((Hp, -Hq), dim=1)
+
+    states = [problem.z0]
+    for _ in range(problem.case.n_steps):
+        z = states[-1]
+        k1 = field(z)
+        k2 = field(z + dt / 2 * k1)
+        k3 = field(z + dt / 2 * k2)
+        states.append(z + dt / 6 * (k1 + 2 * k2 + 2 * k3 + field(z + dt * k3)))
+    path = torch.stack(states, dim=1)
+    return path, hnn(path).squeeze(-1) if problem.training else None
+
+
 def func_rollout(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """torch.func.grad, only with respect to the half that is needed."""
     if problem.case.matches:
@@ -337,6 +371,8 @@ def _of_zoo(name: str, problem: Training, loss_of: Callable[[], Tensor], ours: b
 def _eager(problem: Problem | Training) -> Contestant:
     if isinstance(problem, Training):
         return _of_zoo("eager", problem, problem.textbook)
+    if problem.case.mechanical:
+        return _contestant("eager", problem, lambda: mechanical_rollout(problem), predicts="hamiltonian:rk4")
     return _contestant("eager", problem, lambda: eager_rollout(problem))
 
 

@@ -5,6 +5,7 @@ from .api import Rollout, Solve, available_backends, energy, leapfrog, rollout
 from .bit_reversible import BitReversible
 from .integrators import EulerIntegrator, SymplecticIntegrator
 from .matching import gradient, step_residual, vector_field
+from .mechanical import Cholesky, Diagonal, MechanicalHNN
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 from .ports import PortHNN
 from .terms import Hamiltonian, Held, Quadratic, Separable, SumHNN, Term
@@ -14,10 +15,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BaselineMLP",
     "BitReversible",
+    "Cholesky",
+    "Diagonal",
     "EulerIntegrator",
     "Hamiltonian",
     "Held",
     "LatentHNN",
+    "MechanicalHNN",
     "PortHNN",
     "Quadratic",
     "Rollout",

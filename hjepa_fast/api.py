@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from . import hamiltonian, inputs, ops, plan, ports, transforms, validation
 from .backends import cpp, cuda, reference, triton
-from .errors import warn
-from .hamiltonian import ModuleHamiltonian, SumHamiltonian
+from .errors import NotFusedError, warn
+from .hamiltonian import MechanicalHamiltonian, ModuleHamiltonian, SumHamiltonian
 from .hidden_space.outline import work_dtype
 from .hidden_space.program import UNDRIVEN, Drive, covers, stages_of
 from .ports import PortHNN
 from .schemes import SCHEMES, for_separable
+from .state_space import ops as state_ops
 
 INTEGRATORS = tuple(SCHEMES)
 Backend = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
@@ -32,7 +33,7 @@ class Solve(NamedTuple):
     """[..., n_steps], bool: whether a step's states are those of the method, up to the tolerance."""
     residual: Tensor
     """[..., n_steps]: the largest difference between a point and where its own gradient takes it, in the first
-    pre-activation, relative to the largest number there, or to 1 if that is larger."""
+    pre-activation (of a `MechanicalHNN` in z), relative to the largest number there, or to 1 if that is larger."""
     evaluations: Tensor
     """[..., n_steps], int32: gradients of H that a step took."""
 
@@ -201,6 +202,8 @@ def _rollout(
         backend = "reference"
         if not n_steps:
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
+    if isinstance(mlp, MechanicalHamiltonian):
+        backend = _for_mechanical(backend, integrator, memory)
     tensors = (*mlp.tensors, *externals)
     backend = choose_backend(through_transforms(backend, (z0, dt, *tensors)), z0)
     if drive and backend == "reference":
@@ -218,6 +221,16 @@ def _rollout(
         path = reference.rollout(mlp, z0, dt, n_steps, integrator, omega)
         H = mlp.energy(path) if energy else None
         path = path if every_state else path[:, -1:]
+    elif isinstance(mlp, MechanicalHamiltonian):
+        form = mlp.system.form
+        memory = state_ops.kept_of(memory, backend, mlp.system, z0.shape[0], n_steps, integrator)
+        of_states = state_ops.Attributes(
+            n_steps, form.text(), form.numbers(), integrator, every_state, energy, memory, tolerance, max_evaluations,
+            unconverged == "raise", backend,
+        )  # fmt: skip
+        path, H, residual, evaluations = state_ops.run(z0, mlp.tensors, dt, of_states)
+        if SCHEMES[integrator].implicit:
+            solve = _solve_of(residual, evaluations, tolerance, lead)
     else:
         assert isinstance(mlp, SumHamiltonian)
         coupling = "pair"
@@ -234,12 +247,38 @@ def _rollout(
                 plan.remember(mlp, key, plan.Plan(mlp, outline, attributes, given))
         path, H, residual, evaluations = ops.run(z0, tensors, dt, attributes)
         if _solves(integrator, separable):
-            residual, evaluations = (x.reshape(*lead, n_steps) for x in (residual, evaluations))
-            solve = Solve(residual <= tolerance, residual, evaluations)
+            solve = _solve_of(residual, evaluations, tolerance, lead)
         elif integrator == "tao":
             distance = residual.reshape(*lead, n_steps)
     path = path.reshape(*lead, n_steps + 1, mlp.latent_dim) if every_state else path.reshape(*lead, mlp.latent_dim)
     return Rollout(path, H.reshape(*lead, n_steps + 1) if energy and H is not None else None, solve, distance)
+
+
+def _solve_of(residual: Tensor, evaluations: Tensor, tolerance: float, lead: torch.Size) -> Solve:
+    residual, evaluations = (x.reshape(*lead, x.shape[1]) for x in (residual, evaluations))
+    return Solve(residual <= tolerance, residual, evaluations)
+
+
+def _for_mechanical(backend: str, integrator: str, memory: str) -> str:
+    """The backend for a system with M(q) or angles, where Tao's method has no fused loop.
+
+    Raises
+    ------
+    ValueError
+        What there is none for.
+    """
+    if memory == "reversible":
+        raise ValueError(
+            'memory="reversible" is not there for a mechanical system with M(q) or angles, whose tape is 4d numbers a '
+            'sub-step; use "store" or "checkpoint"'
+        )
+    if integrator != "tao" or backend == "reference":
+        return backend
+    what = 'integrator "tao" has no fused loop for a mechanical system with M(q) or angles'
+    if backend != "auto":
+        raise NotFusedError(f'{what}: backend "{backend}" found; use backend="reference"')
+    warn(f'{what}. Nested autograd is used instead, which is slower by a factor; backend="reference" takes this as it is')
+    return "reference"
 
 
 class Given(NamedTuple):
@@ -257,7 +296,7 @@ class Given(NamedTuple):
 
     def under(self, control: Tensor | None) -> hamiltonian.Hamiltonian:
         """H of the state alone, where the control is [..., m]."""
-        if isinstance(self.H, ModuleHamiltonian) or not self.H.takes_inputs:
+        if not isinstance(self.H, SumHamiltonian) or not self.H.takes_inputs:
             return self.H
         return self.H.given(inputs.rows(control if self.read else None, self.z.shape[:-1]), self.condition)
 

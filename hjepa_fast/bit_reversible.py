@@ -84,6 +84,7 @@ class BitReversible:
         if not isinstance(hnn, SeparableHNN):
             raise TypeError(f"only H = T(p) + V(q), a SeparableHNN, is bit-reversible; found {type(hnn).__name__}")
         H = hamiltonian.from_module(hnn)
+        assert isinstance(H, hamiltonian.SumHamiltonian)
         dt = validation.as_number(dt, "dt")
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise TypeError(f"bits must be an int, found {type(bits).__name__}")

@@ -183,14 +183,14 @@ def _differentiate(ctx: Any, g_gradient: Tensor | None, g_value: Tensor | None, 
     )
 
 
-def _refuse_third_derivative(ctx: Any, *_: Any) -> None:
+def refuse_third_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "hjepa_fast: a gradient of H is differentiable once by the fused operators (hjepa_fast::gradient_backward has no "
         'derivative); use backend="reference", which is differentiable any number of times'
     )
 
 
-def _refuse_batches(*_: Any) -> None:
+def refuse_batches(*_: Any) -> None:
     raise RuntimeError(
         "hjepa_fast: the backward pass of a gradient has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
         'vectorize=True); take them one by one, or use backend="reference"'
@@ -198,8 +198,8 @@ def _refuse_batches(*_: Any) -> None:
 
 
 torch.library.register_autograd("hjepa_fast::gradient", _differentiate, setup_context=_save)
-torch.library.register_autograd("hjepa_fast::gradient_backward", _refuse_third_derivative)
-torch.library.impl("hjepa_fast::gradient_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
+torch.library.register_autograd("hjepa_fast::gradient_backward", refuse_third_derivative)
+torch.library.impl("hjepa_fast::gradient_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
 for _device in ("cpu", "cuda"):
     # derivatives of a network that was trained in float32 are wanted in float32, as in a rollout
     torch.library.register_autocast("hjepa_fast::gradient", _device, torch.float32)

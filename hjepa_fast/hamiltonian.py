@@ -12,6 +12,8 @@ from . import inputs, reader, reading
 from .activations import Activations
 from .errors import NotFusedError, warn
 from .models import LatentHNN, SeparableHNN
+from .state_space import system
+from .state_space.system import System
 
 
 class Term(NamedTuple):
@@ -113,11 +115,15 @@ class SumHamiltonian:
         return value
 
 
-class ModuleHamiltonian:
-    """H(z) = module(z), whatever the module computes. Only backend="reference" runs it, by nested autograd."""
+class OfStateAlone:
+    """What takes no control and no condition."""
 
     control_dim = condition_dim = 0
     takes_inputs = False
+
+
+class ModuleHamiltonian(OfStateAlone):
+    """H(z) = module(z), whatever the module computes. Only backend="reference" runs it, by nested autograd."""
 
     def __init__(self, module: nn.Module, latent_dim: int) -> None:
         self.module, self.latent_dim = module, latent_dim
@@ -154,7 +160,18 @@ class ModuleHamiltonian:
         return H.reshape(z.shape[:-1])
 
 
-Hamiltonian = SumHamiltonian | ModuleHamiltonian
+class MechanicalHamiltonian(OfStateAlone):
+    """H(q, p) = p^T M^-1(q) p / 2 + V(q), which runs on its states: see `state_space`."""
+
+    def __init__(self, parts: System) -> None:
+        self.system, self.latent_dim, self.tensors = parts, 2 * parts.form.d, tuple(parts.tensors)
+
+    def energy(self, z: Tensor) -> Tensor:
+        """H(z): [..., 2d] to [...]."""
+        return system.energy(self.system, z)
+
+
+Hamiltonian = SumHamiltonian | MechanicalHamiltonian | ModuleHamiltonian
 
 
 def of_any_module(module: nn.Module, z: Tensor, backend: str, with_inputs: bool = False) -> Hamiltonian:
@@ -198,8 +215,9 @@ _REMEDIES = (
 )
 
 
-def from_module(module: nn.Module) -> SumHamiltonian:
-    """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian.
+def from_module(module: nn.Module) -> SumHamiltonian | MechanicalHamiltonian:
+    """Read the tensors out of a `SeparableHNN`, or out of any module that is, or holds as `.net`, an MLP Hamiltonian, or says
+    what it computes.
 
     The module's forward is never run on states, so it must be known to compute what the tensors do: see `reader`.
 
@@ -213,16 +231,22 @@ def from_module(module: nn.Module) -> SumHamiltonian:
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     if torch.compiler.is_compiling() or not isinstance(module, nn.Module):
         return _read(module)
-    H: SumHamiltonian | None = reading.recall(module)
+    H: SumHamiltonian | MechanicalHamiltonian | None = reading.recall(module)
     if H is None:
         H = _read(module)
-        if reading.remember(module, H, H.tensors):
+        if reading.remember(module, H, H.tensors) and isinstance(H, SumHamiltonian):
             H.plans = {}
     return H
 
 
-def _read(module: nn.Module) -> SumHamiltonian:
-    terms = _terms_of(module)
+def _read(module: nn.Module) -> SumHamiltonian | MechanicalHamiltonian:
+    parts = _terms_of(module)
+    terms = [part for part in parts if isinstance(part, Term)]
+    if len(terms) < len(parts):
+        if len(parts) > 1:
+            raise NotFusedError(f"{reader.name_of(module)} adds something to a mechanical system with M(q) or angles")
+        assert isinstance(parts[0], System)
+        return MechanicalHamiltonian(parts[0])
     sizes = [_size_of(term) for term in terms]
     known = {size for size in sizes if size}
     if len(known) != 1:
@@ -276,7 +300,7 @@ def _size_of(term: Term) -> int:
     return width if term.reads == "z" else 2 * width
 
 
-def _terms_of(module: nn.Module) -> list[Term]:
+def _terms_of(module: nn.Module) -> list[Term | System]:
     if getattr(module, "_acts_on_states", False):
         raise TypeError(
             f"{reader.name_of(module)} has friction or a control, which is no part of H; use hjepa_fast.rollout, leapfrog, "
@@ -295,9 +319,9 @@ def _terms_of(module: nn.Module) -> list[Term]:
     if not reader.says_terms(module):
         return [Term("z", *reader.read_mlp(module, even=True))]
     given = module.hamiltonian_terms()  # type: ignore[operator]
-    terms: list[Term] = []
-    for part in given if isinstance(given, (list, tuple)) and not isinstance(given, Term) else [given]:
-        if isinstance(part, Term):
+    terms: list[Term | System] = []
+    for part in given if isinstance(given, (list, tuple)) and not isinstance(given, (Term, System)) else [given]:
+        if isinstance(part, (Term, System)):
             terms.append(part)
         elif isinstance(part, nn.Module) and part is not module:
             terms += _terms_of(part)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from . import gradient_ops, inputs, ports, validation
 from .api import BACKENDS, Given, choose_backend, given, rollout, through_transforms
 from .backends import reference
-from .hamiltonian import Hamiltonian, ModuleHamiltonian, SumHamiltonian, Term
+from .hamiltonian import Hamiltonian, MechanicalHamiltonian, ModuleHamiltonian, SumHamiltonian, Term
 from .ports import PortHNN
+from .state_space import ops as state_ops
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -77,6 +78,10 @@ def of_hamiltonian(
     backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
         g = reference.gradient(H.given(control, condition) if isinstance(H, SumHamiltonian) and H.takes_inputs else H, rows)
+        return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
+    if isinstance(H, MechanicalHamiltonian):
+        form = H.system.form
+        g = state_ops.gradient(rows, H.tensors, form.text(), form.numbers(), backend)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
 
     def of(term: Term, x: Tensor, rotated: bool = False) -> Tensor:

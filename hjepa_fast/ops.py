@@ -340,14 +340,14 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
     )
 
 
-def _refuse_batches(*_: Any) -> None:
+def refuse_batches(*_: Any) -> None:
     raise RuntimeError(
         "hjepa_fast: the backward pass of a rollout has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
         'vectorize=True); take them one by one, or use backend="reference"'
     )
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "hjepa_fast: a second derivative through a rollout is not supported by the fused operators "
         '(hjepa_fast::rollout_backward has no derivative); use backend="reference", which is differentiable any number of times'
@@ -355,8 +355,8 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 
 
 torch.library.register_autograd("hjepa_fast::rollout", _differentiate, setup_context=_save)
-torch.library.register_autograd("hjepa_fast::rollout_backward", _refuse_second_derivative)
-torch.library.impl("hjepa_fast::rollout_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
+torch.library.register_autograd("hjepa_fast::rollout_backward", refuse_second_derivative)
+torch.library.impl("hjepa_fast::rollout_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
 for _device in ("cpu", "cuda"):
     # a rollout adds up many small steps: under autocast it runs in float32, like other reductions
     torch.library.register_autocast("hjepa_fast::rollout", _device, torch.float32)

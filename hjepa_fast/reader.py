@@ -134,7 +134,11 @@ def read_mlp(module: nn.Module, even: bool) -> tuple[tuple[Tensor, ...], tuple[T
 
 def read_layers(net: nn.Sequential, owner: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Activations]:
     """As `read_mlp`, of an `nn.Sequential` with any numbers of inputs and outputs."""
-    layers = layers_of(net, owner)
+    return read_listed(layers_of(net, owner), owner)
+
+
+def read_listed(layers: list[tuple[str, nn.Module]], owner: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Activations]:
+    """As `read_layers`, of what `layers_of` gave."""
     if not layers:
         raise TypeError(f"{owner} has no layers")
     linears: list[tuple[str, Any]] = []
@@ -249,7 +253,7 @@ def _at_trace_time(context: Any) -> None:
 @outside_graphs("reading a Hamiltonian's module looks at code")
 def _prove(module: nn.Module) -> None:
     _check_global_hooks()
-    if says_terms(module):
+    if says_terms(module) or getattr(type(module), "_is_part", False):
         check_untouched(module, name_of(module))
         return
     if not isinstance(module, SeparableHNN):

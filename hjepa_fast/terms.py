@@ -73,7 +73,7 @@ class Hamiltonian(nn.Module):
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {order!r}")
         self.control_dim = validation.as_count(control_dim, "control_dim")
         self.condition_dim = validation.as_count(condition_dim, "condition_dim")
-        self.net = nn.Sequential(*_with_activations(_layers(layers), activation))
+        self.net = nn.Sequential(*with_activations(layers_of(layers), activation))
         self.order, self.output = order, output
         (*_, (_, last)) = reader.layers_of(self.net, "Hamiltonian")
         n_outputs = getattr(last, "out_features", 1)
@@ -176,13 +176,13 @@ class Term(nn.Module):
                 raise ValueError("a network holds its activations, so none is to be given beside it")
             self.net = net
         else:
-            self.net = nn.Sequential(*_with_activations(_layers(net), activation))
+            self.net = nn.Sequential(*with_activations(layers_of(net), activation))
         _keep(self, "factor", factor, ())
 
     def forward(self, z: Tensor, control: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """[..., 2d], with [..., control_dim] and [..., condition_dim], to [..., 1]."""
         x = inputs.joined(self, _half(z, self.reads), control, condition)
-        value = _column(self.net(x), x)
+        value = column(self.net(x), x)
         return value if self.factor is None else value * _like(self.factor, value)
 
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
@@ -267,7 +267,7 @@ class SumHNN(nn.Module):
         values = []
         for term in self.terms:
             own = {name: x for name, x in beside.items() if getattr(term, f"{name}_dim", 0)}
-            values.append(term(z, **own) if own else _column(term(z), z))
+            values.append(term(z, **own) if own else column(term(z), z))
         value: Tensor = sum(values)  # type: ignore[assignment]
         return value
 
@@ -297,10 +297,10 @@ class Separable(SumHNN):
         T: nn.Module | Sequence[nn.Module] | None = None,
         quadratic: float | Tensor | None = None,
     ) -> None:
-        terms: list[nn.Module] = [_term(V, "q")]
+        terms: list[nn.Module] = [as_term(V, "q")]
         if quadratic is not None:
             terms.append(Quadratic("q", quadratic))
-        terms.append(Quadratic("p") if T is None else _term(T, "p"))
+        terms.append(Quadratic("p") if T is None else as_term(T, "p"))
         super().__init__(*terms)
 
 
@@ -327,6 +327,8 @@ class Held(nn.Module):
         super().__init__()
         self.H = H
         found = hamiltonian.from_module(H)
+        if not found.takes_inputs:
+            raise ValueError(f"{reader.name_of(H)} takes no control and no condition, so there is nothing to hold")
         for name, value in zip(inputs.NAMES, (control, condition), strict=True):
             size: int = getattr(found, f"{name}_dim")
             inputs.check_given(reader.name_of(H), name, value, size)
@@ -345,10 +347,12 @@ class Held(nn.Module):
         return None
 
     def hamiltonian_terms(self) -> list[hamiltonian.Term]:
-        return list(hamiltonian.from_module(self.H).given(self.control, self.condition).terms)
+        H = hamiltonian.from_module(self.H)
+        assert isinstance(H, hamiltonian.SumHamiltonian)  # which alone takes any
+        return list(H.given(self.control, self.condition).terms)
 
 
-def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
+def as_term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     if not isinstance(net, Term):
         return Term(net, reads)
     if net.reads != reads:
@@ -356,7 +360,7 @@ def _term(net: nn.Module | Sequence[nn.Module], reads: str) -> Term:
     return net
 
 
-def _layers(layers: Sequence[nn.Module] | nn.ModuleList | nn.Sequential) -> list[nn.Module]:
+def layers_of(layers: Sequence[nn.Module] | nn.ModuleList | nn.Sequential) -> list[nn.Module]:
     given = list(layers.children()) if isinstance(layers, nn.Sequential) else list(layers)
     if not given or not all(isinstance(layer, nn.Module) for layer in given):
         found = ", ".join(type(layer).__name__ for layer in given) or "none"
@@ -369,7 +373,7 @@ def _multiply(weights: list[Tensor], biases: list[Tensor], factor: float | Tenso
     weights[-1], biases[-1] = weights[-1] * own, biases[-1] * own
 
 
-def _with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
+def with_activations(layers: list[nn.Module], activation: Any) -> list[nn.Module]:
     """The layers with an activation after each hidden one, unless they hold those themselves."""
     if not all(adapters.is_linear(layer) for layer in layers):
         if activation is not None:
@@ -429,5 +433,5 @@ def _half(z: Tensor, reads: str) -> Tensor:
     return q if reads == "q" else p
 
 
-def _column(value: Tensor, z: Tensor) -> Tensor:
+def column(value: Tensor, z: Tensor) -> Tensor:
     return value if value.ndim == z.ndim else value[..., None]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from .activations import NAMES
+from .mechanical import Cholesky, MechanicalHNN
 from .models import LatentHNN, SeparableHNN
 
 BOUNDED_SLOPES = tuple(name for name in NAMES if name != "quadratic")
@@ -39,6 +41,17 @@ def make_two_networks(
     hnn = SeparableHNN(latent_dim, potential_dims, kinetic_dims, activation)
     _fill(hnn, seed)
     return hnn.to(dtype)
+
+
+def make_mechanical(
+    d: int, hidden_dims: Sequence[int], activation: str = "tanh", dtype: torch.dtype = torch.float64, seed: int = 0
+) -> MechanicalHNN:
+    """A random p^T L L^T p / 2 + V of d angles, filled like `make_hnn`."""
+    V = [nn.Linear(m, n) for m, n in pairwise((2 * d, *hidden_dims, 1))]
+    L = [nn.Linear(m, n) for m, n in pairwise((2 * d, *hidden_dims, d * (d + 1) // 2))]
+    model = MechanicalHNN(V, Cholesky(L, activation, diagonal="raw"), range(d), activation=activation)
+    _fill(model, seed)
+    return model.to(dtype)
 
 
 def _fill(module: nn.Module, seed: int) -> None:

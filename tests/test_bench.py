@@ -78,6 +78,22 @@ IN_THE_GRID = (
     Case("tiny-residual", "residual", 70, 1, 12, (10, 9), "tanh", rivals=(*PLAIN, "func")),
     Case("tiny-hamjepa-matching", "matching", 3, 1, 12, (10, 9), **OF_HAMJEPA | {"rivals": ("eager", "manual")}),
     Case("tiny-hamjepa-residual", "residual", 3, 1, 12, (10, 9), **OF_HAMJEPA),
+    *(
+        Case(
+            f"tiny-mechanical-{kind}",
+            kind,
+            3,
+            2,
+            4,
+            (9, 8),
+            "tanh",
+            mechanical=True,
+            integrators=("rk4",),
+            dt=0.0625,
+            rivals=("eager",),
+        )
+        for kind in ("rollout", "training")
+    ),
     Case("tiny-two-networks-residual", "residual", 3, 1, 12, (10, 9), separable=True, rivals=("eager", "manual")),
 )
 CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))

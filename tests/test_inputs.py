@@ -239,7 +239,7 @@ x = torch.ones
         (lambda H, z: H(z, x(3).double(), x(4).double()), ValueError, r"\[..., 2\], found \[3\]"),
         (lambda H, z: hf.Held(H, x(2)), ValueError, "takes a condition of 4"),
         (lambda H, z: hf.Held(H, x(2), x(1, 4)), ValueError, r"condition must be a tensor \[4\], found \[1, 4\]"),
-        (lambda H, z: hf.Held(hf.LatentHNN(4, (3,)), x(2)), ValueError, "no port or control_dim"),
+        (lambda H, z: hf.Held(hf.LatentHNN(4, (3,)), x(2)), ValueError, "nothing to hold"),
         (lambda H, z: hf.LatentHNN(4, (3,), control_dim=-1), ValueError, "found -1"),
         (lambda H, z: hf.LatentHNN(4, (3,))(z, x(2)), ValueError, "no port or control_dim"),
         (lambda H, z: hf.energy(hf.LatentHNN(6, (3,)).double(), z, condition=x(2)), ValueError, "no condition_dim"),

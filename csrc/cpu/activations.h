@@ -277,6 +277,19 @@ __attribute__((noinline)) void activate(const Activation& activation, const T* a
   });
 }
 
+// z = s(a), d = s'(a), c = s''(a).
+template <class T>
+__attribute__((noinline)) void activate(const Activation& activation, const T* a, T* z, T* d, T* c, i64 n) {
+  with_kind(activation.kind, [&]<Kind kind>() {
+    for (i64 i = 0; i < n; i += LANES<T>) {
+      const Derivatives<T> at = derivatives<kind, T>(activation, load(a + i));
+      store(z + i, at.s);
+      store(d + i, at.s1);
+      store(c + i, at.s2);
+    }
+  });
+}
+
 // The same with the tangents of a: zd = s'(a) ad, curve = s''(a) ad.
 template <class T>
 __attribute__((noinline)) void activate(const Activation& activation, const T* a, const T* ad, T* z, T* d, T* zd, T* curve,

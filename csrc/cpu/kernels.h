@@ -23,6 +23,8 @@
 
 #include "gradient.h"
 
+#include "states.h"
+
 namespace hjepa_fast::HJEPA_ISA {
 
 template <class P, class T = typename P::Scalar>
@@ -50,6 +52,11 @@ constexpr Kernels<T> table = {
     gradient<P, T>,
     gradient_backward_scratch<P, T>,
     gradient_backward<P, T>,
+    states_scratch<T>,
+    states_forward<T>,
+    states_backward<T>,
+    states_gradient<T>,
+    states_gradient_backward<T>,
 };
 
 }  // namespace hjepa_fast::HJEPA_ISA

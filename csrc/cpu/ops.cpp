@@ -604,6 +604,8 @@ void product(Tensor Y, Tensor X, Tensor W, bool transposed, Tensor base, int64_t
 
 #include "gradient_ops.h"
 
+#include "states_ops.h"
+
 int64_t isa() { return supported_isa(); }
 
 }  // namespace
@@ -624,6 +626,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hjepa_fast_cpp, m) {
   m.def(PROGRAM_BACKWARD);
   m.def(GRADIENT);
   m.def(GRADIENT_BACKWARD);
+  m.def(STATES_FORWARD);
+  m.def(STATES_BACKWARD);
+  m.def(STATES_GRADIENT);
+  m.def(STATES_GRADIENT_BACKWARD);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
@@ -636,6 +642,10 @@ STABLE_TORCH_LIBRARY_IMPL(hjepa_fast_cpp, CPU, m) {
   m.impl("program_backward", TORCH_BOX(&program_backward));
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("gradient_backward", TORCH_BOX(&gradient_backward));
+  m.impl("states_forward", TORCH_BOX(&states_forward));
+  m.impl("states_backward", TORCH_BOX(&states_backward));
+  m.impl("states_gradient", TORCH_BOX(&states_gradient));
+  m.impl("states_gradient_backward", TORCH_BOX(&states_gradient_backward));
 }
 
 }  // namespace hjepa_fast

@@ -230,6 +230,64 @@ struct GradientSums {
   Sums<T> tail;  // of these the biases and the output weights; the others too if W is wanted
 };
 
+// All layers of a network with any number of outputs: layer l takes width[l] numbers to width[l + 1].
+template <class T>
+struct Dense {
+  int L;  // 0 where there is no network
+  i64 width[MAX_LAYERS + 1];
+  Activation activation[MAX_LAYERS];
+  Right<T> by_WT[MAX_LAYERS], by_W[MAX_LAYERS];
+  const T* b[MAX_LAYERS];  // padded
+};
+
+constexpr int MAX_COORDINATES = 32, MAX_SUBSTEPS = 32;
+enum class Mass : int { identity, diagonal, cholesky };
+
+// H(q, p) = p^T M^-1(q) p / 2 + V(q) as in hjepa_fast/state_space/system.py, and what is computed of it.
+template <class T>
+struct Mechanical {
+  int d, n_others, n_angles;
+  int others[MAX_COORDINATES], angles[MAX_COORDINATES];
+  i64 n, m;                    // features; entries that the mass is made of
+  i64 below[MAX_COORDINATES];  // where row i of a Cholesky factor below the diagonal starts in these
+  Mass mass;
+  bool softplus;
+  T epsilon;
+  Dense<T> V, N;
+  const T* entries;  // of a constant mass, or null
+
+  i64 B, n_steps, begin, end;  // steps begin..end-1 of n_steps are run
+  int n_sub;
+  const double *scheme, *mix;  // [n_sub, 4]: kick, drift, implicit kick, implicit drift; [n_sub, n_sub]
+  bool implicit, mixes;
+  double tolerance;
+  i64 max_evaluations;
+  const T* dt;  // [1 or B, n_steps]
+  i64 dt_stride;
+  T* states;  // [B, n_steps + 1, 2d], of which `begin` is there
+  // [B, n_steps, n_sub, tape_width], or null: a point and f there; if `tape_layers` what restores the rest, see `Saved` in
+  // hjepa_fast/state_space/equations.py
+  T* tape;
+  i64 tape_width;
+  bool tape_layers;
+  T* residual;  // [B, n_steps]; backward: [B], in and out
+  std::int32_t* evaluations;
+  // backward: [B, 2d], in and out; [B, n_steps, 2d] or null
+  T *later, *gdt;
+  const T* g_states;
+
+  // the gradient alone, at z [B, 2d]; its adjoint, from cotangents [B, 2d] and [B], or null
+  const T *z, *v, *e;
+  T *gradient, *g_z;
+};
+
+// Where a task adds its gradients: of each layer [width[l + 1], ld(width[l])], of the first transposed; of the entries.
+template <class T>
+struct MechanicalSums {
+  Sums<T> V, N;
+  T* entries;
+};
+
 // The right operand of a product, [inner, columns]: rows in panels of two vectors' columns.
 template <class T>
 struct Operand {
@@ -278,6 +336,11 @@ struct Kernels {
   void (*gradient)(const Gradient<T>&, i64 row, i64 rows, T* scratch);
   i64 (*gradient_backward_scratch)(const Gradient<T>&, i64 rows, bool with_sums);
   void (*gradient_backward)(const Gradient<T>&, i64 row, i64 last, i64 rows, T* scratch, const GradientSums<T>*);
+  i64 (*states_scratch)(const Mechanical<T>&, i64 rows, bool backward);
+  void (*states_forward)(const Mechanical<T>&, i64 row, i64 rows, T* scratch);
+  void (*states_backward)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>*);
+  void (*states_gradient)(const Mechanical<T>&, i64 row, i64 rows, T* scratch);
+  void (*states_gradient_backward)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>*);
 };
 
 }  // namespace hjepa_fast

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import transforms
 from ..errors import ConvergenceError
-from ..hamiltonian import Hamiltonian, ModuleHamiltonian, SumHamiltonian
+from ..hamiltonian import Hamiltonian, MechanicalHamiltonian, ModuleHamiltonian, SumHamiltonian
 from ..schemes import SUZUKI_4, YOSHIDA_4, YOSHIDA_6
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -187,7 +187,9 @@ def _ordinary(H: Hamiltonian) -> Hamiltonian:
     """Autograd refuses tensors made in inference mode, and gradients of H are needed even there."""
     if isinstance(H, ModuleHamiltonian):
         return H
-    return SumHamiltonian(tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, H.terms), H.latent_dim)
+    parts = H.system if isinstance(H, MechanicalHamiltonian) else H.terms
+    own = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, parts)
+    return MechanicalHamiltonian(own) if isinstance(H, MechanicalHamiltonian) else SumHamiltonian(own, H.latent_dim)
 
 
 @transforms.outside_graphs("nested autograd is not for graphs; use a fused backend")

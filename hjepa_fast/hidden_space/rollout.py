@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, warn
 from . import tao
+from .fixed_point import Solver
 from .loops import Kernel, Problem, Ran, Sweep, energy_of_states, of_energy_of_states
 from .machine import half_of
 from .memory import Backwards
@@ -92,7 +93,7 @@ def forward(problem: Problem) -> Result:
         states = states[:, -1:].clone()
     residual, evaluations = _joined([run.residual for run in runs]), _joined([run.evaluations for run in runs])
     if problem.must_converge and residual.numel():
-        _check_converged(problem, residual)
+        check_converged(problem.solver, problem.z0, residual)
     if memory in ("none", "checkpoint", "reversible"):
         tape = torch.cat([x.expand(len(z0), -1) for x in kept], dim=1) if kept else none
         return _result(states, energy, tape, none, residual, evaluations)
@@ -136,15 +137,20 @@ def _forward_tao(problem: Problem) -> Result:
     return _result(states, energy, tape.flatten(1), torch.cat((sq.flatten(1), sp.flatten(1)), dim=1), apart, none.int())
 
 
-def _check_converged(problem: Problem, residual: Tensor) -> None:
-    """Every residual [B, n_steps] of a sample that starts from finite numbers must be within the tolerance."""
-    failed = ~(residual <= problem.solver.tolerance) & problem.z0.isfinite().all(dim=1, keepdim=True)
+def check_converged(solver: Solver, z0: Tensor, residual: Tensor) -> None:
+    """Every residual [B, n_steps] of a sample that starts from finite numbers must be within the tolerance.
+
+    Raises
+    ------
+    ConvergenceError
+    """
+    failed = ~(residual <= solver.tolerance) & z0.isfinite().all(dim=1, keepdim=True)
     if not failed.any():
         return
     sample, step = (int(i) for i in failed.nonzero()[0])
     raise ConvergenceError(
-        f"{int(failed.sum())} of {residual.numel()} implicit steps did not converge to {problem.solver.tolerance:.1e} "
-        f"in {problem.solver.max_evaluations} evaluations of the gradient; the largest residual is "
+        f"{int(failed.sum())} of {residual.numel()} implicit steps did not converge to {solver.tolerance:.1e} "
+        f"in {solver.max_evaluations} evaluations of the gradient; the largest residual is "
         f"{residual[failed].nan_to_num(math.inf).max():.1e}, the first is at step {step} of sample {sample}. dt is too large "
         'for the curvature of H: take a smaller dt, a larger max_evaluations, or unconverged="flag" to get the states all the '
         "same, marked in .solve"
@@ -182,23 +188,31 @@ def backward(
         _tao_back(problem, sums, g_states, g_energy, tape, kept)
     else:
         Backwards(problem, sums, g_states, g_energy).run(tape, kept)
-    _check_adjoint(problem, sums.residual)
+    if outline.implicit:
+        check_adjoint(problem.solver, sums.residual, problem.must_converge)
     if sums.terms is None:
         return sums.z0, [], sums.dt
     externals = [g.sum_to_size(e.shape) for g, e in zip(sums.externals, problem.externals, strict=True)]
     return sums.z0, [*[x for term in sums.terms for x in term.tensors], *externals], sums.dt
 
 
-def _check_adjoint(problem: Problem, residual: Tensor) -> None:
-    failed = residual > problem.solver.tolerance
-    if not problem.outline.implicit or not failed.any():
+def check_adjoint(solver: Solver, residual: Tensor, must_converge: bool) -> None:
+    """Every residual [B] of the implicit steps' adjoint equations must be within the tolerance; or a warning says so.
+
+    Raises
+    ------
+    ConvergenceError
+        They must converge, and did not.
+    """
+    failed = residual > solver.tolerance
+    if not failed.any():
         return
     message = (
         f"the adjoint equations of the implicit steps did not converge for {int(failed.sum())} of {residual.numel()} samples: "
-        f"the largest residual is {residual[failed].max():.1e}, wanted {problem.solver.tolerance:.1e} within "
-        f"{problem.solver.max_evaluations} evaluations; dt is too large for the curvature of H"
+        f"the largest residual is {residual[failed].max():.1e}, wanted {solver.tolerance:.1e} within "
+        f"{solver.max_evaluations} evaluations; dt is too large for the curvature of H"
     )
-    if problem.must_converge:
+    if must_converge:
         raise ConvergenceError(message)
     warn(f"{message}; gradients are inexact")
 

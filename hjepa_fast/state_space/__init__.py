@@ -1,0 +1,1 @@
+"""Mechanical systems on their states: gradients of H, steps and their adjoints, written out. See `equations.py`."""
