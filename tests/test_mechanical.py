@@ -182,8 +182,7 @@ def test_the_symplectic_form_is_kept(integrator):
         assert diagnostics.reversal_error(model, z, 0.1, 20, integrator=integrator).max() < 1e-11
 
 
-def test_a_double_pendulum_keeps_its_energy():
-    """M(q) of two unit masses on unit rods, M^-1 by a constant network it is not: the pendulum of one angle is exact enough."""
+def test_a_pendulum_keeps_its_energy():
     V = nn.Sequential(nn.Linear(2, 1))
     with torch.no_grad():
         V[0].weight.copy_(torch.tensor([[-1.0, 0.0]]))
