@@ -222,7 +222,7 @@ class MechanicalHNN(nn.Module):
     Every function of the library takes it. Without angles, and with a constant diagonal mass or none, it is a sum of terms,
     with all that there is for those. Otherwise a rollout runs on the states: in C++ or in PyTorch operations, on a GPU always
     these, with every integrator but "tao", which nested autograd runs, and every `memory` but "reversible". "recompute" keeps
-    4d numbers a sub-step and sample, and so does "store" in C++ where it takes no longer. Only the inverse of the mass is needed.
+    4d numbers a sub-step and sample, and so does "store" in C++ where it takes no longer. H needs M's inverse alone.
     """
 
     def __init__(

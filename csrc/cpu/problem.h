@@ -240,7 +240,7 @@ struct Dense {
   const T* b[MAX_LAYERS];  // padded
 };
 
-constexpr int MAX_COORDINATES = 32, MAX_SUBSTEPS = 32;
+constexpr int MAX_COORDINATES = 32;
 enum class Mass : int { identity, diagonal, cholesky };
 
 // H(q, p) = p^T M^-1(q) p / 2 + V(q) as in hjepa_fast/state_space/system.py, and what is computed of it.
@@ -337,9 +337,10 @@ struct Kernels {
   i64 (*gradient_backward_scratch)(const Gradient<T>&, i64 rows, bool with_sums);
   void (*gradient_backward)(const Gradient<T>&, i64 row, i64 last, i64 rows, T* scratch, const GradientSums<T>*);
   i64 (*states_scratch)(const Mechanical<T>&, i64 rows, bool backward);
-  void (*states_forward)(const Mechanical<T>&, i64 row, i64 rows, T* scratch);
+  // rows row..last-1, in tiles of at most `rows`
+  void (*states_forward)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch);
   void (*states_backward)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>*);
-  void (*states_gradient)(const Mechanical<T>&, i64 row, i64 rows, T* scratch);
+  void (*states_gradient)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch);
   void (*states_gradient_backward)(const Mechanical<T>&, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>*);
 };
 

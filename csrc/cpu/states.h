@@ -17,21 +17,22 @@ struct DenseTile {
   T *y, *yd;                                             // the outputs and their tangents
   bool tangents;
 
-  DenseTile(const Dense<T>& p, const Crew& crew, i64 R, bool tangents, Pieces<T>& pieces)
+  // For R of at most `rows` rows, which memory is laid out for.
+  DenseTile(const Dense<T>& p, const Crew& crew, i64 rows, i64 R, bool tangents, Pieces<T>& pieces)
       : p(p), crew(crew), R(R), tangents(tangents) {
     if (!p.L) return;
     const i64 twice = tangents ? 2 : 1;
     for (int l = 0; l <= p.L; ++l) {
       lds[l] = ld<T>(p.width[l]);
-      const i64 n = R * lds[l];
+      const i64 n = rows * lds[l];
       if (l) left[l] = pieces.take(twice * n);
       if (l < p.L) right[l] = pieces.take(twice * n);
       if (!l || l == p.L) continue;
       d[l] = pieces.take(n);
       for (T** x : {&curve[l], &g[l], &bend[l]}) *x = pieces.take(tangents ? n : 0);
     }
-    y = pieces.take(R * lds[p.L]);
-    yd = pieces.take(tangents ? R * lds[p.L] : 0);
+    y = pieces.take(rows * lds[p.L]);
+    yd = pieces.take(tangents ? rows * lds[p.L] : 0);
   }
 
   T* e(int l) const { return left[l]; }
@@ -188,12 +189,12 @@ struct SystemTile {
   T *c, *c_tangent;                        // dT/dy and its tangent, [R, sm]
   const T* at = nullptr;                   // y
 
-  SystemTile(const Mechanical<T>& p, const Crew& crew, i64 R, bool tangents, Pieces<T>& pieces)
-      : p(p), crew(crew), R(R), d(p.d), s(ld<T>(2 * p.d)), sx(ld<T>(p.n)), sm(ld<T>(p.m)), V(p.V, crew, R, tangents, pieces),
-        N(p.N, crew, R, tangents, pieces) {
-    for (T** t : {&of_x, &of_x_tangent, &x}) *t = pieces.take(R * sx);
-    for (T** t : {&positive, &c, &c_tangent}) *t = pieces.take(R * sm);
-    for (T** t : {&slope, &bend, &w}) *t = pieces.take(R * d);
+  SystemTile(const Mechanical<T>& p, const Crew& crew, i64 rows, i64 R, bool tangents, Pieces<T>& pieces)
+      : p(p), crew(crew), R(R), d(p.d), s(ld<T>(2 * p.d)), sx(ld<T>(p.n)), sm(ld<T>(p.m)),
+        V(p.V, crew, rows, R, tangents, pieces), N(p.N, crew, rows, R, tangents, pieces) {
+    for (T** t : {&of_x, &of_x_tangent, &x}) *t = pieces.take(rows * sx);
+    for (T** t : {&positive, &c, &c_tangent}) *t = pieces.take(rows * sm);
+    for (T** t : {&slope, &bend, &w}) *t = pieces.take(rows * d);
   }
 
   // The number of L's entry below the diagonal, i > j.
@@ -457,18 +458,19 @@ struct StatesTile {
   T *z, *y, *target, *f, *history, *v, *nu, *direction, *w;
   FixedPoint<T> solver;
 
-  StatesTile(const Mechanical<T>& p, i64 R, bool backward, Pieces<T>& pieces)
-      : p(p), R(R), width(2 * p.d), s(ld<T>(2 * p.d)), at(p, crew, R, backward, pieces),
-        solver(p.implicit ? R : 0, 2 * p.d, ld<T>(2 * p.d), pieces) {
-    for (T** x : {&z, &y, &target}) *x = pieces.take(R * s);
-    f = pieces.take((p.n_sub ? p.n_sub : 1) * R * s);
-    v = pieces.take(backward ? (p.n_sub ? p.n_sub : 1) * R * s : 0);
-    for (T** x : {&nu, &direction, &w}) *x = pieces.take(backward ? R * s : 0);
-    history = pieces.take(p.implicit && !backward ? p.n_sub * EXTRAPOLATION * R * s : 0);
-    if (pieces.base)  // the solver reads whole vectors
-      for (T* x : {z, y, target}) clear(x, R * s);
-    if (pieces.base && backward)
-      for (T* x : {nu, direction, w}) clear(x, R * s);
+  StatesTile(const Mechanical<T>& p, i64 rows, i64 R, bool backward, Pieces<T>& pieces)
+      : p(p), R(R), width(2 * p.d), s(ld<T>(2 * p.d)), at(p, crew, rows, R, backward, pieces),
+        solver(p.implicit ? rows : 0, 2 * p.d, ld<T>(2 * p.d), pieces) {
+    const i64 all = rows * s, n_sub = p.n_sub ? p.n_sub : 1;
+    for (T** x : {&z, &y, &target}) *x = pieces.take(all);
+    f = pieces.take(n_sub * all);
+    v = pieces.take(backward ? n_sub * all : 0);
+    for (T** x : {&nu, &direction, &w}) *x = pieces.take(backward ? all : 0);
+    history = pieces.take(p.implicit && !backward ? n_sub * EXTRAPOLATION * all : 0);
+    if (!pieces.base) return;
+    // the solver reads whole vectors
+    for (T* x : {z, y, target}) clear(x, all);
+    for (T* x : {nu, direction, w}) clear(x, backward ? all : 0);
   }
 
   T* field(int i) const { return f + i * R * s; }
@@ -619,46 +621,40 @@ struct StatesTile {
 template <class T>
 i64 states_scratch(const Mechanical<T>& p, i64 rows, bool backward) {
   Pieces<T> pieces{nullptr};
-  StatesTile<T> tile(p, rows, backward, pieces);
+  StatesTile<T> tile(p, rows, rows, backward, pieces);
   return pieces.used;
 }
 
-template <class T>
-void states_forward(const Mechanical<T>& p, i64 row, i64 rows, T* scratch) {
-  Pieces<T> pieces{scratch};
-  StatesTile<T>(p, rows, false, pieces).forward(row);
-}
-
-template <class T>
-void states_gradient(const Mechanical<T>& p, i64 row, i64 rows, T* scratch) {
-  Pieces<T> pieces{scratch};
-  StatesTile<T>(p, rows, false, pieces).gradient(row);
-}
-
-// f(first row, number of rows) for even tiles of at most `rows` of the rows row..last-1.
-template <class F>
-HJEPA_INLINE void over_tiles(i64 row, i64 last, i64 rows, F f) {
+// f(a tile, its first row) for even tiles of at most `rows` of the rows row..last-1.
+template <class T, class F>
+HJEPA_INLINE void over_tiles(const Mechanical<T>& p, i64 row, i64 last, i64 rows, bool backward, T* scratch, F f) {
   const i64 n = last - row, tiles = (n + rows - 1) / rows;
   for (i64 i = 0; i < tiles; ++i) {
     const i64 from = row + n * i / tiles;
-    f(from, row + n * (i + 1) / tiles - from);
+    Pieces<T> pieces{scratch};
+    StatesTile<T> tile(p, rows, row + n * (i + 1) / tiles - from, backward, pieces);
+    f(tile, from);
   }
 }
 
 template <class T>
+void states_forward(const Mechanical<T>& p, i64 row, i64 last, i64 rows, T* scratch) {
+  over_tiles(p, row, last, rows, false, scratch, [](StatesTile<T>& tile, i64 from) { tile.forward(from); });
+}
+
+template <class T>
+void states_gradient(const Mechanical<T>& p, i64 row, i64 last, i64 rows, T* scratch) {
+  over_tiles(p, row, last, rows, false, scratch, [](StatesTile<T>& tile, i64 from) { tile.gradient(from); });
+}
+
+template <class T>
 void states_backward(const Mechanical<T>& p, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>* sums) {
-  over_tiles(row, last, rows, [&](i64 from, i64 n) {
-    Pieces<T> pieces{scratch};
-    StatesTile<T>(p, n, true, pieces).backward(from, sums);
-  });
+  over_tiles(p, row, last, rows, true, scratch, [=](StatesTile<T>& tile, i64 from) { tile.backward(from, sums); });
 }
 
 template <class T>
 void states_gradient_backward(const Mechanical<T>& p, i64 row, i64 last, i64 rows, T* scratch, const MechanicalSums<T>* sums) {
-  over_tiles(row, last, rows, [&](i64 from, i64 n) {
-    Pieces<T> pieces{scratch};
-    StatesTile<T>(p, n, true, pieces).gradient_backward(from, sums);
-  });
+  over_tiles(p, row, last, rows, true, scratch, [=](StatesTile<T>& tile, i64 from) { tile.gradient_backward(from, sums); });
 }
 
 }  // namespace hjepa_fast::HJEPA_ISA

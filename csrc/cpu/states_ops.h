@@ -95,7 +95,7 @@ struct StatesCall {
     return to;
   }
 
-  // f(first row, rows, scratch) for the tiles of a call in which each row has `evaluations` of f.
+  // f(first row, last, rows of a tile, scratch) for the tiles of a call in which each row has `evaluations` of f.
   template <class F>
   void tiles(double evaluations, F f) {
     const double all = work() * evaluations * p.B;
@@ -111,7 +111,7 @@ struct StatesCall {
     run(packs, team, kernels);
     share_out(team, n_tiles, [&](i64 i, int thread) {
       const i64 from = p.B * i / n_tiles, to = p.B * (i + 1) / n_tiles;
-      f(from, to - from, scratch[thread]);
+      f(from, to, rows, scratch[thread]);
     });
   }
 
@@ -192,7 +192,7 @@ void states_forward(Tensor states, Tensor tape, Tensor residual, Tensor evaluati
     call.p.residual = data<T>(residual);
     call.p.evaluations = data<std::int32_t>(evaluations);
     call.tiles(double(end - begin) * call.p.n_sub * (call.p.implicit ? 4 : 1),
-               [&](i64 row, i64 rows, T* scratch) { call.kernels.states_forward(call.p, row, rows, scratch); });
+               [&](i64 row, i64 last, i64 rows, T* scratch) { call.kernels.states_forward(call.p, row, last, rows, scratch); });
   };
   states.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
@@ -223,7 +223,9 @@ void states_gradient(Tensor gradient, Tensor z, std::vector<Tensor> parameters, 
     call.p.B = z.size(0);
     call.p.z = data<T>(z);
     call.p.gradient = data<T>(gradient);
-    call.tiles(1, [&](i64 row, i64 rows, T* scratch) { call.kernels.states_gradient(call.p, row, rows, scratch); });
+    call.tiles(1, [&](i64 row, i64 last, i64 rows, T* scratch) {
+      call.kernels.states_gradient(call.p, row, last, rows, scratch);
+    });
   };
   z.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
