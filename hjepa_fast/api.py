@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import hamiltonian, ops, plan, ports, transforms, validation
 from .backends import cpp, cuda, reference, triton
-from .errors import warn
 from .hamiltonian import ModuleHamiltonian, SumHamiltonian
 from .hidden_space.outline import work_dtype
 from .ports import PortHNN
@@ -178,10 +177,10 @@ def rollout(
         backend = "reference"
         if not n_steps:
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
-    backend = choose_backend(through_transforms(backend, (z0, dt, *mlp.tensors)), z0)
+    backend = choose_backend(backend, z0)
     separable = isinstance(mlp, SumHamiltonian) and mlp.separable
     _check_combination(integrator, separable, memory)
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *mlp.tensors))
+    differentiate = torch.is_grad_enabled() and any(transforms.requires_grad(t) for t in (z0, dt, *mlp.tensors))
     if not differentiate:
         memory = "none"
     elif memory == "reversible" and not _is_reversible(integrator, separable):
@@ -268,27 +267,6 @@ def _by_plan(known: plan.Plan, z0: Tensor, dt: float | Tensor) -> Rollout:
         states = states[:, 0]
     H_shape = (*known.lead, known.n_steps + 1)
     return Rollout(states, H.reshape(H_shape) if known.attributes.with_energy else None)
-
-
-def through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
-    """ "reference" instead of "auto" under torch.func and dual numbers, which only PyTorch's own operations can follow.
-
-    Raises
-    ------
-    RuntimeError
-        Another backend was asked for by name. Without this error tangents would be lost without a word.
-    """
-    transform = transforms.transform_of(tensors) if backend != "reference" else None
-    if transform is None:
-        return backend
-    what = f"{transform} cannot go through the fused operators, which have no rule for it"
-    if backend != "auto":
-        raise RuntimeError(f'{what}: backend "{backend}" found; use backend="reference", or a batch of states z0 [..., 2d]')
-    warn(
-        f"{what}. Nested autograd is used instead, which is slower by a factor; pass a batch of states z0 [..., 2d] where that "
-        'serves, or backend="reference" to take this as it is'
-    )
-    return "reference"
 
 
 def _is_reversible(integrator: str, separable: bool) -> bool:

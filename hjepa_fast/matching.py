@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gradient_ops, hamiltonian, ports, validation
-from .api import BACKENDS, choose_backend, rollout, through_transforms
+from .api import BACKENDS, choose_backend, rollout
 from .backends import reference
 from .hamiltonian import ModuleHamiltonian, Term
 from .ports import PortHNN
@@ -52,7 +52,7 @@ def _gradient(hnn: nn.Module, z: Tensor, backend: str, rotated: bool) -> Tensor:
     rows = z.reshape(-1, H.latent_dim)
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
-    backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
+    backend = choose_backend(backend, rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
         g = reference.gradient(H, rows)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
