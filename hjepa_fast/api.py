@@ -110,7 +110,8 @@ def rollout(
         Of a `PortHNN`: held throughout, or over each step. Its leading sizes and those of z0 are broadcast against each other.
     backend : str
         "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
-        autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
+        autograd, of any module; it knows no `memory`). Whatever the backend, tangents (forward mode) and second derivatives
+        run in PyTorch operations, on the states themselves, and not in graphs of torch.compile.
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
         runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
         everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
@@ -128,10 +129,10 @@ def rollout(
         An argument that cannot be used; the message shows it. `NotFusedError` is both: a backend other than "reference" was
         asked for by name, and the module is none of those that it can run.
     ConvergenceError
-        dt is too large for an implicit integrator; the message names the largest residual.
+        dt is too large for an implicit integrator; the message names the largest residual. Tangents and second derivatives
+        take plain iteration to converge.
     RuntimeError
-        A backend asked for by name that is not there or cannot be transformed by torch.func, or a second derivative
-        through one that has none.
+        A backend asked for by name that is not there.
 
     Notes
     -----

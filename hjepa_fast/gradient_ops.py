@@ -1,11 +1,12 @@
-"""The operators `hjepa_fast::gradient` and its backward: grad F of one MLP at given points, differentiable once more.
+"""The operators `hjepa_fast::gradient` and its backward: grad F of one MLP at given points, differentiable any number of times.
 
 With the first layer a = x W^T + b and delta(a) = grad_a F of everything after it, the gradient is g = delta W. A cotangent G of
 g gives v = G W^T for delta, and the adjoint of delta (`backends/torch.py`) turns v into that of a, nu = Hessian v: then
 
     x: nu W        W: delta^T G + nu^T x        b: sum nu
 
-No loop, no coupling, one evaluation and one adjoint. Torch only, like `ops`.
+No loop, no coupling, one evaluation and one adjoint. What lies deeper is derived from tangents (`tangents.py`).
+Torch only, like `ops`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def gradient(
     backend: str,
     rotated: bool = False,
 ) -> Tensor:
-    """grad F at each row of x [B, n]: [B, n], differentiable once with respect to x and every parameter.
+    """grad F at each row of x [B, n]: [B, n], differentiable with respect to x and every parameter.
 
     If `rotated`, J grad F: its second half, then its first half negated.
     """
@@ -101,13 +102,11 @@ class _Gradient(transforms.Fused):
         return g_x, *g_parameters
 
     def tangent(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        x, *parameters = (Dual(v, t).to(work_dtype(tensors[0].dtype)) for v, t in zip(tensors, tangents, strict=True))
-        name, softplus, _ = self.attributes
+        dtype, (name, softplus, _) = tensors[0].dtype, self.attributes
+        x, *parameters = (Dual(v, t).to(work_dtype(dtype)) for v, t in zip(tensors, tangents, strict=True))
         activation = activations.parse(name, iter(softplus))
-        term = DualTerm("z", parameters[: self.n], parameters[self.n :], activation, None)
-        with torch.autocast(x.value.device.type, enabled=False):
-            found, value = tangents_of_gradient(term, x)
-        return found.to(tensors[0].dtype), value.to(tensors[0].dtype)
+        found, value = tangents_of_gradient(DualTerm("z", parameters[: self.n], parameters[self.n :], activation, None), x)
+        return found.to(dtype), value.to(dtype)
 
 
 class _Direct(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """What Hamiltonian networks are trained with where no rollout is: gradient, vector field, residuals of single steps.
 
-Each is differentiable once more, with respect to states and every parameter, by a written-out backward.
+Each is differentiable with respect to states and every parameter, by a written-out backward, and any number of times.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def gradient(hnn: nn.Module, z: Tensor, *, backend: str = "auto") -> Tensor:
     z : Tensor [..., 2d]
         States: float32, float64 or bfloat16, of the network's dtype and device.
     backend : str
-        "auto", "cpp", "torch" or "reference" (nested autograd, differentiable any number of times). "triton" and "cuda" have
+        "auto", "cpp", "torch" or "reference" (nested autograd, of any module). "triton" and "cuda" have
         no such kernel and leave it to PyTorch operations.
 
     Returns
     -------
-    Tensor [..., 2d], differentiable once more with respect to z and every parameter of `hnn`.
+    Tensor [..., 2d], differentiable any number of times with respect to z and every parameter of `hnn`.
 
     Raises
     ------
     TypeError, ValueError
         An argument that cannot be used; the message shows it.
     RuntimeError
-        A backend asked for by name that is not there; a third derivative through one that has none.
+        A backend asked for by name that is not there.
     """
     return _gradient(ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn, z, backend, rotated=False)
 

@@ -305,14 +305,13 @@ class _Rollout(transforms.Fused):
         return g_z0, g_dt, *g_parameters
 
     def tangent(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        x, work = self.x, work_dtype(tensors[0].dtype)
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            z0, dt, *parameters = (Dual(v, t).to(work) for v, t in zip(tensors, tangents, strict=True))
-            given = iter(parameters)
-            terms = [DualTerm.of(form, given) for form in x.forms]
-            stages = stages_of(x.integrator, x.forms)
-            found = tangents_of_rollout(terms, z0, dt, x.n_steps, stages, x.omega, x.every_state, x.with_energy)
-            return found[0].to(tensors[0].dtype), found[1].to(tensors[0].dtype)
+        x, dtype = self.x, tensors[0].dtype
+        z0, dt, *parameters = (Dual(v, t).to(work_dtype(dtype)) for v, t in zip(tensors, tangents, strict=True))
+        given = iter(parameters)
+        terms = [DualTerm.of(form, given) for form in x.forms]
+        stages = stages_of(x.integrator, x.forms)
+        states, energy = tangents_of_rollout(terms, z0, dt, x.n_steps, stages, x.omega, x.every_state, x.with_energy)
+        return states.to(dtype), energy.to(dtype)
 
 
 class _Direct(torch.autograd.Function):

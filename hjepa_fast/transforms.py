@@ -147,8 +147,9 @@ class Fused(ABC):
             return tuple(found[i] for i in given)
 
         vjp: Any = torch.func.vjp  # gives two or three things
-        found, pull = vjp(tangent, *[tensors[i] for i in wrt])
-        of_tensors = dict(zip(wrt, pull(tuple(cotangents[i] for i in given)), strict=True)) if wrt else {}
+        with _without_autocast(tensors):
+            found, pull = vjp(tangent, *[tensors[i] for i in wrt])
+            of_tensors = dict(zip(wrt, pull(tuple(cotangents[i] for i in given)), strict=True)) if wrt else {}
         by_value = dict(zip(given, found, strict=True))
         return [by_value.get(i) for i in range(len(cotangents))], of_tensors
 
@@ -178,7 +179,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True), _without_autocast(ctx.saved_tensors):
             found = ctx.op.tangent(_primals(ctx.saved_tensors), tangents)
         return *found, *[None] * (ctx.n_outputs - 2)
 
@@ -305,6 +306,11 @@ class _Mapped:
             for t, mapped in zip(self.tensors, self.mapped, strict=True)
         ]
         return list(zip(*parts, strict=True))
+
+
+def _without_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+    """Derivatives are of the dtype of what is differentiated."""
+    return torch.autocast(tensors[0].device.type, enabled=False)
 
 
 def _primals(saved: Sequence[Tensor | None]) -> list[Tensor | None]:

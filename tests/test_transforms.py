@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -287,10 +288,16 @@ def test_low_precision_and_no_rows():
     found = vmap(field)(z), jvp(field, (z,), (z,))[1], vmap(jacfwd(field))(z)
     assert all(x.dtype == torch.bfloat16 for x in found)
     compare(found[2], vmap(jacrev(field))(z), rtol=0.02, atol=0.02)
-    hnn = make_hnn(4, (6,), dtype=torch.float32)
-    f = Rolled(hnn)
+    f, x = Rolled(make_hnn(4, (6,), dtype=torch.float32)), Z.float().requires_grad_()
+
+    def curve():
+        (slope,) = torch.autograd.grad(f(x, 0.1)[0].sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)
+
     with torch.autocast("cpu", torch.bfloat16):
         mapped = vmap(lambda z: f(z, 0.1))(Z.float()), jvp(lambda z: f(z, 0.1), (Z.float(),), (V.float(),))[1]
+        curved = curve()
+    compare(curved, curve(), rtol=1e-6, atol=1e-6)
     compare(mapped, (f(Z.float(), 0.1), jvp(lambda z: f(z, 0.1), (Z.float(),), (V.float(),))[1]), rtol=1e-6, atol=1e-6)
     f, none = Rolled(NETWORKS["general"]), Z[:0]
     assert vmap(grad(lambda z: f(z, 0.1)[0].sum()))(torch.zeros(2, 0, 4).double()).shape == (2, 0, 4)
@@ -334,5 +341,9 @@ def test_nothing_of_a_transform_is_remembered():
     f, loss, P, direction = as_function(Rolled(hnn))
     jvp(f, (P, Z, DT), (direction, V, DT))
     vmap(grad(loss), (None, 0, 0))(P, Z, DT)
-    functional_call(Rolled(hnn), {name: 2 * p for name, p in P.items()}, (Z, DT))
+    doubled = {name: 2 * p for name, p in Rolled(hnn).named_parameters()}
+    freed = weakref.ref(doubled["H.net.0.weight"])
+    functional_call(Rolled(hnn), doubled, (Z, DT))
+    del doubled
+    assert freed() is None
     torch.testing.assert_close(hf.leapfrog(hnn, Z, 0.1, 2), want, rtol=0, atol=0)
