@@ -117,7 +117,8 @@ def rollout(
         An input of H (`condition_dim`) that holds throughout. Leading sizes of z0, control and condition are broadcast.
     backend : str
         "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
-        autograd, the only one that is differentiable more than once and that torch.func can transform; it knows no `memory`).
+        autograd, of any module; it knows no `memory`). Whatever the backend, tangents (forward mode) and second derivatives
+        run in PyTorch operations, on the states themselves, and not in graphs of torch.compile.
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
         runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
         everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
@@ -135,10 +136,10 @@ def rollout(
         An argument that cannot be used; the message shows it. `NotFusedError` is both: a backend other than "reference" was
         asked for by name, and the module is none of those that it can run.
     ConvergenceError
-        dt is too large for an implicit integrator; the message names the largest residual.
+        dt is too large for an implicit integrator; the message names the largest residual. Tangents and second derivatives
+        take plain iteration to converge.
     RuntimeError
-        A backend asked for by name that is not there or cannot be transformed by torch.func, or a second derivative
-        through one that has none.
+        A backend asked for by name that is not there.
 
     Notes
     -----
@@ -204,13 +205,12 @@ def _rollout(
             mlp.energy(z0)  # which says what is no Hamiltonian; no step will
     if isinstance(mlp, MechanicalHamiltonian):
         backend = _for_mechanical(backend, integrator, memory)
+        backend = through_transforms(backend, (z0, dt, *mlp.tensors))
     tensors = (*mlp.tensors, *externals)
-    backend = choose_backend(through_transforms(backend, (z0, dt, *tensors)), z0)
-    if drive and backend == "reference":
-        raise RuntimeError("nested autograd has no friction or force; they are steps of their own there")
+    backend = choose_backend(backend, z0)
     separable = isinstance(mlp, SumHamiltonian) and mlp.separable
     _check_combination(integrator, separable, memory)
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (z0, dt, *tensors))
+    differentiate = torch.is_grad_enabled() and any(transforms.requires_grad(t) for t in (z0, dt, *tensors))
     if not differentiate:
         memory = "none"
     elif memory == "reversible" and not _is_reversible(integrator, separable):
@@ -358,7 +358,7 @@ def _with_inputs(
         return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
     validation.check_choice(which, ("all", "final"), "states")
     with_energy = validation.as_flag(with_energy, "energy")
-    if _can_be_driven(model, x, (dt, control, condition), settings, n_steps):
+    if _can_be_driven(x, settings, n_steps):
         return _driven(model, x, dt, n_steps, control, changes, run, with_energy, which)
     for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
         if settings[what] in refused:
@@ -393,14 +393,13 @@ def _with_inputs(
     return Rollout(states if which == "all" else path[-1], energies, solve)
 
 
-def _can_be_driven(model: nn.Module, x: Given, given: tuple[Any, ...], settings: dict[str, Any], n_steps: int) -> bool:
+def _can_be_driven(x: Given, settings: dict[str, Any], n_steps: int) -> bool:
     """Whether friction, force and control can be lines of the rollout's program."""
     if not isinstance(x.H, SumHamiltonian) or settings["backend"] == "reference" or settings["memory"] == "reversible":
         return False
     validation.check_choice(settings["integrator"], INTEGRATORS, "integrator")
     forms = tuple([ops.form_of(term) for term in x.H.terms])
-    tensors = [t for t in (x.z, *x.H.tensors, *given, *model.parameters()) if isinstance(t, Tensor)]
-    return n_steps > 0 and covers(forms, stages_of(settings["integrator"], forms)) and transforms.transform_of(tensors) is None
+    return n_steps > 0 and covers(forms, stages_of(settings["integrator"], forms))
 
 
 def _driven(
@@ -485,23 +484,19 @@ def _by_plan(known: plan.Plan, z0: Tensor, dt: float | Tensor) -> Rollout:
 
 
 def through_transforms(backend: str, tensors: tuple[Tensor, ...]) -> str:
-    """ "reference" instead of "auto" under torch.func and dual numbers, which only PyTorch's own operations can follow.
+    """ "reference" instead of "auto" under torch.func and dual numbers, which go through no fused loop on states.
 
     Raises
     ------
     RuntimeError
         Another backend was asked for by name. Without this error tangents would be lost without a word.
     """
-    transform = transforms.transform_of(tensors) if backend != "reference" else None
-    if transform is None:
+    if backend == "reference" or not transforms.transformed(tensors):
         return backend
-    what = f"{transform} cannot go through the fused operators, which have no rule for it"
+    what = "torch.func and forward mode cannot go through the fused operators of a mechanical system with M(q) or angles"
     if backend != "auto":
-        raise RuntimeError(f'{what}: backend "{backend}" found; use backend="reference", or a batch of states z0 [..., 2d]')
-    warn(
-        f"{what}. Nested autograd is used instead, which is slower by a factor; pass a batch of states z0 [..., 2d] where that "
-        'serves, or backend="reference" to take this as it is'
-    )
+        raise RuntimeError(f'{what}: backend "{backend}" found; use backend="reference"')
+    warn(f'{what}. Nested autograd is used instead, which is slower by a factor; backend="reference" takes this as it is')
     return "reference"
 
 

@@ -1,11 +1,12 @@
-"""The operators `hjepa_fast::gradient` and its backward: grad F of one MLP at given points, differentiable once more.
+"""The operators `hjepa_fast::gradient` and its backward: grad F of one MLP at given points, differentiable any number of times.
 
 With the first layer a = x W^T + b and delta(a) = grad_a F of everything after it, the gradient is g = delta W. A cotangent G of
 g gives v = G W^T for delta, and the adjoint of delta (`backends/torch.py`) turns v into that of a, nu = Hessian v: then
 
     x: nu W        W: delta^T G + nu^T x        b: sum nu
 
-No loop, no coupling, one evaluation and one adjoint. Torch only, like `ops`.
+No loop, no coupling, one evaluation and one adjoint. What lies deeper is derived from tangents (`tangents.py`).
+Torch only, like `ops`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import activations
+from . import activations, transforms
 from .activations import Activations
 from .hidden_space.network import Tail
 from .hidden_space.outline import work_dtype
+from .tangents import Dual, DualTerm
+from .tangents import gradient as tangents_of_gradient
 from .transforms import is_plain
 
 _ATTRIBUTES = "str activation, float[] softplus, str backend"
@@ -45,13 +48,17 @@ def gradient(
     backend: str,
     rotated: bool = False,
 ) -> Tensor:
-    """grad F at each row of x [B, n]: [B, n], differentiable once with respect to x and every parameter.
+    """grad F at each row of x [B, n]: [B, n], differentiable with respect to x and every parameter.
 
     If `rotated`, J grad F: its second half, then its first half negated.
     """
     tensors = (x, *weights, *biases)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     attributes = activations.text_of(activation), activations.numbers_of(activation), backend
+    if transforms.active():
+        keep = torch.is_grad_enabled() and any(transforms.requires_grad(t) for t in tensors)
+        found = transforms.apply(_Gradient(attributes, len(weights), keep), *tensors)[0]
+        return rotate(found) if rotated else found
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = is_plain(tensors)
     if plain and keep:
         return _Direct.apply(attributes, rotated, len(weights), *tensors)
@@ -64,6 +71,43 @@ def rotate(g: Tensor) -> Tensor:
     """J g, g [..., 2d]: its second half, then its first half negated."""
     Hq, Hp = g.chunk(2, dim=-1)
     return torch.cat((Hp, -Hq), dim=-1)
+
+
+class _Gradient(transforms.Fused):
+    """The operator with these attributes, of a network of n layers."""
+
+    n_rowed = n_kept = 1
+
+    def __init__(self, attributes: tuple[Any, ...], n: int, keep: bool = True) -> None:
+        self.attributes, self.n, self.keep = attributes, n, keep
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, *parameters = tensors
+        run: Any = _gradient if is_plain(tensors) else torch.ops.hjepa_fast.gradient
+        found: tuple[Tensor, ...] = run(x, parameters[: self.n], parameters[self.n :], self.keep, *self.attributes)
+        return found
+
+    def backward(
+        self,
+        cotangents: Sequence[Tensor | None],
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        need_parameters: bool,
+    ) -> tuple[Tensor, ...]:
+        x, *parameters = tensors
+        given = [g for g in cotangents if g is not None]
+        run: Any = _gradient_backward if is_plain([*given, *tensors]) else torch.ops.hjepa_fast.gradient_backward
+        g_x, g_parameters = run(
+            *cotangents, *kept, x, parameters[: self.n], parameters[self.n :], need_parameters, *self.attributes
+        )
+        return g_x, *g_parameters
+
+    def tangent(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        dtype, (name, softplus, _) = tensors[0].dtype, self.attributes
+        x, *parameters = (Dual(v, t).to(work_dtype(dtype)) for v, t in zip(tensors, tangents, strict=True))
+        activation = activations.parse(name, iter(softplus))
+        found, value = tangents_of_gradient(DualTerm("z", parameters[: self.n], parameters[self.n :], activation, None), x)
+        return found.to(dtype), value.to(dtype)
 
 
 class _Direct(torch.autograd.Function):
@@ -82,11 +126,14 @@ class _Direct(torch.autograd.Function):
         if ctx.rotated:
             g = -rotate(g)  # J^T = -J
         need_x, *needs = ctx.needs_input_grad[3:]
-        # where the backward pass is itself watched or to be differentiated, the operator has the say
-        run: Any = (
-            _gradient_backward if not torch.is_grad_enabled() and is_plain((g,)) else torch.ops.hjepa_fast.gradient_backward
-        )
-        g_x, g_parameters = run(g, None, tape, x, parameters[: ctx.n], parameters[ctx.n :], any(needs), *ctx.attributes)
+        if torch.is_grad_enabled() or transforms.active() or not is_plain((g,)):
+            # the backward pass is itself watched, or to be differentiated
+            g_x, *g_parameters = transforms.Backward.apply(
+                _Gradient(ctx.attributes, ctx.n), any(needs), g, None, tape, x, *parameters
+            )
+        else:
+            weights, biases = parameters[: ctx.n], parameters[ctx.n :]
+            g_x, g_parameters = _gradient_backward(g, None, tape, x, weights, biases, any(needs), *ctx.attributes)
         wanted = [g if need else None for g, need in zip(g_parameters or [None] * len(needs), needs, strict=True)]
         return None, None, None, g_x if need_x else None, *wanted
 
@@ -170,8 +217,8 @@ def _differentiate(ctx: Any, g_gradient: Tensor | None, g_value: Tensor | None, 
     tape, x, *parameters = ctx.saved_tensors
     n = ctx.n_layers
     need_x, need_weights, need_biases, *_rest = ctx.needs_input_grad
-    g_x, g_parameters = torch.ops.hjepa_fast.gradient_backward(
-        g_gradient, g_value, tape, x, parameters[:n], parameters[n:], any(need_weights) or any(need_biases), *ctx.attributes
+    g_x, *g_parameters = transforms.Backward.apply(
+        _Gradient(ctx.attributes, n), any(need_weights) or any(need_biases), g_gradient, g_value, tape, x, *parameters
     )
     given = [*g_parameters, *[None] * (2 * n - len(g_parameters))]
     return (
@@ -183,23 +230,7 @@ def _differentiate(ctx: Any, g_gradient: Tensor | None, g_value: Tensor | None, 
     )
 
 
-def refuse_third_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "hjepa_fast: a gradient of H is differentiable once by the fused operators (hjepa_fast::gradient_backward has no "
-        'derivative); use backend="reference", which is differentiable any number of times'
-    )
-
-
-def refuse_batches(*_: Any) -> None:
-    raise RuntimeError(
-        "hjepa_fast: the backward pass of a gradient has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
-        'vectorize=True); take them one by one, or use backend="reference"'
-    )
-
-
 torch.library.register_autograd("hjepa_fast::gradient", _differentiate, setup_context=_save)
-torch.library.register_autograd("hjepa_fast::gradient_backward", refuse_third_derivative)
-torch.library.impl("hjepa_fast::gradient_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
 for _device in ("cpu", "cuda"):
     # derivatives of a network that was trained in float32 are wanted in float32, as in a rollout
     torch.library.register_autocast("hjepa_fast::gradient", _device, torch.float32)

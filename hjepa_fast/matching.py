@@ -1,6 +1,6 @@
 """What Hamiltonian networks are trained with where no rollout is: gradient, vector field, residuals of single steps.
 
-Each is differentiable once more, with respect to states and every parameter, by a written-out backward.
+Each is differentiable with respect to states and every parameter, by a written-out backward, and any number of times.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def gradient(
     control, condition : Tensor [..., m] and [..., c], optional
         Where H takes them.
     backend : str
-        "auto", "cpp", "torch" or "reference" (nested autograd, differentiable any number of times). "triton" and "cuda" have
+        "auto", "cpp", "torch" or "reference" (nested autograd, of any module). "triton" and "cuda" have
         no such kernel and leave it to PyTorch operations.
 
     Returns
     -------
-    Tensor [..., 2d], differentiable once more with respect to z, control, condition and every parameter of `hnn`.
+    Tensor [..., 2d], differentiable any number of times with respect to z, control, condition and every parameter of `hnn`.
 
     Raises
     ------
     TypeError, ValueError
         An argument that cannot be used; the message shows it.
     RuntimeError
-        A backend asked for by name that is not there; a third derivative through one that has none.
+        A backend asked for by name that is not there.
     """
     return _gradient(hnn, z, control, condition, backend, rotated=False)[0]
 
@@ -75,7 +75,9 @@ def of_hamiltonian(
     rows = z.reshape(-1, H.latent_dim)
     if isinstance(H, ModuleHamiltonian):
         backend = "reference"
-    backend = choose_backend(through_transforms(backend, (z, *H.tensors)), rows)
+    if isinstance(H, MechanicalHamiltonian):
+        backend = through_transforms(backend, (z, *H.tensors))
+    backend = choose_backend(backend, rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
         g = reference.gradient(H.given(control, condition) if isinstance(H, SumHamiltonian) and H.takes_inputs else H, rows)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)

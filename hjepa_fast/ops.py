@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import activations, backends
+from . import activations, backends, transforms
 from .hamiltonian import Term
 from .hidden_space import coupling, rollout
 from .hidden_space.fixed_point import Solver
 from .hidden_space.loops import Problem
 from .hidden_space.outline import Outline, work_dtype
-from .hidden_space.program import Form, drive_of
+from .hidden_space.program import Form, drive_of, stages_of
 from .plan import Plan
+from .tangents import Driven, Dual, DualTerm
+from .tangents import rollout as tangents_of_rollout
 from .transforms import is_plain
 
 # z0 is [B, 2d], dt [1 or B, 1 or n_steps], the parameters are those of every term in turn: weights and biases, or k; and after
@@ -91,7 +93,8 @@ def choose_coupling(
         return "usual"
     forms = forms_of(text_of(terms), tuple(softplus_of(terms)))
     widths = tuple(1 if term.stiffness is not None else int(term.weights[0].shape[0]) for term in terms)
-    return coupling.choose(forms, widths, z0.shape[1] // 2, integrator, z0.shape[0], n_steps, every_state, differentiate)
+    rows = transforms.rows_of(z0)
+    return coupling.choose(forms, widths, z0.shape[1] // 2, integrator, rows, n_steps, every_state, differentiate)
 
 
 _USUAL_BATCH, _USUAL_STEPS = 64, 15
@@ -157,7 +160,7 @@ def with_tiles(x: Attributes, terms: Sequence[Term], z0: Tensor) -> Attributes:
     if x.memory != "store" or x.backend != "cpp" or torch.compiler.is_compiling() or not x.n_steps or x.drive:
         return x
     outline = x.outline(terms, z0.shape[1])
-    size = z0.shape[0] * work_dtype(z0.dtype).itemsize
+    size = transforms.rows_of(z0) * work_dtype(z0.dtype).itemsize
     by_row = any(t.biases and t.biases[0].ndim > 1 for t in terms)  # a tile starts with one bias for all samples
     if outline.in_kernel or by_row or size * outline.tape_widths(x.n_steps, "store") <= LONGEST_TAPE:
         return x
@@ -193,6 +196,9 @@ def run_plan(plan: Plan, z0: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
 def run(z0: Tensor, parameters: tuple[Tensor, ...], dt: Tensor, x: Attributes) -> tuple[Tensor, ...]:
     """States, energy, residual and evaluations: the operator, or past PyTorch's dispatcher where nothing can tell."""
     tensors = (z0, dt, *parameters)
+    if transforms.active():
+        states, energy, _, _, residual, evaluations = transforms.apply(_Rollout(x), *tensors)
+        return states, energy, residual, evaluations
     if not is_plain(tensors):
         states, energy, _, _, residual, evaluations = torch.ops.hjepa_fast.rollout(z0, list(parameters), dt, *x)
         return states, energy, residual, evaluations
@@ -283,6 +289,49 @@ def _(
     return torch.empty_like(z0, memory_format=torch.contiguous_format), grads, torch.empty_like(dt)
 
 
+class _Rollout(transforms.Fused):
+    """The operator with these attributes; of its tensors z0 and dt are rows."""
+
+    n_rowed = 2
+    n_kept = 2
+
+    def __init__(self, x: Attributes) -> None:
+        self.x = x
+
+    def holds_rows(self, parameters: Sequence[Tensor]) -> bool:
+        terms = self.x.divided(parameters, parameters[0].dtype)
+        return bool(self.x.drive) or any(term.biases[0].ndim > 1 for term in terms if term.biases)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        z0, dt, *parameters = tensors
+        run: Any = _rollout if is_plain(tensors) else torch.ops.hjepa_fast.rollout
+        found: tuple[Tensor, ...] = run(z0, parameters, dt, *self.x)
+        return found
+
+    def backward(
+        self,
+        cotangents: Sequence[Tensor | None],
+        kept: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        need_parameters: bool,
+    ) -> tuple[Tensor, ...]:
+        z0, dt, *parameters = tensors
+        given = [g for g in cotangents if g is not None]
+        run: Any = _rollout_backward if is_plain([*given, *tensors]) else torch.ops.hjepa_fast.rollout_backward
+        g_z0, g_parameters, g_dt = run(*cotangents, *kept, z0, parameters, dt, need_parameters, *self.x)
+        return g_z0, g_dt, *g_parameters
+
+    def tangent(self, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        x, dtype = self.x, tensors[0].dtype
+        z0, dt, *parameters = (Dual(v, t).to(work_dtype(dtype)) for v, t in zip(tensors, tangents, strict=True))
+        given = iter(parameters)
+        terms = [DualTerm.of(form, given) for form in x.forms]
+        stages = stages_of(x.integrator, x.forms)
+        driven = Driven(drive_of(x.drive), list(given))
+        states, energy = tangents_of_rollout(terms, z0, dt, x.n_steps, stages, x.omega, x.every_state, x.with_energy, driven)
+        return states.to(dtype), energy.to(dtype)
+
+
 class _Direct(torch.autograd.Function):
     """The operator's own functions, without the dispatcher."""
 
@@ -306,13 +355,17 @@ class _Direct(torch.autograd.Function):
         tape, kept, z0, dt, *parameters = ctx.saved_tensors
         need_z0, need_dt, *needs = ctx.needs_input_grad[2:]
         given = [g for g in (g_states, g_energy) if g is not None]
-        # where the backward pass is itself watched or to be differentiated, the operator has the say
-        watched = torch.is_grad_enabled() or not is_plain(given or [z0])
-        if ctx.plan is not None and not watched and ctx.plan.reads(parameters):
+        if torch.is_grad_enabled() or transforms.active() or not is_plain(given or [z0]):
+            # the backward pass is itself watched, or to be differentiated
+            g_z0, g_dt, *found = transforms.Backward.apply(
+                _Rollout(ctx.attributes), any(needs), g_states, g_energy, tape, kept, z0, dt, *parameters
+            )
+        elif ctx.plan is not None and ctx.plan.reads(parameters):
             g_z0, found, g_dt = ctx.plan.backward(g_states, g_energy, tape, kept, z0, dt, any(needs))
         else:
-            run: Any = torch.ops.hjepa_fast.rollout_backward if watched else _rollout_backward
-            g_z0, found, g_dt = run(g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes)
+            g_z0, found, g_dt = _rollout_backward(
+                g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes
+            )
         wanted = [g if need else None for g, need in zip(found or [None] * len(needs), needs, strict=True)]
         return None, None, g_z0 if need_z0 else None, g_dt if need_dt else None, *wanted
 
@@ -329,8 +382,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
     tape, kept, z0, dt, *parameters = ctx.saved_tensors
     need_z0, needs, need_dt, *_rest = ctx.needs_input_grad
-    g_z0, found, g_dt = torch.ops.hjepa_fast.rollout_backward(
-        g_states, g_energy, tape, kept, z0, parameters, dt, any(needs), *ctx.attributes
+    g_z0, g_dt, *found = transforms.Backward.apply(
+        _Rollout(Attributes(*ctx.attributes)), any(needs), g_states, g_energy, tape, kept, z0, dt, *parameters
     )
     return (
         g_z0 if need_z0 else None,
@@ -340,23 +393,7 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
     )
 
 
-def refuse_batches(*_: Any) -> None:
-    raise RuntimeError(
-        "hjepa_fast: the backward pass of a rollout has no rule for batches of gradients (torch.func.vmap, is_grads_batched, "
-        'vectorize=True); take them one by one, or use backend="reference"'
-    )
-
-
-def refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "hjepa_fast: a second derivative through a rollout is not supported by the fused operators "
-        '(hjepa_fast::rollout_backward has no derivative); use backend="reference", which is differentiable any number of times'
-    )
-
-
 torch.library.register_autograd("hjepa_fast::rollout", _differentiate, setup_context=_save)
-torch.library.register_autograd("hjepa_fast::rollout_backward", refuse_second_derivative)
-torch.library.impl("hjepa_fast::rollout_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
 for _device in ("cpu", "cuda"):
     # a rollout adds up many small steps: under autocast it runs in float32, like other reductions
     torch.library.register_autocast("hjepa_fast::rollout", _device, torch.float32)

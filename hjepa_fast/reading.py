@@ -108,8 +108,9 @@ def remember(module: nn.Module, found: Any, tensors: tuple[Tensor, ...]) -> bool
     """Remember `found`, which was read of the module and holds these tensors, if that is safe; whether it was."""
     _readings.pop(module, None)
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    # zeros in place of a bias, made in inference mode, could not be trained through later
-    if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) for t in tensors):
+    # zeros in place of a bias, made in inference mode, could not be trained through later; what functional_call puts in a
+    # parameter's place may hold a graph
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() or wrapped(t) or t.grad_fn for t in tensors):
         return False
     if reader.says_terms(module):
         return _says_settings(module) and _keep(module, found, list(module.modules())[1:], named=False)

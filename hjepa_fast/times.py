@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import transforms, validation
 from .api import rollout
 from .matching import vector_field
 
@@ -83,7 +83,7 @@ def odeint(
         assert dt is not None
         return _between_equal_steps(hnn, z0, times, dt, control, settings)
     gaps = times.diff(dim=-1)
-    sizes = gaps.detach().abs().reshape(-1, n_times - 1).amax(0).double().cpu()
+    sizes = transforms.bare(gaps.detach()).abs().reshape(-1, n_times - 1).amax(0).double().cpu()
     counts = [1] * (n_times - 1) if dt is None else [_count(size, dt) for size in sizes.tolist()]
     repeats = torch.tensor(counts, device=times.device)
     steps = (gaps / repeats).repeat_interleave(repeats, dim=-1)
@@ -111,11 +111,14 @@ def _as_times(t: Tensor | Sequence[float], z0: Tensor) -> Tensor:
         raise TypeError(f"t must be floating-point times, found {times.dtype}")
     if times.device != z0.device:
         raise ValueError(f"t and z0 must be on one device, found {times.device} and {z0.device}")
+    if transforms.mapped(times):
+        raise ValueError("t cannot be mapped over by torch.func.vmap: give times [..., T], for each sample its own")
     lead = times.shape[:-1]
     if not times.ndim or not times.shape[-1] or (lead and lead != z0.shape[:-1]):
         raise ValueError(f"t must be [T] or {[*z0.shape[:-1], 'T']} for states {list(z0.shape)}, found {list(times.shape)}")
-    gaps = times.detach().diff(dim=-1)
-    if not bool(times.isfinite().all()):
+    values = transforms.bare(times.detach())
+    gaps = values.diff(dim=-1)
+    if not bool(values.isfinite().all()):
         raise ValueError("t must be finite")
     if not bool((gaps > 0).all() | (gaps < 0).all()):
         raise ValueError("t must increase, or decrease, from each time to the next")
@@ -126,7 +129,7 @@ def _between_equal_steps(
     hnn: nn.Module, z0: Tensor, times: Tensor, dt: float, control: Tensor | None, settings: dict[str, Any]
 ) -> Tensor:
     span = times[..., -1:] - times[..., :1]
-    n_steps = _count(span.detach().abs().amax().item(), dt)
+    n_steps = _count(transforms.bare(span.detach()).abs().amax().item(), dt)
     h = span / n_steps
     states = rollout(hnn, z0, h, n_steps, control=control, **settings).states
     at = (times - times[..., :1]) / h

@@ -275,13 +275,6 @@ def test_opcheck_and_compile(name, backend, memory, every_state):
         )
 
 
-def test_a_second_derivative_is_refused_by_name():
-    hnn, z0 = make("quadratic"), make_states(3, 6).requires_grad_()
-    (first,) = torch.autograd.grad(hf.leapfrog(hnn, z0, 0.3, 2).sum(), z0, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative .* not supported"):
-        first.sum().backward()
-
-
 def test_integrator_module_and_low_precision():
     hnn = make("quadratic", torch.bfloat16)
     module = hf.SymplecticIntegrator(hnn, dt=0.3)

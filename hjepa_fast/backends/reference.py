@@ -96,18 +96,13 @@ def solve(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         while n < _MOST_ITERATIONS:
             n, y, before = n + 1, f(y), y
             change = (y - before).abs().amax(-1) / y.abs().amax(-1).clamp_min(1)
-            going_on = (change > 4 * torch.finfo(y.dtype).eps).any()
-            if torch._C._functorch.is_batchedtensor(going_on):
-                raise RuntimeError(
-                    "torch.func.vmap cannot go through an implicit integrator: how often it iterates depends on the values. "
-                    "Pass a batch of states as z0 [..., 2d], or use an explicit integrator"
-                )
-            if not going_on:
+            # whatever is mapped over iterates together, as long as any of it needs
+            if not transforms.bare(change > 4 * torch.finfo(y.dtype).eps).any():
                 break
         else:
             raise ConvergenceError(
                 f"{_MOST_ITERATIONS} iterations did not solve an implicit step: the last changed the state by a relative "
-                f"{change.max():.1e}; dt is too large for the curvature of H"
+                f"{transforms.bare(change).max():.1e}; dt is too large for the curvature of H"
             )
     for _ in range(n if torch.is_grad_enabled() or transforms.active() else 0):
         y = f(y)
@@ -162,7 +157,7 @@ def gradient(H: Hamiltonian, z: Tensor) -> Tensor:
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             return gradient(_ordinary(H), z.clone())
-    if transforms.transform_of((z, *H.tensors)) is not None:
+    if transforms.transformed((z, *H.tensors)):
         return torch.func.grad(lambda x: H.energy(x).sum())(z)
     record = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *H.tensors))
     with torch.enable_grad():
@@ -212,7 +207,7 @@ def rollout(H: Hamiltonian, z0: Tensor, dt: Tensor, n_steps: int, integrator: st
             return rollout(_ordinary(H), z0.clone(), dt.clone(), n_steps, integrator, omega)
 
     tensors = (z0, dt, *H.tensors)
-    transformed = transforms.transform_of(tensors) is not None
+    transformed = transforms.transformed(tensors)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def gradient(of_p: bool) -> Gradient:

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gradient_ops import refuse_third_derivative
 from ..hidden_space.fixed_point import Solver
 from ..hidden_space.outline import segment_length, work_dtype
 from ..hidden_space.rollout import check_adjoint, check_converged
-from ..ops import refuse_batches, refuse_second_derivative
 from ..schemes import SCHEMES, SubStep
 from ..transforms import is_plain
 from .equations import Sums
@@ -292,9 +290,23 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
     )
 
 
+def _refuse_batches(*_: Any) -> None:
+    raise RuntimeError(
+        "hjepa_fast: the backward pass of a mechanical system has no rule for batches of gradients (torch.func.vmap, "
+        'is_grads_batched, vectorize=True); take them one by one, or use backend="reference"'
+    )
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "hjepa_fast: a second derivative through a rollout of a mechanical system, or a third through its gradient, is not "
+        'supported by the fused operators; use backend="reference", which is differentiable any number of times'
+    )
+
+
 torch.library.register_autograd("hjepa_fast::states_rollout", _differentiate, setup_context=_save)
-torch.library.register_autograd("hjepa_fast::states_rollout_backward", refuse_second_derivative)
-torch.library.impl("hjepa_fast::states_rollout_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
+torch.library.register_autograd("hjepa_fast::states_rollout_backward", _refuse_second_derivative)
+torch.library.impl("hjepa_fast::states_rollout_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
 
 
 # The gradient of H at given states
@@ -382,8 +394,8 @@ def _differentiate_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("hjepa_fast::states_gradient", _differentiate_gradient, setup_context=_save_gradient)
-torch.library.register_autograd("hjepa_fast::states_gradient_backward", refuse_third_derivative)
-torch.library.impl("hjepa_fast::states_gradient_backward", ("Batched", "FuncTorchBatched"), refuse_batches)
+torch.library.register_autograd("hjepa_fast::states_gradient_backward", _refuse_second_derivative)
+torch.library.impl("hjepa_fast::states_gradient_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
 for _device in ("cpu", "cuda"):
     # as every rollout: many small steps are added up in float32
     for _name in ("states_rollout", "states_rollout_backward", "states_gradient", "states_gradient_backward"):
