@@ -194,6 +194,26 @@ def test_held(name):
     assert next(H.parameters()).grad is not None
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_function_transforms(name, steps):
+    H, (z, u, c) = make(name), [x.detach() for x in given(steps=steps)]
+
+    def end(z, u, c, backend="auto"):
+        return hf.rollout(H, z, 0.1, 3, control=u, condition=c, states="final", backend=backend).states
+
+    expected = end(z, u, c)
+    torch.testing.assert_close(torch.func.vmap(end)(z, u, c), expected)
+    conditions = torch.stack((c, c + 1))
+    found = torch.func.vmap(lambda c: end(z, u, c))(conditions)
+    torch.testing.assert_close(found, torch.stack([end(z, u, x) for x in conditions]))
+    states = torch.stack((z, z + 1))
+    torch.testing.assert_close(torch.func.vmap(lambda z: end(z, u, c))(states), torch.stack([end(x, u, c) for x in states]))
+    wanted = torch.func.jacrev(lambda c: end(z, u, c, "reference"))(c)
+    torch.testing.assert_close(torch.func.jacfwd(lambda c: end(z, u, c))(c), wanted)
+    torch.testing.assert_close(torch.func.jacrev(lambda c: end(z, u, c))(c), wanted)
+
+
 def test_times():
     H, (z, u, c) = make("separable"), given()
     t = torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)

@@ -321,3 +321,27 @@ def test_what_stands_around_it_is_seen():
                 call(model)
     handle.remove()
     hf.rollout(hooked, z0, 0.1, 1)
+
+
+@pytest.mark.parametrize("friction", [None, "conformal", "rayleigh"])
+@pytest.mark.parametrize("name", ["general", "quadratic"])
+def test_function_transforms(name, friction):
+    model, z0 = make(name, friction, per_dimension=True), make_states(2, 2 * D)
+    u = make_states(3, 2, 4, M, seed=7)
+
+    def end(u, backend="auto", z0=z0):
+        return hf.rollout(model, z0, 0.1, 4, control=u, states="final", backend=backend).states
+
+    torch.testing.assert_close(torch.func.vmap(end)(u), torch.stack([end(x) for x in u]))
+    every = torch.func.vmap(lambda z: end(u[0, 0], z0=z))(z0)  # a state at a time under one control
+    torch.testing.assert_close(every, end(u[0, :1].expand(2, -1, -1)))
+    forward, reverse = torch.func.jacfwd(end)(u[0]), torch.func.jacrev(end)(u[0])
+    torch.testing.assert_close(forward, reverse)
+    torch.testing.assert_close(reverse, torch.func.jacrev(lambda u: end(u, "reference"))(u[0]))
+    found = []
+    for backend in ("auto", "reference"):
+        x = u[0].clone().requires_grad_()
+        wanted = [x, *model.parameters()]
+        (g,) = torch.autograd.grad(end(x, backend).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), wanted, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
