@@ -438,7 +438,7 @@ def energy_balance(
     states : Tensor [..., n_steps + 1, 2d]
         Of a rollout, or of data.
     dt : float or Tensor
-        The time between two states; 0-d, or [..., n_steps].
+        The time between two states, shaped as for `hjepa_fast.rollout`.
     control : Tensor [..., m] or [..., n_steps, m], optional
         Held throughout, or over each step.
     backend : str
@@ -458,6 +458,8 @@ def energy_balance(
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     n_steps = states.shape[-2] - 1
     ports.check_control(hnn, control, states[..., 0, :], n_steps)
+    steps = validation.as_step_sizes(dt, states[..., 0, :], n_steps).to(states.dtype)
+    steps = steps.reshape(*(states.shape[:-2] if len(steps) > 1 else [1] * (states.ndim - 2)), -1)
     H = energy(hnn, states)
     change = H - H[..., :1]
     nothing = torch.zeros_like(change)
@@ -468,7 +470,7 @@ def energy_balance(
 
     def so_far(power: Tensor) -> Tensor:
         """Power [..., n_steps] that is held over each step, as energy by the end of it."""
-        work = (power * dt).cumsum(dim=-1)
+        work = (power * steps).cumsum(dim=-1)
         return torch.cat((torch.zeros_like(work[..., :1]) if n_steps else nothing, work), dim=-1)
 
     lost = supplied = nothing

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hjepa_fast.cli import build_parser, config_of, main
-from hjepa_fast.pipeline import checkpoints, controls, files
+from hjepa_fast.pipeline import checkpoints, controls, figures, files
 from hjepa_fast.pipeline.config import WORLDS, Config, DataConfig, TrainConfig, VideoConfig
 from hjepa_fast.pipeline.videos import find_videos, write_video
 from hjepa_fast.pipeline.zoo import chosen
@@ -142,8 +142,11 @@ def driven(tmp_path_factory):
     """A small run in a world with a force, whose models have a port and friction."""
     out = tmp_path_factory.mktemp("runs") / "driven"
     options = ("--quick", "--n-videos", 5, "--n-frames", 44, "--size", 64, "--radius", 6, "--extended-steps", 3, "--out", out)
-    models = ("--models", "hnn", "hnn-no-control", "baseline")
-    assert run("reproduce", *options, *SMALL, "--world", "driven", "--friction", "rayleigh", "--epochs", 1, *models) == 0
+    models = ("--models", "hnn", "hnn-no-control")
+    save = figures.save
+    with pytest.MonkeyPatch.context() as patch:  # the other figures are those of every run, and take most of the time
+        patch.setattr(figures, "save", lambda figure, stem: save(figure, stem) if stem.name == "dissipation" else [])
+        assert run("reproduce", *options, *SMALL, "--world", "driven", "--friction", "rayleigh", "--epochs", 1, *models) == 0
     return out
 
 
@@ -209,6 +212,13 @@ def test_a_check_is_of_h_alone(driven, tmp_path, capsys):
     options = ("--steps", 20, "--states", 1, "--integrators", "implicit-midpoint", "--out", tmp_path / "c", "--strict")
     assert run("check", checkpoint, *options) == 0
     assert "H alone, without its friction and control" in capsys.readouterr().out
+
+
+def test_own_videos_without_a_control_are_missed_before_they_are_encoded(tmp_path, capsys):
+    (tmp_path / "clip.mp4").write_bytes(b"not looked at")
+    assert run("reproduce", "--quick", "--videos", tmp_path, "--control", "recorded", "--out", tmp_path / "run") == 1
+    assert f"control not found: {tmp_path / 'clip.control.json'}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_world_sets_what_it_is_and_options_override_it(tmp_path):
@@ -281,6 +291,7 @@ def test_options_override_the_file_and_the_preset(tmp_path):
         (("reproduce", "--world", "damped", "--videos", "latents"), 2, "--world is of the synthetic videos"),
         (("reproduce", "--models", "hnn", "hnn-no-control"), 2, "hnn-no-control is there to be compared with a model that has"),
         (("train", "latents", "--models", "hnn-no-friction"), 2, "it needs --friction, found none"),
+        (("train", "latents", "--friction-per-dimension"), 2, "is of a friction, conformal or rayleigh, found none"),
         (("train", "latents", "--friction", "viscous"), 2, "invalid choice: 'viscous'"),
         (("train", "latents", "--friction", "rayleigh", "--integrator", "tao"), 2, "tao is not there with friction"),
         (("train", "latents", "--control", "recorded", "--window", "5"), 2, "name their folder with --videos"),

@@ -258,7 +258,11 @@ def test_energy_balance_is_the_drift_without_friction_and_differentiable_with_it
     assert torch.autograd.gradcheck(lambda z, h, v, *_: diagnostics.energy_balance(model, z, h, v).error, parameters)
     with pytest.raises(ValueError, match=r"states must be \[\.\.\., n_steps \+ 1, 2d\], found \[6\]"):
         diagnostics.energy_balance(model, states[0, 0], 0.1)
-    with pytest.raises(ValueError, match="has no port|no port for it"):
+    with pytest.raises(ValueError, match=r"dt must be .*broadcast to \[2, 3\]; found \[2\]"):
+        diagnostics.energy_balance(model, states, torch.ones(2, dtype=torch.float64))
+    per_sample = diagnostics.energy_balance(model, states, torch.tensor([[0.1], [0.2]], dtype=torch.float64))
+    torch.testing.assert_close(per_sample.lost[1], 2 * diagnostics.energy_balance(model, states, 0.1).lost[1])
+    with pytest.raises(ValueError, match="no port for it"):
         diagnostics.energy_balance(model.H, states, 0.1, u)
     with pytest.raises(ValueError, match=r"control must be .* found \[2, 2, 2\]"):
         diagnostics.energy_balance(model, states, 0.1, u[:, :2])

@@ -257,6 +257,11 @@ def test_autocast_rounds_the_plain_network_and_leaves_rollouts_in_float32(datase
         exact = run(name, dataset, tmp_path / name, config)[1]
         assert low[0]["train_mse"] == pytest.approx(exact[0]["train_mse"], rel=0.05)
         assert (low[0]["train_mse"] == pytest.approx(exact[0]["train_mse"], rel=1e-6)) == (name == "hnn")
+    damped = dataclasses.replace(config, epochs=1, friction="conformal")
+    low, exact = (
+        run("hnn", dataset, tmp_path / f"damped-{amp}", dataclasses.replace(damped, amp=amp))[1] for amp in ("bfloat16", "off")
+    )
+    assert low[0]["train_energy"] == pytest.approx(exact[0]["train_energy"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

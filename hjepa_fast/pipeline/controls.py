@@ -26,7 +26,7 @@ def path_of(video: Path) -> Path:
 def write(path: Path, control: Tensor, about: str) -> None:
     """Write a control [n_frames, m], whose row t is held from frame t to the next, as JSON, atomically.
 
-    The file holds `control`, a list of lists of m numbers, and `about`, what they are in words.
+    The file holds `control`, a list of lists of m finite numbers, and `about`, what they are in words.
     """
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in control.tolist())
     files.write_text(path, f'{{\n "about": {json.dumps(about)},\n "control": [\n{rows}\n ]\n}}\n')

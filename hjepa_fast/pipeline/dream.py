@@ -153,13 +153,13 @@ def _steps_of(path: Path, loaded: Checkpoint, checkpoint: Path, start: int, n_st
         raise LatentError(f"{path} has {found.shape[1]} numbers a row, and {checkpoint} was trained with {size}")
     if encoding is None or encoding.get("clip_stride") is None:
         raise CheckpointError(f"{checkpoint} does not say how its latents were encoded, so frames cannot be told from steps")
-    starts = start + encoding["clip_stride"] * torch.arange(n_steps + 1)
-    needed = int(starts[-1]) + encoding["clip_frames"]
+    needed = start + encoding["clip_stride"] * n_steps + encoding["clip_frames"]
     if needed > len(found):
         raise LatentError(
             f"{path} has {len(found)} rows, and {n_steps} steps from the clip at frame {start} pass {needed} frames: "
             "take fewer --steps, or a longer control"
         )
+    starts = start + encoding["clip_stride"] * torch.arange(n_steps + 1)
     return controls.of_steps(found, starts, encoding["clip_frames"], str(path)).float()
 
 

@@ -378,8 +378,8 @@ def _port(model: SymplecticIntegrator, z0: Tensor, n_steps: int, found: Balance,
     Returns
     -------
     dict
-        friction, its kind; coefficient g (the mean of one for each momentum); over the windows' steps, means over windows of
-        lost, supplied and change, H(z_T) - H(z_0), of predictions, and change_true along the true latents;
+        friction, its kind; per_dimension and coefficient, g or the mean of those of all momenta; over the windows' steps, means
+        over windows of lost, supplied and change, H(z_T) - H(z_0), of predictions, and change_true along the true latents;
         largest_rise, of H in a step without a control, from z0 (see `diagnostics.energy_growth`): with Rayleigh's friction
         above 0 by the error of discretisation alone; and contraction_defect, of a step without a control with conformal
         friction of one coefficient: how far J^T Omega J is from exp(-g dt) Omega. What has no meaning for a model is None,
@@ -397,6 +397,7 @@ def _port(model: SymplecticIntegrator, z0: Tensor, n_steps: int, found: Balance,
             defect = symplecticity_defect(port, z0[:1], dt, contraction=g.detach().double() * dt, **options).max().item()
     return {
         "friction": port.kind,
+        "per_dimension": g is not None and g.ndim > 0,
         "coefficient": None if g is None else g.mean().item(),
         "lost": None if g is None else found.lost[:, -1].mean().item(),
         "supplied": found.supplied[:, -1].mean().item() if port.control_dim else None,

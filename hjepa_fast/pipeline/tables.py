@@ -125,9 +125,8 @@ def _ports_table(summary: Mapping[str, Any]) -> str:
     ]
     for title, port in found:
         numbers = (port[key] for key in ("lost", "supplied", "change", "change_true", "largest_rise", "contraction_defect"))
-        rows.append(
-            (title, port["friction"] or "none", _number(port["coefficient"], ".4g"), *(_number(value) for value in numbers))
-        )
+        kind = f"{port['friction'] or 'none'}{', per dimension' if port['per_dimension'] else ''}"
+        rows.append((title, kind, _number(port["coefficient"], ".4g"), *(_number(value) for value in numbers)))
     notes = [
         "For models with friction or a control, and those measured with their H, energy drift above is what is left of "
         "H(z_t) - H(z_0) after what the control has put in and friction has taken out, Hp . G u and Hp . g p (conformal) or "

@@ -89,6 +89,8 @@ def check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
+    if config.friction_per_dimension and config.friction == "none":
+        raise UsageError("friction_per_dimension is of a friction, conformal or rayleigh, found none")
     try:
         check_dt(config.dt, config.dt_bounds, torch.float32)
     except ValueError as error:
@@ -202,7 +204,7 @@ def _train(
                 optimizer.zero_grad(set_to_none=True)
                 batch = batch.to(device)
                 control = None if train_control is None else train_control[batch]
-                with _autocast(config, device):
+                with _autocast(config, device, model):
                     mse, energy_term = loss_terms(model, train_windows[batch], config, spec.energy_loss, control)
                     loss = mse + weight * energy_term
                 if not torch.isfinite(loss):
@@ -285,8 +287,9 @@ def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
     return iter(torch.randperm(n, generator=generator)[: n - n % size].split(size))
 
 
-def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
-    if config.amp == "off":
+def _autocast(config: TrainConfig, device: torch.device | str, model: zoo.Model) -> contextlib.AbstractContextManager[Any]:
+    # rollouts run in float32 anyway; energy balances and forces, which are no rollouts, would be rounded
+    if config.amp == "off" or zoo.port_of(model) is not None:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, config.amp))
 
