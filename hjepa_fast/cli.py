@@ -21,9 +21,9 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
-from .pipeline.config import Config, EncodeConfig
+from .pipeline.config import WORLDS, Config, EncodeConfig
 from .pipeline.run_folder import Run, inside
-from .pipeline.zoo import MODELS
+from .pipeline.zoo import MODELS, chosen
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
 GOES_ON = "the same command goes on from here"
@@ -172,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = _command(commands, "generate", "generate synthetic videos of colliding balls", _generate, ("videos",))
+    _add_world(command)
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
@@ -183,7 +184,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "train", "train models on a folder of latents", _train, ("data", "train", "evaluate"))
     command.add_argument("latents", type=Path, help="folder made by 'encode'")
-    command.add_argument("--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe and figures")
+    command.add_argument(
+        "--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe, figures and recorded controls"
+    )
     _add_run(command)
     _add_models(command)
     _add_device(command)
@@ -204,6 +207,12 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--video", type=Path, metavar="FILE", help="start from a clip of this video")
     command.add_argument("--index", type=int, default=0, help="which latent or clip, from 0 (default: 0)")
     command.add_argument("--steps", type=int, default=20, help="steps to roll out (default: 20)")
+    command.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="control of a model with a port, as NAME.control.json: a row for each frame of the video (default: none)",
+    )
     command.add_argument("--encoder", help="encoder for --video (default: the one the model was trained with)")
     command.add_argument(
         "--out",
@@ -244,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "reproduce", "the whole pipeline, from videos to table and figures", _reproduce, sections)
     _add_run(command)
     command.add_argument("--videos", type=Path, metavar="DIR", help="use this folder of videos instead of synthetic ones")
+    _add_world(command)
     command.add_argument(
         "--quick",
         action="store_true",
@@ -313,6 +323,16 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def _add_world(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--world",
+        choices=tuple(WORLDS),
+        help="what the synthetic balls live in: elastic, as published; damped, with drag and losses at collisions, and models "
+        "with conformal friction; driven, by a recorded force, which is the models' control. Sets --restitution, --drag, "
+        "--force, --friction and --control, also those of a --config; these options override it",
+    )
+
+
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)")
 
@@ -333,19 +353,22 @@ def _add_models(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--models",
         nargs="+",
-        default=list(MODELS),
         choices=list(MODELS),
         metavar="NAME",
-        help=f"which models to train: {', '.join(MODELS)} (default: all)",
+        help=f"which models to train: {', '.join(MODELS)} (default: all; those without friction or control only where the "
+        "others have it)",
     )
 
 
 def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Defaults, then the preset, then the file of --config, then options."""
+    """Defaults, then the preset, then the file of --config, then what --world sets, then options."""
     values: dict[str, dict[str, Any]] = {section: dict(fields) for section, fields in (preset or {}).items()}
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
+    if getattr(options, "world", None):
+        for section, fields in WORLDS[options.world].items():
+            values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")
         if dot:
@@ -384,13 +407,14 @@ def _train(options: argparse.Namespace) -> None:
     from .pipeline.windows import prepare
 
     run, config = Run(options.out), config_of(options)
-    check_settings(config, options.models)
+    names = chosen(options.models, config.train, config.data)
+    check_settings(config, names)
     resolve_device(options.device)
     files.refuse_if_locked(options.latents)
-    dataset = prepare(load_latents(options.latents), config.data)
+    dataset = prepare(load_latents(options.latents), config.data, options.videos)
     with run.locked():
-        run.start(config, options.videos, options.latents, options.models)
-        train_models(run, options.models, dataset, config, options.device, not options.quiet, _say)
+        run.start(config, options.videos, options.latents, names)
+        train_models(run, names, dataset, config, options.device, not options.quiet, _say)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -434,6 +458,7 @@ def _dream(options: argparse.Namespace) -> None:
         n_steps=options.steps,
         encoder=options.encoder,
         device=options.device,
+        control=options.control,
     )
     _say(result.text)
     for path in result.paths:
@@ -463,9 +488,12 @@ def _check(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> None:
     from .pipeline.runs import QUICK, reproduce
 
+    if options.world and options.videos:
+        raise UsageError("--world is of the synthetic videos, and --videos names others: give one of them")
     config = config_of(options, QUICK if options.quick else None)
+    names = chosen(options.models, config.train, config.data)
     summary = reproduce(
-        config, options.out, options.videos, options.models, options.device, not options.quiet, _say, _may_fetch(options)
+        config, options.out, options.videos, names, options.device, not options.quiet, _say, _may_fetch(options)
     )
     run = Run(options.out)
     _say(f"figures: {run.figures}")

@@ -108,7 +108,7 @@ def test_a_finding_is_an_error_only_if_strict(checkpoint, tmp_path, monkeypatch,
 
 
 def test_every_model_with_a_hamiltonian(tmp_path, capsys):
-    for name, spec in zoo.MODELS.items():
+    for name, spec in ((name, spec) for name, spec in zoo.MODELS.items() if spec.lacks is None):
         code = run("check", save(tmp_path / f"{name}.safetensors", name, dim=2), "--out", tmp_path / "out" / name, *FAST)
         assert code == (2 if spec.integrator is None else 0)
         captured = capsys.readouterr()

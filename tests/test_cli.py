@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from hjepa_fast.cli import build_parser, config_of, main
-from hjepa_fast.pipeline import checkpoints, files
-from hjepa_fast.pipeline.config import Config
+from hjepa_fast.pipeline import checkpoints, controls, figures, files
+from hjepa_fast.pipeline.config import WORLDS, Config, DataConfig, TrainConfig, VideoConfig
 from hjepa_fast.pipeline.videos import find_videos, write_video
-from hjepa_fast.pipeline.zoo import MODELS
+from hjepa_fast.pipeline.zoo import chosen
 from synthetic import LABEL, write_latents, write_one
 
 SMALL = ("--epochs", "2", "--batch-size", "8", "--window", "5", "--timing-runs", "2", "--timing-warmup", "0", "--quiet")
@@ -38,7 +38,7 @@ def reproduced(tmp_path_factory):
 def test_reproduce_writes_everything(reproduced):
     summary = json.loads((reproduced / "summary.json").read_text())
     names = [row["name"] for row in summary["models"]]
-    assert names == ["persistence", *MODELS]
+    assert names == ["persistence", *chosen(None, TrainConfig(), DataConfig())]
     for row in summary["models"]:
         assert {"name", "mse_mean", "mse_std", "drift_mean", "drift_std", "params", "ms_per_step"} <= row.keys()
         assert row["mse_mean"] > 0
@@ -137,6 +137,101 @@ def test_dream_refuses_what_does_not_fit(reproduced, tmp_path, capsys):
     assert "checkpoint not found" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory):
+    """A small run in a world with a force, whose models have a port and friction."""
+    out = tmp_path_factory.mktemp("runs") / "driven"
+    options = ("--quick", "--n-videos", 5, "--n-frames", 44, "--size", 64, "--radius", 6, "--extended-steps", 3, "--out", out)
+    models = ("--models", "hnn", "hnn-no-control")
+    save = figures.save
+    with pytest.MonkeyPatch.context() as patch:  # the other figures are those of every run, and take most of the time
+        patch.setattr(figures, "save", lambda figure, stem: save(figure, stem) if stem.name == "dissipation" else [])
+        assert run("reproduce", *options, *SMALL, "--world", "driven", "--friction", "rayleigh", "--epochs", 1, *models) == 0
+    return out
+
+
+def test_a_driven_world_from_videos_to_figures(driven, capsys):
+    config = json.loads((driven / "config.json").read_text())
+    assert (config["videos"]["force"], config["data"]["control"], config["train"]["friction"]) == (0.1, "recorded", "rayleigh")
+    summary = json.loads((driven / "summary.json").read_text())
+    titles = {row["name"]: row["title"] for row in summary["models"]}
+    assert titles["hnn"] == "HNN (full) + friction, control"
+    assert titles["hnn-no-control"] == "HNN (no control) + friction"
+    assert [row["name"] for row in summary["models"] if "port" in row] == ["hnn", "hnn-no-control"]
+    assert "Friction and control:" in (driven / "summary.md").read_text()
+    assert (driven / "figures" / "dissipation.png").exists()
+    assert len(list((driven / "videos").glob("*.control.json"))) == 5
+    assert run("evaluate", driven, "--quiet") == 0
+    control = driven / "videos" / "video_001.control.json"
+    whole = control.read_text()
+    try:
+        control.write_text(whole.replace("-0.", "0."))
+        assert run("evaluate", driven, "--quiet") == 1
+        assert "was trained on other data" in capsys.readouterr().err
+        control.unlink()
+        assert run("evaluate", driven, "--quiet") == 1
+        assert "no control of video_001: expected" in capsys.readouterr().err
+    finally:
+        control.write_text(whole)
+
+
+def test_dreams_under_a_control(driven, reproduced, tmp_path, capsys):
+    checkpoint, control = driven / "models" / "hnn" / "best.safetensors", driven / "videos" / "video_003.control.json"
+    start = ("--latents", driven / "latents" / "video_003.safetensors", "--index", 2)
+    dream = ("dream", checkpoint, *start)
+    assert run(*dream, "--steps", 5, "--control", control, "--out", tmp_path / "u") == 0
+    assert "the control gives" in capsys.readouterr().out
+    assert run(*dream, "--steps", 5, "--out", tmp_path / "free") == 0
+    assert "friction takes" in (text := capsys.readouterr().out)
+    assert "without a control" in text
+    pushed, free = (files.load_tensors(tmp_path / f"{name}.safetensors", "dream")[0] for name in ("u", "free"))
+    assert "control" not in free
+    loaded = checkpoints.load(checkpoint)
+    model = checkpoints.restore(loaded, checkpoint)
+    rows = controls.of_steps(controls.read(control), torch.arange(8, 29, 4), 16, "x").float()
+    torch.testing.assert_close(pushed["control"], rows)
+    z0 = (free["states"][0] - loaded.mean) / loaded.std
+    with torch.no_grad():
+        states = model.trajectory(z0, 5, control=rows / loaded.control_scale).states
+    torch.testing.assert_close(pushed["states"], states * loaded.std + loaded.mean, rtol=1e-4, atol=1e-4)
+    assert (pushed["states"][1] - free["states"][1]).abs().max() > 1e-6
+
+    assert run(*dream, "--steps", 9, "--control", control) == 1
+    assert "has 44 rows, and 9 steps from the clip at frame 8 pass 60 frames" in capsys.readouterr().err
+    controls.write(tmp_path / "three.json", torch.ones(60, 3), "")
+    assert run(*dream, "--steps", 9, "--control", tmp_path / "three.json") == 1
+    assert "has 3 numbers a row" in capsys.readouterr().err
+    for other in (driven / "models" / "hnn-no-control", reproduced / "models" / "hnn", reproduced / "models" / "baseline"):
+        assert run("dream", other / "best.safetensors", *start, "--control", control) == 2
+        assert f"has no port for {control}" in capsys.readouterr().err
+    assert run(*dream, "--control", control, "--out", control.with_name("video_003")) == 2  # among the run's own files
+
+
+def test_a_check_is_of_h_alone(driven, tmp_path, capsys):
+    checkpoint = driven / "models" / "hnn" / "best.safetensors"
+    options = ("--steps", 20, "--states", 1, "--integrators", "implicit-midpoint", "--out", tmp_path / "c", "--strict")
+    assert run("check", checkpoint, *options) == 0
+    assert "H alone, without its friction and control" in capsys.readouterr().out
+
+
+def test_own_videos_without_a_control_are_missed_before_they_are_encoded(tmp_path, capsys):
+    (tmp_path / "clip.mp4").write_bytes(b"not looked at")
+    assert run("reproduce", "--quick", "--videos", tmp_path, "--control", "recorded", "--out", tmp_path / "run") == 1
+    assert f"control not found: {tmp_path / 'clip.control.json'}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_world_sets_what_it_is_and_options_override_it(tmp_path):
+    files.write_json(tmp_path / "c.json", {"videos": {"drag": 0.5, "n_frames": 9}, "train": {"friction": "rayleigh"}})
+    parse = build_parser().parse_args
+    damped = config_of(parse(["reproduce", "--world", "damped", "--drag", "0.02"]))
+    assert (damped.videos.drag, damped.videos.restitution, damped.train.friction) == (0.02, 0.9, "conformal")
+    elastic = config_of(parse(["reproduce", "--world", "elastic", "--config", str(tmp_path / "c.json")]))
+    assert elastic == dataclasses.replace(Config(), videos=VideoConfig(n_frames=9))
+    assert config_of(parse(["reproduce"])) == config_of(parse(["reproduce", "--world", "elastic"])) == Config()
+    assert all(Config.from_dict(world, "x") for world in WORLDS.values())
+
+
 def test_own_videos_of_mixed_sizes(tmp_path, capsys):
     """Any folder of videos goes through, without ground truth and without the probe."""
     (tmp_path / "mine").mkdir()
@@ -192,6 +287,16 @@ def test_options_override_the_file_and_the_preset(tmp_path):
         (("train", "latents", "--integrator", "verlet"), 2, "integrator must be auto or one of leapfrog, implicit-leapfrog, "),
         (("train", "latents", "--lr", "-1"), 2, "lr must be positive, found -1.0"),
         (("reproduce", "--integrator", "verlet"), 2, "found 'verlet'"),
+        (("reproduce", "--control", "recorded", "--quick"), 2, "a control only with a --force above 0, found 0"),
+        (("reproduce", "--world", "damped", "--videos", "latents"), 2, "--world is of the synthetic videos"),
+        (("reproduce", "--models", "hnn", "hnn-no-control"), 2, "hnn-no-control is there to be compared with a model that has"),
+        (("train", "latents", "--models", "hnn-no-friction"), 2, "it needs --friction, found none"),
+        (("train", "latents", "--friction-per-dimension"), 2, "is of a friction, conformal or rayleigh, found none"),
+        (("train", "latents", "--friction", "viscous"), 2, "invalid choice: 'viscous'"),
+        (("train", "latents", "--friction", "rayleigh", "--integrator", "tao"), 2, "tao is not there with friction"),
+        (("train", "latents", "--control", "recorded", "--window", "5"), 2, "name their folder with --videos"),
+        (("train", "latents", "--control", "recorded", "--window", "5", "--videos", "."), 1, "no control of video_000"),
+        (("generate", "--restitution", "2"), 2, "expected at most 1"),
         (("reproduce", "--extended-steps", "0"), 2, "extended_steps must be at least 1, found 0"),
         (("train", "latents", "--window", "99"), 1, "too few clips for a window of 99"),
         (("train", "latents", "--window", "5", "--device", "abacus"), 2, "abacus"),

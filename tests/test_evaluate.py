@@ -8,14 +8,16 @@ import pytest
 import torch
 
 import hjepa_fast as hf
+from hjepa_fast.diagnostics import power_balance
 from hjepa_fast.errors import UsageError
 from hjepa_fast.pipeline import evaluate, zoo
-from hjepa_fast.pipeline.config import DataConfig, EvaluateConfig
+from hjepa_fast.pipeline.config import DataConfig, EvaluateConfig, TrainConfig
 from hjepa_fast.pipeline.latents import load_latents
 from hjepa_fast.pipeline.tables import summary_table
 from hjepa_fast.pipeline.windows import prepare
 from synthetic import write_latents
 
+PUBLISHED = zoo.chosen(None, TrainConfig(), DataConfig())
 CONFIG = EvaluateConfig(extended_steps=9, dream_steps=6, timing_warmup=1, timing_runs=2)
 
 
@@ -26,13 +28,13 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def models():
-    return {name: zoo.build(name, 6, 0.8, seed=4) for name in zoo.MODELS}
+    return {name: zoo.build(name, 6, 0.8, seed=4) for name in PUBLISHED}
 
 
 def test_numbers_match_loops(dataset, models):
     result = evaluate.evaluate(models, dataset, CONFIG)
     rows = {row["name"]: row for row in result.rows}
-    assert list(rows) == ["persistence", *zoo.MODELS]
+    assert list(rows) == ["persistence", *PUBLISHED]
     for name in rows:
         errors, drifts, long_drifts, true_drifts = [], [], [], []
         hnn = (models[name] if name in models and zoo.MODELS[name].integrator else models["hnn"]).hnn
@@ -77,20 +79,83 @@ def test_step_length_is_that_of_the_free_rollout(dataset, models):
     assert row["step_length"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_the_full_model_baselines_have_no_energy(dataset, models):
-    result = evaluate.evaluate({"baseline": models["baseline"]}, dataset, CONFIG)
-    assert all(row["drift_mean"] is None for row in result.rows)
-    assert "baseline/energy" not in result.arrays
-    summary = {
+def summary_of(result):
+    return {
         "encoder": "e", "split": "window", "standardized": True, "n_train": 1, "n_test": 1, "latent_dim": 6, "n_steps": 4,
         "epochs": 1, "probe": None, "hardware": evaluate.hardware("cpu"), "models": result.rows,
         "extended_steps": 9, "extended_windows": result.extended_windows, "integrators": result.integrators,
     }  # fmt: skip
+
+
+def test_without_the_full_model_baselines_have_no_energy(dataset, models):
+    result = evaluate.evaluate({"baseline": models["baseline"]}, dataset, CONFIG)
+    assert all(row["drift_mean"] is None for row in result.rows)
+    assert "baseline/energy" not in result.arrays
     assert result.integrators == []
-    table = summary_table(summary)
+    table = summary_table(summary_of(result))
     assert "under other integrators" not in table
     assert "| Baseline MLP" in table
     assert "split by window (windows of one video overlap" in table
+
+
+@pytest.mark.parametrize("friction", ["conformal", "rayleigh"])
+def test_friction_and_control_match_loops(friction, dataset, models):
+    """Predictions under the recorded control, and the energy balance along predictions and true latents, by `power_balance`."""
+    n = 5
+    controlled = dataclasses.replace(
+        dataset, test=dataset.test[:n], test_control=torch.randn(n, 4, 2), control_scale=torch.ones(2)
+    )
+    settings = TrainConfig(friction=friction)
+    ported = {name: zoo.assemble(zoo.spec_in(name, settings, 2), 6, 0.8, seed=4) for name in ("hnn", "hnn-no-control")}
+    torch.nn.init.normal_(ported["hnn"].hnn.port, std=0.3)
+    result = evaluate.evaluate(ported | {"baseline": models["baseline"]}, controlled, CONFIG)
+    rows = {row["name"]: row for row in result.rows}
+
+    def errors_of_balance(hnn, states, control):
+        found = [0.0]
+        for t in range(len(states) - 1):
+            ends = [power_balance(hnn, states[t + k], None if control is None else control[t]) for k in (0, 1)]
+            work = 0.8 / 2 * sum((end.supplied - end.lost).item() for end in ends)
+            found.append(found[-1] + (hnn(states[t + 1]) - hnn(states[t])).item() - work)
+        return found
+
+    def rolled(name, window, u):
+        if name == "persistence":
+            return window[:1].expand(5, -1)
+        if name == "hnn":
+            return hf.rollout(ported[name].hnn, window[0], 0.8, 4, control=u).states
+        return (ported | models)[name].rollout(window[:1], 4)[0]
+
+    for name, owner in (("hnn", "hnn"), ("hnn-no-control", "hnn-no-control"), ("baseline", "hnn"), ("persistence", "hnn")):
+        errors, drifts, true, changes = [], [], [], []
+        hnn = ported[owner].hnn
+        for window, u in zip(controlled.test, controlled.test_control, strict=True):
+            states, given = rolled(name, window, u).detach(), u if hnn.control_dim else None
+            errors.append((states[1:] - window[1:]).square().mean().item())
+            drifts.append(max(map(abs, errors_of_balance(hnn, states, given))))
+            true.append(max(map(abs, errors_of_balance(hnn, window, given))))
+            changes.append((hnn(states[-1]) - hnn(states[0])).item())
+        assert rows[name]["mse_mean"] == pytest.approx(sum(errors) / n, rel=1e-4)
+        assert rows[name]["drift_mean"] == pytest.approx(sum(drifts) / n, rel=1e-3, abs=1e-6)
+        assert rows[name]["drift_true_mean"] == pytest.approx(sum(true) / n, rel=1e-3, abs=1e-6)
+        assert ("port" in rows[name]) == (name == owner)
+        if name == owner:
+            port = rows[name]["port"]
+            assert port["change"] == pytest.approx(sum(changes) / n, rel=1e-3, abs=1e-6)
+            assert abs(port["change"] - (port["supplied"] or 0) + port["lost"]) <= rows[name]["drift_mean"] + 1e-6
+            assert port["coefficient"] == pytest.approx(0.1, rel=1e-5)
+            assert (port["contraction_defect"] is None) == (friction == "rayleigh")
+            assert friction == "conformal" or (port["lost"] > 0 and port["largest_rise"] < 1e-3)
+    assert rows["hnn"]["port"]["supplied"] != 0
+    assert rows["hnn-no-control"]["port"]["supplied"] is None
+    # nothing acts after a window's end, nor in extended rollouts
+    long = hf.rollout(ported["hnn"].hnn, controlled.test[0, 0], 0.8, 9).states.detach()
+    energies = result.arrays["hnn/energy_extended"][0]
+    expected = torch.tensor(errors_of_balance(ported["hnn"].hnn, long, None))
+    torch.testing.assert_close(energies - energies[0], expected, rtol=1e-2, atol=2e-6)
+    table = summary_table(summary_of(result))
+    assert "Its friction and control are left out" in table
+    assert f"| HNN (full) + friction, control | {friction} " in table
 
 
 def test_a_diverging_model_is_reported_not_crashed(dataset, models):

@@ -216,6 +216,58 @@ def test_power_balance(friction):
     torch.testing.assert_close(rate, -lost, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("friction", ["conformal", "rayleigh", None])
+@pytest.mark.parametrize("kind", ["held", "per step"])
+def test_energy_balance(friction, kind):
+    """By sums of `power_balance`; and exact motion balances, with an error of order 2."""
+    model, n, dt = make(friction=friction, per_dimension=friction == "rayleigh"), 6, 0.3
+    states, u = make_states(4, n + 1, 2 * D), make_states(4, n, M, seed=5) if kind == "per step" else make_states(4, M, seed=5)
+    found = diagnostics.energy_balance(model, states, dt, u)
+    H = model.H(states).squeeze(-1)
+    supplied = lost = torch.zeros(4, dtype=torch.float64)
+    for t in range(n):
+        now = u[:, t] if kind == "per step" else u
+        ends = [diagnostics.power_balance(model, states[:, t + k], now) for k in (0, 1)]
+        supplied = supplied + dt * sum(end.supplied for end in ends) / 2
+        lost = lost + dt * sum(end.lost for end in ends) / 2
+        torch.testing.assert_close(found.supplied[:, t + 1], supplied)
+        torch.testing.assert_close(found.lost[:, t + 1], lost)
+        torch.testing.assert_close(found.error[:, t + 1], H[:, t + 1] - H[:, 0] - supplied + lost)
+    assert all(part[:, 0].abs().max() == 0 for part in found)
+    worst = []
+    for steps in (40, 80):
+        path = hf.rollout(model, states[:, 0], 1 / steps, steps, control=u[:, :1].expand(-1, steps, -1) if u.ndim == 3 else u)
+        control = u[:, 0] if u.ndim == 3 else u
+        worst.append(diagnostics.energy_balance(model, path.states, 1 / steps, control).error.abs().max().item())
+    if friction is None:  # the published step is of order 1 for this H, and with friction its error is the larger part too
+        assert worst[0] < 0.05
+    assert worst[1] < 0.7 * worst[0]
+
+
+def test_energy_balance_is_the_drift_without_friction_and_differentiable_with_it():
+    model, states, u = make(), make_states(2, 4, 2 * D), make_states(2, 3, M, seed=5)
+    for hnn, control in ((model.H, None), (model, None)):
+        found = diagnostics.energy_balance(hnn, states, 0.1, control)
+        torch.testing.assert_close(found.error, model.H(states).squeeze(-1) - model.H(states[:, :1]).squeeze(-1))
+        assert found.supplied.abs().max() == found.lost.abs().max() == 0
+    assert diagnostics.energy_balance(make(friction="rayleigh"), states[:, :1], 0.1).error.tolist() == [[0.0], [0.0]]
+    model, dt = make(friction="rayleigh"), torch.tensor(0.1, dtype=torch.float64)
+    parameters = [states, dt, u, model.raw_friction, model.port]
+    for x in parameters[:3]:
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, h, v, *_: diagnostics.energy_balance(model, z, h, v).error, parameters)
+    with pytest.raises(ValueError, match=r"states must be \[\.\.\., n_steps \+ 1, 2d\], found \[6\]"):
+        diagnostics.energy_balance(model, states[0, 0], 0.1)
+    with pytest.raises(ValueError, match=r"dt must be .*broadcast to \[2, 3\]; found \[2\]"):
+        diagnostics.energy_balance(model, states, torch.ones(2, dtype=torch.float64))
+    per_sample = diagnostics.energy_balance(model, states, torch.tensor([[0.1], [0.2]], dtype=torch.float64))
+    torch.testing.assert_close(per_sample.lost[1], 2 * diagnostics.energy_balance(model, states, 0.1).lost[1])
+    with pytest.raises(ValueError, match="no port for it"):
+        diagnostics.energy_balance(model.H, states, 0.1, u)
+    with pytest.raises(ValueError, match=r"control must be .* found \[2, 2, 2\]"):
+        diagnostics.energy_balance(model, states, 0.1, u[:, :2])
+
+
 def test_friction_is_never_negative_and_is_learned():
     model = make(friction="conformal", per_dimension=True)
     assert model.friction.shape == (D,)

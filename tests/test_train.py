@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import hjepa_fast as hf
+from hjepa_fast.diagnostics import power_balance
 from hjepa_fast.errors import CheckpointError, TrainingError, UsageError
-from hjepa_fast.pipeline import checkpoints, files, train, zoo
+from hjepa_fast.pipeline import checkpoints, controls, files, train, zoo
 from hjepa_fast.pipeline.config import DataConfig, TrainConfig
 from hjepa_fast.pipeline.latents import load_latents
 from hjepa_fast.pipeline.windows import prepare
@@ -26,6 +27,19 @@ CONFIG = TrainConfig(epochs=4, batch_size=8)
 @pytest.fixture
 def dataset(tmp_path):
     return prepare(load_latents(write_latents(tmp_path / "latents")), DATA)
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    monkeypatch.setattr(zoo, "LatentHNN", lambda dim: hf.LatentHNN(dim, (8, 8)))
+
+
+@pytest.fixture
+def driven(tmp_path):
+    latents = load_latents(write_latents(tmp_path / "driven"))
+    for item in latents:
+        controls.write(tmp_path / f"{item.name}.control.json", torch.randn(60, 2).double(), "test")
+    return prepare(latents, dataclasses.replace(DATA, control="recorded"), tmp_path)
 
 
 def run(name, dataset, folder, config=CONFIG, **kwargs):
@@ -67,7 +81,96 @@ def test_loss_terms_as_written(reference):
     assert train.loss_terms(model, windows, CONFIG, energy_loss=False)[1] == 0
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("friction", ["conformal", "rayleigh"])
+def test_the_energy_loss_leaves_out_what_friction_and_control_do(friction):
+    """H(z_t) less the power put in and plus the power lost, by the trapezoidal rule with `power_balance`."""
+    config = dataclasses.replace(CONFIG, friction=friction)
+    model = zoo.assemble(zoo.spec_in("hnn", config, 2), 6, 0.7, seed=3)
+    assert not model.hnn.port.any()  # it starts as the model without a control
+    nn.init.normal_(model.hnn.port)
+    windows, control = torch.randn(3, 5, 6), torch.randn(3, 4, 2)
+    mse, term = train.loss_terms(model, windows, config, True, control)
+    states = [windows[:, 0]]
+    for t in range(4):
+        states.append(model.trajectory(states[-1], 1, control=control[:, t]).states[:, 1])
+    E = [model.hnn(states[0]).squeeze(-1)]
+    for t in range(4):
+        ends = [power_balance(model.hnn, states[t + k], control[:, t]) for k in (0, 1)]
+        work = 0.7 * sum(end.supplied - end.lost for end in ends) / 2
+        E.append(E[-1] + (model.hnn(states[t + 1]) - model.hnn(states[t])).squeeze(-1) - work)
+    torch.testing.assert_close(mse, sum((states[t] - windows[:, t]).square().mean() for t in range(1, 5)) / 4)
+    torch.testing.assert_close(term, sum((E[t] - E[1]).abs().mean() for t in range(1, 5)) / 4, rtol=1e-3, atol=1e-6)
+    term.backward()
+    assert model.hnn.raw_friction.grad.abs() > 0
+    assert model.hnn.port.grad.abs().sum() > 0
+
+
+def test_friction_and_control_train_resume_and_come_back(driven, tmp_path, small_networks):
+    config = dataclasses.replace(CONFIG, epochs=3, batch_size=16, friction="rayleigh", friction_per_dimension=True, lr=1e-2)
+    data = dataclasses.replace(DATA, control="recorded")
+    whole = checkpoints.load(train.train("hnn", driven, tmp_path / "whole", config, data))
+
+    def interrupt(row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train("hnn", driven, tmp_path / "parts", config, data, log=interrupt)
+    path = train.train("hnn", driven, tmp_path / "parts", config, data)
+    resumed = checkpoints.load(path)
+    assert all(torch.equal(whole.model[key], resumed.model[key]) for key in whole.model)
+    assert (resumed.facts["friction"], resumed.facts["control_dim"]) == ("rayleigh", 2)
+    torch.testing.assert_close(resumed.control_scale, driven.control_scale)
+    model = checkpoints.restore(resumed, path)
+    assert model.hnn.friction.shape == (3,)
+    assert (model.hnn.friction >= 0).all()
+    best = min(row["test_mse"] for row in resumed.facts["history"])
+    assert train.rollout_error(model, driven.test, driven.test_control) == pytest.approx(best, rel=1e-6)
+    assert train.rollout_error(model, driven.test) != pytest.approx(best, rel=1e-3)  # without its control
+    with pytest.raises(TrainingError, match="another friction: found 'rayleigh', expected 'conformal'"):
+        train.train("hnn", driven, tmp_path / "parts", dataclasses.replace(config, friction="conformal"), data)
+    with pytest.raises(TrainingError, match="another control_dim: found 2, expected 0"):
+        train.train("hnn", prepare(load_latents(tmp_path / "driven"), DATA), tmp_path / "parts", config, DATA)
+
+
+def test_what_a_model_lacks_is_all_it_lacks(driven, tmp_path, small_networks):
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=32, friction="conformal")
+    data = dataclasses.replace(DATA, control="recorded")
+    found = {}
+    for name in ("hnn", "hnn-no-friction", "hnn-no-control", "baseline"):
+        path = train.train(name, driven, tmp_path / name, config, data)
+        found[name] = checkpoints.restore(checkpoints.load(path), path)
+    ports = {name: zoo.port_of(model) for name, model in found.items()}
+    assert [(p.kind, p.control_dim) for p in ports.values() if p] == [("conformal", 2), (None, 2), ("conformal", 0)]
+    assert [zoo.title(name, model) for name, model in found.items()] == [
+        "HNN (full) + friction, control", "HNN (no friction) + control", "HNN (no control) + friction", "Baseline MLP"
+    ]  # fmt: skip
+    assert zoo.spec_in("hnn-no-control", dataclasses.replace(config, integrator="rk4"), 2).title == (
+        "HNN (no control, rk4) + friction"
+    )
+    with pytest.raises(UsageError, match="tao is not there with friction or a control"):
+        train.train("hnn", driven, tmp_path / "t", dataclasses.replace(config, integrator="tao"), data)
+
+
+def test_checkpoints_from_before_friction_load_and_go_on(dataset, tmp_path, small_networks):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    run("hnn", dataset, tmp_path, config)
+    for name in ("best", "last"):
+        path = tmp_path / f"{name}.safetensors"
+        old = checkpoints.load(path)
+        for key in ("friction", "control_dim"):
+            del old.facts[key]
+        del old.facts["train"]["friction"], old.facts["train"]["friction_per_dimension"], old.facts["data"]["control"]
+        checkpoints.save(path, old)
+    assert "control" not in (tmp_path / "last.json").read_text()
+    assert zoo.port_of(checkpoints.restore(checkpoints.load(path), path)) is None
+    run("hnn", dataset, tmp_path, config, log=lambda row: pytest.fail("trained again"))
+
+
+PUBLISHED = zoo.chosen(None, CONFIG, DATA)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_model_learns(name, dataset, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=25, lr=4e-3)
     checkpoint, history = run(name, dataset, tmp_path / name, config)
@@ -154,6 +257,11 @@ def test_autocast_rounds_the_plain_network_and_leaves_rollouts_in_float32(datase
         exact = run(name, dataset, tmp_path / name, config)[1]
         assert low[0]["train_mse"] == pytest.approx(exact[0]["train_mse"], rel=0.05)
         assert (low[0]["train_mse"] == pytest.approx(exact[0]["train_mse"], rel=1e-6)) == (name == "hnn")
+    damped = dataclasses.replace(config, epochs=1, friction="conformal")
+    low, exact = (
+        run("hnn", dataset, tmp_path / f"damped-{amp}", dataclasses.replace(damped, amp=amp))[1] for amp in ("bfloat16", "off")
+    )
+    assert low[0]["train_energy"] == pytest.approx(exact[0]["train_energy"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import struct
 from collections import OrderedDict, defaultdict
 
@@ -20,7 +21,19 @@ import hjepa_fast as hf
 from hjepa_fast.api import BACKENDS
 from hjepa_fast.cli import build_parser, config_of, main
 from hjepa_fast.errors import CheckpointError, EncoderError, HJEPAError, LatentError, UsageError
-from hjepa_fast.pipeline import checkpoints, encoder_files, encoders, files, latents, runs, schemas, train, untrusted, zoo
+from hjepa_fast.pipeline import (
+    checkpoints,
+    controls,
+    encoder_files,
+    encoders,
+    files,
+    latents,
+    runs,
+    schemas,
+    train,
+    untrusted,
+    zoo,
+)
 from hjepa_fast.pipeline.config import Config, DataConfig, TrainConfig
 from hjepa_fast.pipeline.dream import dream
 from hjepa_fast.pipeline.figures import draw
@@ -453,6 +466,63 @@ class TestLatents:
         files.save_tensors(tmp_path / "v.safetensors", good | change, {})
         with pytest.raises(HJEPAError, match="not the ground truth"):
             load_ground_truth(tmp_path / "v.mp4")
+
+
+class TestControls:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "c.json"),
+            ("[[1, 2]]", "valid dictionary"),
+            ('{"control": []}', "control: List should have at least 1 item"),
+            ('{"control": [[]]}', "control.0: List should have at least 1 item"),
+            ('{"control": [[1], ["2"]]}', "control.1.0: Input should be a valid number, found '2'"),
+            ('{"control": [[1], [true]]}', "control.1.0: Input should be a valid number, found True"),
+            ('{"control": [[1], [NaN]]}', "control.1.0 is NaN"),
+            ('{"control": [[1], [2, 3]]}', "found 1 in row 0 and 2 in row 1"),
+            ('{"about": 3, "control": [[1]]}', "about"),
+        ],
+    )
+    def test_what_is_no_control_is_refused(self, tmp_path, text, message):
+        path = tmp_path / "c.json"
+        path.write_text(text)
+        with pytest.raises(HJEPAError, match=re.escape(message)):
+            controls.read(path)
+
+    def test_random_damage_gives_errors_of_this_package_only(self, tmp_path):
+        path, rng = tmp_path / "c.json", np.random.default_rng(0)
+        controls.write(path, torch.randn(30, 2, dtype=torch.float64), "a test")
+        whole, refused = path.read_bytes(), 0
+        assert controls.read(path).shape == (30, 2)
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for _ in range(rng.integers(1, 5)):
+                damaged[rng.integers(0, len(whole))] ^= 1 << rng.integers(0, 8)
+            path.write_bytes(damaged)
+            try:
+                assert controls.read(path).isfinite().all()
+            except HJEPAError:
+                refused += 1
+        assert refused > 50
+
+    @pytest.mark.parametrize(
+        ("facts", "tensors", "message"),
+        [
+            ({"control_dim": 2}, {}, r"data/control_scale of shape \[2\], as control_dim says; found absent"),
+            ({"control_dim": 2}, {"data/control_scale": torch.ones(3)}, r"shape \[2\], .* found \[3\]"),
+            ({"control_dim": 2}, {"data/control_scale": torch.tensor([1.0, 0.0])}, r"expected positive data/control_scale"),
+            ({"control_dim": 2}, {"data/control_scale": torch.ones(2)}, r"hnn.H.net.0.bias is absent in the file"),
+            ({"control_dim": -1}, {}, "control_dim: Input should be greater than or equal to 0"),
+            ({"control_dim": 10**6}, {}, "control_dim"),
+            ({"friction": "viscous"}, {}, "cannot be used: friction must be one of"),
+            ({"friction": "conformal"}, {}, r"hnn.H.net.0.bias is absent in the file"),
+            ({"friction": "conformal", "integrator": "tao"}, {}, "tao is not there with friction"),
+        ],
+    )
+    def test_checkpoints_whose_friction_or_control_do_not_fit(self, tmp_path, facts, tensors, message):
+        path = write_checkpoint(tmp_path / "c.safetensors", FACTS | facts, **tensors)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(checkpoints.load(path), path)
 
 
 def test_random_damage_to_settings_gives_errors_of_this_package_only(tmp_path):

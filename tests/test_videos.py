@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 
 from hjepa_fast.errors import HJEPAError, MissingDependencyError, UsageError, VideoError
-from hjepa_fast.pipeline import files, videos
+from hjepa_fast.pipeline import controls, files, videos
 from hjepa_fast.pipeline.config import VideoConfig
 
 av = pytest.importorskip("av")
@@ -175,6 +176,77 @@ def test_random_starts_use_the_published_speeds() -> None:
     assert np.histogram(angle, bins=4, range=(-np.pi, np.pi))[0].min() > 20
 
 
+def flown(config: VideoConfig, run: videos.Trajectories, t: int, ball: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Where a ball flies from frame t in one frame, how fast then, and per mass: the work on it and what drag took."""
+    force = np.zeros(2) if run.force is None else run.force[t]
+
+    def rates(_: float, y: np.ndarray) -> np.ndarray:
+        v = y[2:4]
+        return np.concatenate([v, force - config.drag * v, [force @ v, config.drag * v @ v]])
+
+    start = np.concatenate([run.positions[t, ball], run.velocities[t, ball], [0, 0]])
+    y = solve_ivp(rates, (0, 1), start, rtol=1e-11, atol=1e-12).y[:, -1]
+    return y[:2], y[2:4], y[4], y[5]
+
+
+def kinetic(velocity: np.ndarray) -> float:
+    return float((velocity**2).sum() / 2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VideoConfig(n_balls=1, n_frames=70, drag=0.02, restitution=0.7, force=0.15, force_frames=9),
+        VideoConfig(n_balls=1, n_frames=70, force=0.3),
+        VideoConfig(n_balls=1, n_frames=70, drag=0.03, restitution=0.0),
+    ],
+)
+def test_energy_balance_of_one_ball(config: VideoConfig) -> None:
+    """Work of the force, drag and losses at walls account for the kinetic energy of every frame."""
+    run = simulated(config, 3)
+    flights = hits = 0
+    for t in range(config.n_frames - 1):
+        position, velocity, work, dragged = flown(config, run, t, 0)
+        np.testing.assert_allclose(kinetic(velocity) - kinetic(run.velocities[t]), work - dragged, atol=1e-9)
+        low, high = position < 20, position > config.size - 20
+        outward = (low & (velocity < 0)) | (high & (velocity > 0))
+        flights, hits = flights + 1, hits + int(outward.any())
+        np.testing.assert_allclose(run.positions[t + 1, 0], position.clip(20, config.size - 20), atol=1e-8)
+        lost = (1 - config.restitution**2) / 2 * (velocity[outward] ** 2).sum()
+        assert kinetic(run.velocities[t + 1]) == pytest.approx(kinetic(velocity) - lost, abs=1e-8)
+        np.testing.assert_allclose(run.velocities[t + 1, 0][~outward], velocity[~outward], atol=1e-9)
+    assert 0 < hits < flights
+
+
+def test_pairs_lose_energy_and_keep_momentum() -> None:
+    config = VideoConfig(n_frames=120, radius=(12.0, 24.0), size=200, restitution=0.6)
+    mass, hits = np.array([144.0, 576.0]), 0
+    for seed in range(15):
+        run = simulated(config, seed)
+        margin = np.minimum(run.positions, config.size - run.positions) - run.radii[:, None]
+        inside = margin[1:].min((1, 2)) > 20
+        for t in np.flatnonzero(inside & (np.diff(run.velocities, axis=0) != 0).any((1, 2))):
+            before, after = run.velocities[t], run.velocities[t + 1]
+            normal = run.positions[t + 1, 1] - run.positions[t + 1, 0]
+            approach = (before[0] - before[1]) @ normal / np.linalg.norm(normal)
+            np.testing.assert_allclose(mass @ after, mass @ before, atol=1e-9)
+            lost = (mass[:, None] * (before**2 - after**2)).sum() / 2
+            assert lost == pytest.approx((1 - 0.6**2) / 2 * (144 * 576 / 720) * approach**2, rel=1e-9)
+            hits += 1
+    assert hits > 2
+
+
+def test_the_force_is_held_and_of_one_size() -> None:
+    config = VideoConfig(n_frames=25, force=0.2, force_frames=10)
+    run, undriven = simulated(config, 2), simulated(VideoConfig(n_frames=25), 2)
+    assert run.force is not None
+    assert undriven.force is None
+    np.testing.assert_array_equal(run.velocities[0], undriven.velocities[0])  # the same start
+    assert run.force.shape == (25, 2)
+    np.testing.assert_allclose(np.linalg.norm(run.force, axis=1), 0.2)
+    assert np.flatnonzero(np.diff(run.force, axis=0).any(1)).tolist() == [9, 19]
+
+
 def test_seed_decides_the_motion() -> None:
     for config in (VideoConfig(), MIXED):
         np.testing.assert_array_equal(simulated(config, 3).positions, simulated(config, 3).positions)
@@ -199,6 +271,12 @@ def test_seed_decides_the_motion() -> None:
         ({"n_balls": 1, "radius": (40.0,), "size": 80}, ["size is 80", "at least 82"]),
         ({"n_balls": 30}, ["of n_balls 30", "size 256"]),
         ({"background": "blue"}, ["blue", "gradient"]),
+        ({"restitution": 1.1}, ["restitution is 1.1", "at most 1"]),
+        ({"restitution": float("nan")}, ["restitution is nan"]),
+        ({"drag": -0.1}, ["drag is -0.1", "at least 0"]),
+        ({"drag": 1e-9}, ["drag is 1e-09", "1e-06"]),
+        ({"force": -1.0}, ["force is -1.0", "at least 0"]),
+        ({"force_frames": 0}, ["force_frames is 0", "at least 1"]),
     ],
 )
 def test_bad_configurations(change: dict, words: list[str]) -> None:
@@ -927,6 +1005,33 @@ def test_generate(tmp_path: Path) -> None:
     assert metadata is not None
     assert json.loads(metadata["settings"])["video_seed"] == 7
     assert metadata["source"]
+
+
+def test_a_force_is_recorded_beside_its_video(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, n_videos=2, force=0.1)
+    made = videos.generate(tmp_path, config)
+    assert videos.find_videos(tmp_path) == made
+    for index, path in enumerate(made):
+        force = videos.simulate(config, np.random.default_rng([7, index])).force
+        np.testing.assert_array_equal(controls.read(controls.path_of(path)), force)
+    before = contents(tmp_path)
+    controls.path_of(made[1]).unlink()  # as an interruption between its files leaves it
+    videos.generate(tmp_path, config)
+    assert contents(tmp_path) == before
+    with pytest.raises(VideoError, match="other settings"):
+        videos.generate(tmp_path, dataclasses.replace(config, force=0.2))
+
+
+def test_elastic_videos_are_known_by_the_settings_that_older_versions_wrote(tmp_path: Path) -> None:
+    made = videos.generate(tmp_path, dataclasses.replace(SMALL, n_videos=1))
+    metadata = files.read_metadata(made[0].with_suffix(".safetensors"))
+    assert metadata is not None
+    assert json.loads(metadata["settings"]) == {
+        "n_frames": 12, "n_balls": 2, "radius": [10.0, 10.0], "size": 96, "fps": 25, "background": "black", "video_seed": 7
+    }  # fmt: skip
+    assert os.listdir(tmp_path).count("video_000.control.json") == 0
+    with pytest.raises(VideoError, match="other settings"):
+        videos.generate(tmp_path, dataclasses.replace(SMALL, n_videos=1, drag=0.1))
 
 
 def test_generate_does_not_depend_on_the_number(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def check(
 ) -> Check:
     """Measure what integrators keep of a trained model's dynamics, in float64; see `diagnostics.check`.
 
+    Of a model with friction or a control it is its H alone that is measured, and the report says so.
+
     Parameters
     ----------
     checkpoint : Path
@@ -126,6 +128,8 @@ def check(
         raise UsageError(
             f"{checkpoint} is a {title}, which has no Hamiltonian to check; expected one of {_hamiltonian_models()}"
         )
+    port = zoo.port_of(model)
+    model = zoo.without_port(model)
     z0, source = _states(loaded, checkpoint, latents, n_states)
     try:
         api.choose_backend(backend, z0)
@@ -139,6 +143,7 @@ def check(
     about = f"{title}, {loaded.facts['latent_dim']} dimensions, dt {reports[0].dt:.4g}, {len(z0)} {source}"
     trained = how_trained(checkpoint, loaded.facts)
     about += f"; {trained}" if trained else ""
+    about += "" if port is None else "; H alone, without its friction and control"
     json_path = out.with_name(f"{out.name}.json")
     of = {
         "checkpoint": checkpoint.name,

@@ -36,6 +36,8 @@ class Checkpoint:
     std: Tensor
     optimizer: dict[str, Tensor]
     """Optimizer state as `<parameter>/<name>`, empty in a checkpoint that only serves prediction."""
+    control_scale: Tensor | None = None
+    """[m]: what a recorded control is divided by; None for a model without a port."""
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -43,6 +45,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"model/{name}": tensor for name, tensor in checkpoint.model.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
     tensors |= {"data/mean": checkpoint.mean, "data/std": checkpoint.std}
+    if checkpoint.control_scale is not None:
+        tensors["data/control_scale"] = checkpoint.control_scale
     facts = {"format": FORMAT, **checkpoint.facts}
     files.save_tensors(path, tensors, {"hjepa_fast": json.dumps(facts, allow_nan=False)})
     files.write_json(path.with_suffix(".json"), facts)
@@ -93,7 +97,13 @@ def load(path: Path) -> Checkpoint:
             f"{path}: expected data/mean and positive data/std of shape {list(shape)}, as latent_dim says; "
             f"found {list(data['mean'].shape)} and {list(data['std'].shape)}"
         )
-    checkpoint = Checkpoint(facts, part("model/"), data["mean"], data["std"], part("optimizer/"))
+    scale, size = data.get("control_scale"), facts["control_dim"]
+    if size and (scale is None or tuple(scale.shape) != (size,) or not (scale > 0).all()):
+        found = "absent" if scale is None else list(scale.shape)
+        raise CheckpointError(
+            f"{path}: expected positive data/control_scale of shape [{size}], as control_dim says; found {found}"
+        )
+    checkpoint = Checkpoint(facts, part("model/"), data["mean"], data["std"], part("optimizer/"), scale if size else None)
     _check_optimizer(checkpoint, path)
     return checkpoint
 
@@ -134,7 +144,9 @@ def restore(checkpoint: Checkpoint, source: Path) -> zoo.Model:
         if (kind["integrator"] is None) != (own.integrator is None):
             raise UsageError(f"{facts['model']} has integrator {kind['integrator']!r}")
         bounds = facts.get("train", {}).get("dt_bounds", DT_BOUNDS)
-        spec = dataclasses.replace(own, **kind)
+        per_dimension = facts.get("train", {}).get("friction_per_dimension", False)
+        port = facts.get("friction"), per_dimension, facts.get("control_dim", 0)
+        spec = zoo.with_port(dataclasses.replace(own, **kind), *port)
         model = zoo.assemble(spec, facts["latent_dim"], _inside(bounds), seed=0, dt_bounds=bounds)
     except (UsageError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error

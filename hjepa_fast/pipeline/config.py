@@ -44,7 +44,15 @@ class VideoConfig:
     size: int = _option(256, "side of the square frame in pixels, even", most=8192)
     fps: int = _option(30, "frames per second", most=1000)
     background: Literal["black", "gradient"] = _option("black", "black as published, or a smooth static colour gradient")
-    video_seed: int = _option(42, "seed of the initial velocities and positions", most=SEEDS)
+    video_seed: int = _option(42, "seed of the initial velocities and positions, and of the force", most=SEEDS)
+    restitution: float = _option(
+        1.0, "normal speed after a collision, with a wall or a ball, over that before it; 1 is elastic, as published", most=1
+    )
+    drag: float = _option(0.0, "linear drag: the rate, per frame, at which every ball's velocity decays", most=10)
+    force: float = _option(
+        0.0, "size of the force per mass that pushes all balls alike, in pixels per frame^2; its direction is random", most=100
+    )
+    force_frames: int = _option(15, "frames for which the direction of the force is held", most=MANY)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,12 @@ class DataConfig:
     )
     test_fraction: float = _option(0.2, "share of videos or windows held out")
     split_seed: int = _option(42, "seed of the split", most=SEEDS)
-    standardize: bool = _option(True, "standardise each latent dimension with training statistics (published: off)")
+    standardize: bool = _option(
+        True, "standardise each latent dimension with training statistics, and scale controls (published: off)"
+    )
+    control: Literal["none", "recorded"] = _option(
+        "none", "control of the models with a Hamiltonian: none, or what is recorded beside each video as NAME.control.json"
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,10 @@ class TrainConfig:
         "integrator of the full model, 'hnn', alone: auto, which is the published leapfrog, or one of "
         f"{', '.join(SCHEMES)}; the other models keep the integrator that they are there to show",
     )
+    friction: Literal["none", "conformal", "rayleigh"] = _option(
+        "none", "learnable friction g >= 0 of the models with a Hamiltonian: none, conformal (g p) or rayleigh (g Hp)"
+    )
+    friction_per_dimension: bool = _option(False, "a coefficient of friction for each momentum, not one for all")
     dt: float = _option(1.0, "initial step size, learnable")
     dt_bounds: tuple[float, float] | None = _option(
         DT_BOUNDS, "smallest and largest step size that is used, which dt is clamped to, or none for no clamp"
@@ -117,6 +134,19 @@ class EvaluateConfig:
     dream_steps: int = _option(20, "steps of a free rollout from one state", most=MANY)
     timing_warmup: int = _option(10, "rollouts before timing starts", most=MANY)
     timing_runs: int = _option(100, "timed rollouts; the median is reported", most=MANY)
+
+
+def _world(friction: str = "none", control: str = "none", **videos: float) -> dict[str, dict[str, Any]]:
+    published = {name: getattr(VideoConfig(), name) for name in ("restitution", "drag", "force")}
+    return {"videos": published | videos, "data": {"control": control}, "train": {"friction": friction}}
+
+
+WORLDS = {
+    "elastic": _world(),
+    "damped": _world("conformal", restitution=0.9, drag=0.01),
+    "driven": _world(control="recorded", force=0.1),
+}
+"""Settings of `--world`: what the synthetic balls live in, and the friction and control of models for it."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ..api import energy
+from ..diagnostics import Balance, energy_balance
 from ..errors import CheckpointError, EncoderError, HJEPAError, LatentError, UsageError
 from ..integrators import SymplecticIntegrator
-from . import checkpoints, encoder_files, files, zoo
+from ..ports import PortHNN
+from . import checkpoints, controls, encoder_files, files, zoo
+from .checkpoints import Checkpoint
 from .config import OFFLINE_ENCODER, EncodeConfig, shown
 from .encoders import resolve_device
 from .figures import check_available, dream_figure, save
@@ -43,6 +46,7 @@ def dream(
     n_steps: int = 20,
     encoder: str | None = None,
     device: str = "auto",
+    control: Path | None = None,
 ) -> Dream:
     """Roll a trained model out from one latent and plot it.
 
@@ -52,7 +56,7 @@ def dream(
         A checkpoint written by `train`.
     out : Path
         Stem of the files written: `.safetensors` (`states` [n_steps + 1, d] in latent units, `energy` [n_steps + 1] where
-        the model has a Hamiltonian), `.png`, `.pdf`.
+        the model has a Hamiltonian, `control` [n_steps, m] of each step where one is given), `.png`, `.pdf`.
     latents, video : Path
         One of them: a file made by `encode`, or a video, which is encoded first.
     index : int
@@ -60,23 +64,33 @@ def dream(
     encoder : str, optional
         Encoder for `video`; by default the one named in the checkpoint, if it is "offline", the folder that the model was
         trained with, or in the local cache. Nothing is fetched that the caller did not name.
+    control : Path, optional
+        What acts on a model with a port, see `controls.read`; without it nothing does. Row t is held from frame t of the video
+        that the latents are of, and each step has the mean over its clips, see `controls.of_steps`.
 
     Raises
     ------
     UsageError
-        An index out of range, or fewer than one step.
+        An index out of range, fewer than one step, or a control for a model without a port.
     LatentError
-        Latents of another size, or of another encoder than the model's.
+        Latents of another size, or of another encoder than the model's; a control of another size, or one that ends too early.
     HJEPAError
         The rollout leaves the finite numbers; the message says at which step.
     """
     if n_steps < 1:
         raise UsageError(f"a dream needs at least 1 step, found {n_steps}")
     check_available()
-    with output(out, SUFFIXES, (checkpoint, latents, video)):
+    sources = (checkpoint, latents, video, control)
+    with output(out, SUFFIXES, sources):
         pass  # refused before anything is computed
     loaded, digest = load_identified(checkpoint)
     model = checkpoints.restore(loaded, checkpoint).eval()
+    port = zoo.port_of(model)
+    if control is not None and not zoo.takes_control(model):
+        raise UsageError(
+            f"{checkpoint} is a {zoo.title(loaded.facts['model'], model)}, which has no port for {control}: models have one "
+            "that were trained with --control recorded"
+        )
     if video is not None:
         source = video
         sequence = _encode_one(video, loaded.facts["encoding"], encoder, device, checkpoint)
@@ -96,12 +110,15 @@ def dream(
     target = resolve_device(device)
     model = model.to(target)
     z0 = ((sequence.latents[index] - loaded.mean) / loaded.std).to(target)
+    given = None if control is None else _steps_of(control, loaded, checkpoint, int(sequence.start_frame[index]), n_steps)
+    u = None if given is None or loaded.control_scale is None else (given / loaded.control_scale).to(target)
     H: Tensor | None = None
-    unsolved = ""
+    unsolved = worked = ""
     with torch.no_grad():
         if isinstance(model, SymplecticIntegrator):
-            rollout = model.trajectory(z0, n_steps, unconverged="flag")
+            rollout = model.trajectory(z0, n_steps, unconverged="flag", control=u)
             states, H = rollout.states, energy(model.hnn, rollout.states).cpu()
+            worked = "" if port is None else _worked(energy_balance(port, states, model.step_size, u), port, u)
             if rollout.solve is not None and not rollout.solve.converged.all():
                 unsolved = (
                     f"; {int((~rollout.solve.converged).sum())} implicit steps could not be solved, "
@@ -117,15 +134,43 @@ def dream(
     if not finite.all():
         raise HJEPAError(f"{title}: the rollout is not finite from step {int((~finite).nonzero()[0])} on; take fewer --steps")
     tensors = {"states": states * loaded.std + loaded.mean} | ({} if H is None else {"energy": H})
+    tensors |= {} if given is None else {"control": given}
     tensor_path = out.with_name(f"{out.name}.safetensors")
     of = {"checkpoint": checkpoint.name, "checkpoint_sha256": digest, "trained": trained, "source": source.name}
-    with output(out, SUFFIXES, (checkpoint, latents, video)):
+    with output(out, SUFFIXES, sources):
         files.save_tensors(tensor_path, tensors, of)
-        paths = save(dream_figure(states, H, title), out)
+        paths = save(dream_figure(states, H, title, kept=port is None), out)
     text = f"{title}; mean step length {states.diff(dim=0).norm(dim=1).mean():.4g}"
     if H is not None:
-        text += f", largest energy drift {(H - H[0]).abs().max():.4g}"
+        text += worked or f", largest energy drift {(H - H[0]).abs().max():.4g}"
     return Dream(text + unsolved, [tensor_path, *paths])
+
+
+def _steps_of(path: Path, loaded: Checkpoint, checkpoint: Path, start: int, n_steps: int) -> Tensor:
+    """The control of each step from the clip that starts at a frame, float32 [n_steps, m], as recorded."""
+    found, size, encoding = controls.read(path), loaded.facts["control_dim"], loaded.facts["encoding"]
+    if found.shape[1] != size:
+        raise LatentError(f"{path} has {found.shape[1]} numbers a row, and {checkpoint} was trained with {size}")
+    if encoding is None or encoding.get("clip_stride") is None:
+        raise CheckpointError(f"{checkpoint} does not say how its latents were encoded, so frames cannot be told from steps")
+    needed = start + encoding["clip_stride"] * n_steps + encoding["clip_frames"]
+    if needed > len(found):
+        raise LatentError(
+            f"{path} has {len(found)} rows, and {n_steps} steps from the clip at frame {start} pass {needed} frames: "
+            "take fewer --steps, or a longer control"
+        )
+    starts = start + encoding["clip_stride"] * torch.arange(n_steps + 1)
+    return controls.of_steps(found, starts, encoding["clip_frames"], str(path)).float()
+
+
+def _worked(balance: Balance, port: PortHNN, control: Tensor | None) -> str:
+    """What friction and control did, in words."""
+    text = f", H changes by {balance.change[-1]:.4g}"
+    if port.kind is not None:
+        text += f", friction takes {balance.lost[-1]:.4g}"
+    if port.control_dim:
+        text += ", without a control" if control is None else f", the control gives {balance.supplied[-1]:.4g}"
+    return text
 
 
 def _encode_one(video: Path, encoding: dict[str, Any] | None, encoder: str | None, device: str, checkpoint: Path) -> Latents:

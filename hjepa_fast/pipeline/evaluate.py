@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
 import os
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from .. import api
 from ..api import energy
-from ..errors import UsageError
+from ..diagnostics import Balance, energy_balance, energy_growth, symplecticity_defect
+from ..errors import ConvergenceError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..models import SeparableHNN
 from ..schemes import SCHEMES
@@ -61,9 +65,14 @@ def evaluate(
     """Measure every model, and persistence (z0 for ever), on the test windows.
 
     A model without a Hamiltonian is measured with the full model's H, as published; without that model its energy
-    columns stay empty. All numbers are in the space the models are trained in (standardised, unless that is off).
-    Extended rollouts start from at most `EXTENDED_WINDOWS` test windows, evenly spread, and only their energies are kept.
-    Rollouts that leave the finite numbers, and implicit steps that cannot be solved, are counted and not refused.
+    columns stay empty. Where that H has friction or a control, "energy" below is H less what the control has put in and plus
+    what friction has taken out by then, so that its drift is the error of `diagnostics.energy_balance`: 0 for exact solutions,
+    as the drift of H is without them.
+
+    All numbers are in the space the models are trained in (standardised, unless that is off). Extended rollouts start from at
+    most `EXTENDED_WINDOWS` test windows, evenly spread, and only their energies are kept. They are without a control, as are
+    free rollouts after a window's last step. Rollouts that leave the finite numbers, and implicit steps that cannot be solved,
+    are counted and not refused.
 
     Parameters
     ----------
@@ -73,18 +82,21 @@ def evaluate(
     -------
     Evaluation
         `rows`: name, title, integrator, mse_mean and mse_std over windows, mse_relative (to the variance of the test
-        latents), mse_per_step, drift_mean and drift_std of max_t |H(z_t) - H(z_0)| over the windows' steps, drift_true_mean
-        (the same along the true latents), drift_extended_mean (over the extended steps), diverged (the share of extended
-        rollouts whose H is not finite somewhere), energy_std (of H over the true test latents), step_length (mean
-        |z_{t+1} - z_t| of a free rollout), params, dt, converged (the share of implicit steps that were solved), ms_per_step.
-        What does not apply is None, and so is what is not finite.
+        latents), mse_per_step, drift_mean and drift_std of max_t |E_t - E_0| of the energy over the windows' steps,
+        drift_true_mean (the same along the true latents), drift_extended_mean (over the extended steps), diverged (the
+        share of extended rollouts whose H is not finite somewhere), energy_std (of H over the true test latents),
+        step_length (mean |z_{t+1} - z_t| of a free rollout), params, dt, converged (the share of implicit steps that were
+        solved), ms_per_step.
+        What does not apply is None, and so is what is not finite. A model with friction or a control has `port`, see `_port`.
         `integrators`: see `compare_integrators`.
         `arrays`: `<name>/step_mse` [n, T], `<name>/energy` [n, T + 1], `<name>/energy_extended` [m, extended + 1],
-        `<name>/energy_true` [n, T + 1], `<name>/example` [longest + 1, d], `true/example` [T + 1, d], and
-        `integrators/<integrator>/energy` [m, extended + 1].
+        `<name>/energy_true` [n, T + 1], `<name>/example` [longest + 1, d], `true/example` [T + 1, d],
+        `integrators/<integrator>/energy` [m, extended + 1], and of a model with friction or a control `<name>/change` and
+        `<name>/change_true` [n, T + 1], H(z_t) - H(z_0) of the predictions and along the true latents.
     """
     check_config(config)
     windows = dataset.test.to(device)
+    control = None if dataset.test_control is None else dataset.test_control.to(device)
     starts = windows[_spread(len(windows), EXTENDED_WINDOWS), 0]
     full = models.get(zoo.FULL_MODEL)
     n_steps = windows.shape[1] - 1
@@ -97,20 +109,26 @@ def evaluate(
     for done, (name, model) in enumerate(entries, start=1):
         predictor = _Predictor(model)
         owner = model if isinstance(model, SymplecticIntegrator) else full
-        hnn = owner.hnn if isinstance(owner, SymplecticIntegrator) else None
+        meter = owner if isinstance(owner, SymplecticIntegrator) else None
         extended = None
         with torch.no_grad():
-            step_mse, H, H_true = _measure(predictor, hnn, windows)
-            if hnn is not None:
-                extended = predictor.energies(hnn, starts, config.extended_steps)
-            example = predictor.states(windows[EXAMPLE : EXAMPLE + 1, 0], longest)[0]
+            step_mse, found, true = _measure(predictor, meter, windows, control)
+            if meter is not None:
+                extended = predictor.energies(meter, starts, config.extended_steps)
+            known = None if control is None else control[EXAMPLE : EXAMPLE + 1]
+            example = predictor.states(windows[EXAMPLE : EXAMPLE + 1, 0], longest, _continued(known, longest))[0]
         arrays[f"{name}/step_mse"] = step_mse
         arrays[f"{name}/example"] = example
-        if H is not None and H_true is not None and extended is not None:
-            arrays[f"{name}/energy"], arrays[f"{name}/energy_true"] = H, H_true
+        port = None
+        if meter is not None and found is not None and true is not None and extended is not None:
+            arrays[f"{name}/energy"], arrays[f"{name}/energy_true"] = found.kept, true.kept
             arrays[f"{name}/energy_extended"] = extended
+            if meter is model and found.balance is not None and true.balance is not None:
+                arrays[f"{name}/change"], arrays[f"{name}/change_true"] = found.balance.change, true.balance.change
+                port = _port(meter, starts, n_steps, found.balance, true.balance)
         mse = step_mse.mean(dim=1)
         title = "Persistence" if model is None else zoo.title(name, model)
+        timed = functools.partial(predictor.states, control=None if control is None else control[:1])
         _warn_unsolved(title, predictor)
         row: dict[str, Any] = {
             "name": name,
@@ -120,13 +138,15 @@ def evaluate(
             "mse_std": mse.std(correction=0).item(),
             "mse_relative": mse.mean().item() / dataset.variance,
             "mse_per_step": step_mse.mean(dim=0).tolist(),
-            **_drift(H, H_true, extended),
+            **_drift(found, true, extended),
             "step_length": example[: config.dream_steps + 1].diff(dim=0).norm(dim=1).mean().item(),
             "params": 0 if model is None else _count_parameters(model),
             "dt": model.step_size.item() if isinstance(model, SymplecticIntegrator) else None,
             "converged": predictor.converged,
-            "ms_per_step": None if model is None else time_per_step(predictor.states, windows[:1, 0], n_steps, config) * 1e3,
+            "ms_per_step": None if model is None else time_per_step(timed, windows[:1, 0], n_steps, config) * 1e3,
         }
+        if port is not None:
+            row["port"] = {key: _finite(value) for key, value in port.items()}
         rows.append({key: _finite(value) for key, value in row.items()})
         if progress:
             progress(done, total)
@@ -152,6 +172,8 @@ def compare_integrators(
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Roll the full model's network out under every integrator of `integrators_of`, with its dt, and yield what it costs.
 
+    Friction and control are left out: what is compared is how the energy is kept.
+
     Energies are computed in float64: in float32 the drift of a symplectic method drowns in rounding. Evaluations and times
     are those of the model's own precision.
 
@@ -168,13 +190,14 @@ def compare_integrators(
         seconds_extended (wall time of the rollouts in float64), evaluations_per_step (gradients of H, mean over n_steps),
         ms_per_step (batch 1); and H along the extended rollouts, [m, extended + 1].
     """
+    full = zoo.without_port(full)
     double = copy.deepcopy(full).double()
     for integrator in integrators_of(full):
         exact = _Predictor(double, integrator)
         predictor = _Predictor(full, integrator)
         with torch.no_grad():
             started = _now(z0.device)
-            H = exact.energies(double.hnn, z0.double(), max(config.extended_steps, n_steps))
+            H = exact.energies(double, z0.double(), max(config.extended_steps, n_steps))
             seconds = _now(z0.device) - started
             predictor.states(z0, n_steps)
         _warn_unsolved(f"the full model under {integrator}", exact)
@@ -253,28 +276,33 @@ class _Predictor:
         # Tao's method has no stages: it moves two copies in turn, with four gradients
         return None if self.integrator is None else float(len(SCHEMES[self.integrator].stages) or 4)
 
-    def states(self, z0: Tensor, n_steps: int) -> Tensor:
-        """[B, n_steps + 1, d] from z0 [B, d]."""
+    def states(self, z0: Tensor, n_steps: int, control: Tensor | None = None) -> Tensor:
+        """[B, n_steps + 1, d] from z0 [B, d], under a control [B, n_steps, m] if the model has a port for it."""
         if self.model is None:
             return z0.unsqueeze(1).expand(-1, n_steps + 1, -1)
         if isinstance(self.model, SymplecticIntegrator):
-            return self._trajectory(self.model, z0, n_steps).states
+            return self._trajectory(self.model, z0, n_steps, control=control if zoo.takes_control(self.model) else None).states
         return self.model.rollout(z0, n_steps)
 
-    def energies(self, hnn: nn.Module, z0: Tensor, n_steps: int) -> Tensor:
-        """H [B, n_steps + 1] along rollouts from z0 [B, d], without holding all their states."""
-        if self.model is None:
-            return energy(hnn, z0)[:, None].expand(-1, n_steps + 1)
-        if isinstance(self.model, SymplecticIntegrator) and not isinstance(hnn, SeparableHNN):
+    def energies(self, meter: SymplecticIntegrator, z0: Tensor, n_steps: int) -> Tensor:
+        """The energy [B, n_steps + 1] along rollouts from z0 [B, d] without a control, as `_energies` has it, by the meter's H.
+
+        Not all their states are held.
+        """
+        port = zoo.port_of(meter)
+        if self.model is None and port is None:
+            return energy(meter.hnn, z0)[:, None].expand(-1, n_steps + 1)
+        if isinstance(self.model, SymplecticIntegrator) and not isinstance(meter.hnn, SeparableHNN) and port is None:
             H = self._trajectory(self.model, z0, n_steps, energy=True, states="final").energy
             assert H is not None
             return H
-        # a separable H's rollouts and an unconstrained predictor's keep every state they pass
+        # a separable H's rollouts, those with friction and an unconstrained predictor's keep every state they pass
         length = max(1, NUMBERS_AT_ONCE // z0.numel())
-        parts = [energy(hnn, z0)[:, None]]
+        parts = [energy(meter.hnn, z0)[:, None]]
         for start in range(0, n_steps, length):
             states = self.states(z0, min(length, n_steps - start))
-            parts.append(energy(hnn, states[:, 1:]))
+            kept = _energies(meter, states, None).kept
+            parts.append(kept[:, 1:] + (parts[-1][:, -1:] - kept[:, :1]) if port is not None else kept[:, 1:])
             z0 = states[:, -1]
         return torch.cat(parts, dim=1)
 
@@ -291,34 +319,107 @@ class _Predictor:
         return out
 
 
+@dataclass(frozen=True)
+class _Energies:
+    """Along paths of states, [n, T + 1] each."""
+
+    kept: Tensor
+    """What exact solutions keep: H less what a control has put in, plus what friction has taken out."""
+    balance: Balance | None
+    """None without friction and control."""
+
+    @property
+    def H(self) -> Tensor:
+        return self.kept if self.balance is None else self.kept[:, :1] + self.balance.change
+
+
+def _energies(meter: SymplecticIntegrator, states: Tensor, control: Tensor | None) -> _Energies:
+    """Energies of states [n, T + 1, d] by a model's H, friction and port, whatever rolled them out."""
+    port = zoo.port_of(meter)
+    if port is None:
+        return _Energies(energy(meter.hnn, states), None)
+    balance = energy_balance(port, states, meter.step_size, control if port.control_dim else None, backend=meter.backend)
+    return _Energies(energy(port, states[:, :1]) + balance.error, balance)
+
+
 def _measure(
-    predictor: _Predictor, hnn: nn.Module | None, windows: Tensor, batch: int = 256
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Squared errors [n, T], energies of predictions [n, T + 1] and of the true windows [n, T + 1]."""
+    predictor: _Predictor, meter: SymplecticIntegrator | None, windows: Tensor, control: Tensor | None = None, batch: int = 256
+) -> tuple[Tensor, _Energies | None, _Energies | None]:
+    """Squared errors [n, T], and energies of the predictions and of the true windows."""
     errors, predicted, true = [], [], []
-    for part in windows.split(batch):
-        states = predictor.states(part[:, 0], part.shape[1] - 1)
+    for rows in torch.arange(len(windows), device=windows.device).split(batch):
+        part, u = windows[rows], None if control is None else control[rows]
+        states = predictor.states(part[:, 0], part.shape[1] - 1, u)
         errors.append((states[:, 1:] - part[:, 1:]).square().mean(dim=-1))
-        if hnn is not None:
-            predicted.append(energy(hnn, states))
-            true.append(energy(hnn, part))
-    if hnn is None:
+        if meter is not None:
+            predicted.append(_energies(meter, states, u))
+            true.append(_energies(meter, part, u))
+    if meter is None:
         return torch.cat(errors), None, None
-    return torch.cat(errors), torch.cat(predicted), torch.cat(true)
+    return torch.cat(errors), _joined(predicted), _joined(true)
 
 
-def _drift(H: Tensor | None, H_true: Tensor | None, extended: Tensor | None) -> dict[str, float | None]:
-    if H is None or H_true is None or extended is None:
+def _joined(parts: Sequence[_Energies]) -> _Energies:
+    balances = [part.balance for part in parts if part.balance is not None]
+    balance = Balance(*map(torch.cat, zip(*balances, strict=True))) if balances else None
+    return _Energies(torch.cat([part.kept for part in parts]), balance)
+
+
+def _continued(control: Tensor | None, n_steps: int) -> Tensor | None:
+    """A control [B, n, m] cut to n_steps, or with no control after it."""
+    if control is None:
+        return None
+    return F.pad(control, (0, 0, 0, max(n_steps - control.shape[1], 0)))[:, :n_steps]
+
+
+def _port(model: SymplecticIntegrator, z0: Tensor, n_steps: int, found: Balance, true: Balance) -> dict[str, Any]:
+    """What friction and control do in a model.
+
+    Returns
+    -------
+    dict
+        friction, its kind; per_dimension and coefficient, g or the mean of those of all momenta; over the windows' steps, means
+        over windows of lost, supplied and change, H(z_T) - H(z_0), of predictions, and change_true along the true latents;
+        largest_rise, of H in a step without a control, from z0 (see `diagnostics.energy_growth`): with Rayleigh's friction
+        above 0 by the error of discretisation alone; and contraction_defect, of a step without a control with conformal
+        friction of one coefficient: how far J^T Omega J is from exp(-g dt) Omega. What has no meaning for a model is None,
+        and so is what needs an implicit step that cannot be solved.
+    """
+    port, dt = zoo.port_of(model), model.step_size.item()
+    assert port is not None
+    g = port.friction
+    options: dict[str, Any] = {"integrator": model.integrator, "backend": model.backend}
+    rise = defect = None
+    with contextlib.suppress(ConvergenceError):
+        if g is not None:
+            rise = energy_growth(port, z0, dt, n_steps, **options).max().item()
+        if g is not None and port.kind == "conformal" and not g.ndim:
+            defect = symplecticity_defect(port, z0[:1], dt, contraction=g.detach().double() * dt, **options).max().item()
+    return {
+        "friction": port.kind,
+        "per_dimension": g is not None and g.ndim > 0,
+        "coefficient": None if g is None else g.mean().item(),
+        "lost": None if g is None else found.lost[:, -1].mean().item(),
+        "supplied": found.supplied[:, -1].mean().item() if port.control_dim else None,
+        "change": found.change[:, -1].mean().item(),
+        "change_true": true.change[:, -1].mean().item(),
+        "largest_rise": rise,
+        "contraction_defect": defect,
+    }
+
+
+def _drift(found: _Energies | None, true: _Energies | None, extended: Tensor | None) -> dict[str, float | None]:
+    if found is None or true is None or extended is None:
         names = ("drift_mean", "drift_std", "drift_true_mean", "drift_extended_mean", "diverged", "energy_std")
         return dict.fromkeys(names)
-    drift = _largest_drift(H)
+    drift = _largest_drift(found.kept)
     return {
         "drift_mean": drift.mean().item(),
         "drift_std": drift.std(correction=0).item(),
-        "drift_true_mean": _largest_drift(H_true).mean().item(),
+        "drift_true_mean": _largest_drift(true.kept).mean().item(),
         "drift_extended_mean": _largest_drift(extended).mean().item(),
         "diverged": _diverged(extended),
-        "energy_std": H_true.std(correction=0).item(),
+        "energy_std": true.H.std(correction=0).item(),
     }
 
 

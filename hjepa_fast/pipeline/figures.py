@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Okabe and Ito's palette, distinguishable with any colour vision
+# Okabe and Ito's palette, distinguishable with any colour vision, and two of Tol's
 COLORS = {
     "hnn": "#0072B2",
     "hnn-no-energy": "#009E73",
@@ -41,6 +41,8 @@ COLORS = {
     "hnn-separable": "#F0E442",
     "baseline": "#CC79A7",
     "baseline-residual": "#E69F00",
+    "hnn-no-friction": "#882255",
+    "hnn-no-control": "#332288",
     PERSISTENCE: "#999999",
 }
 TRUE = "#000000"
@@ -185,6 +187,7 @@ def draw_locked(run: Run) -> list[Path]:
     for name, figure in (
         ("energy", _energy(summary, rows, arrays)),
         ("drift_by_integrator", _drift_by_integrator(summary, arrays)),
+        ("dissipation", _dissipation(summary, arrays, rows)),
         ("phase", _phase(rows, arrays)),
         ("comparison", _comparison(run, rows, arrays)),
         ("ablation", _ablation(rows)),
@@ -224,8 +227,11 @@ def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: fl
 
 
 @own_style
-def dream_figure(states: Tensor, energy: Tensor | None, title: str) -> Figure:
-    """A free rollout [n + 1, d]: its path in the plane of its two largest components, step lengths, energy [n + 1]."""
+def dream_figure(states: Tensor, energy: Tensor | None, title: str, kept: bool = True) -> Figure:
+    """A free rollout [n + 1, d]: its path in the plane of its two largest components, step lengths, energy [n + 1].
+
+    `kept` says whether exact solutions keep that energy.
+    """
     figure, axes = new_figure(title, 1, 2 if energy is None else 3, 10.5, 3.6)
     path = _principal_plane(states, states)
     axes[0, 0].plot(*path.T, "-", color=COLORS["hnn"], lw=1)
@@ -235,7 +241,7 @@ def dream_figure(states: Tensor, energy: Tensor | None, title: str) -> Figure:
     axes[0, 1].set(xlabel="step", ylabel="|z(t+1) - z(t)|", title="step length", ylim=(0, None))
     if energy is not None:
         axes[0, 2].plot(energy - energy[0], ".-", color=COLORS["hnn"])
-        axes[0, 2].set(xlabel="step", ylabel="H(z(t)) - H(z(0))", title="energy drift")
+        axes[0, 2].set(xlabel="step", ylabel="H(z(t)) - H(z(0))", title="energy drift" if kept else "energy")
     return figure
 
 
@@ -254,25 +260,33 @@ def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, sty
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]]) -> None:
+def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]], label: str = "|H(z(t)) - H(z(0))|") -> None:
     """Each of: energies [n, T + 1], a colour, a label."""
     some = False
     for H, color, label in drawn:
         drift = (H[:, 1:] - H[:, :1]).abs()
         _band(axis, np.arange(1, H.shape[1]), drift, color, label)
         some |= bool((drift > 0).any())
-    axis.set(xlabel="step", ylabel="|H(z(t)) - H(z(0))|")
+    axis.set(xlabel="step", ylabel=label)
     if some:  # nothing but zeros and what is not finite has no logarithms
         axis.set_yscale("log")
+
+
+def _drift_of(rows: dict[str, Any]) -> tuple[str, str]:
+    """What the drift of energies is, in words and as a formula: friction and control change H as well."""
+    if any(row.get("port") for row in rows.values()):
+        return "Error of the energy balance", "|H(z(t)) - H(z(0)) - supplied + lost|"
+    return "Energy drift", "|H(z(t)) - H(z(0))|"
 
 
 def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
     names = [name for name in rows if f"{name}/energy" in arrays and name != PERSISTENCE]
     if not names:
         return None
-    figure, axes = new_figure("Energy drift of predictions (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
+    words, formula = _drift_of(rows)
+    figure, axes = new_figure(f"{words} of predictions (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
     for axis, key in zip(axes.flat, ("energy", "energy_extended"), strict=True):
-        _drift_panel(axis, ((arrays[f"{name}/{key}"], COLORS[name], rows[name]["title"]) for name in names))
+        _drift_panel(axis, ((arrays[f"{name}/{key}"], COLORS[name], rows[name]["title"]) for name in names), formula)
     axes[0, 0].set_title(f"{summary['n_steps']} steps", fontsize=9)
     axes[0, 1].set_title(f"{summary['extended_steps']} steps, {summary['extended_windows']} test windows", fontsize=9)
     if zoo.FULL_MODEL in names:
@@ -282,11 +296,29 @@ def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Ten
     return figure
 
 
+def _dissipation(summary: dict[str, Any], arrays: dict[str, Tensor], rows: dict[str, Any]) -> Figure | None:
+    """How H changes where friction or a control changes it."""
+    names = [name for name in rows if f"{name}/change" in arrays]
+    if not names:
+        return None
+    figure, axes = new_figure("H of models with friction or a control (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
+    for axis, key, title in ((axes[0, 0], "change", "predictions"), (axes[0, 1], "change_true", "the true latents")):
+        for name in names:
+            change = arrays[f"{name}/{key}"]
+            _band(axis, np.arange(change.shape[1]), change, COLORS[name], rows[name]["title"])
+        axis.axhline(0, color=TRUE, lw=0.6)
+        axis.set(xlabel="step", ylabel="H(z(t)) - H(z(0))")
+        axis.set_title(f"{title}, {summary['n_steps']} steps", fontsize=9)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def _drift_by_integrator(summary: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
     compared = summary["integrators"]
     if not compared:
         return None
-    title = "Energy drift of the full model's network by integrator (median, 10th to 90th percentile)"
+    alone = ", without friction and control," if f"{zoo.FULL_MODEL}/change" in arrays else ""
+    title = f"Energy drift of the full model's network{alone} by integrator (median, 10th to 90th percentile)"
     figure, axes = new_figure(title, 1, 1, 7.5, 4.8)
     trained = next(row["integrator"] for row in compared if row["trained"])
     names = [row["integrator"] for row in compared]
@@ -330,7 +362,8 @@ def _phase(rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
 
 def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure:
     figure, axes = new_figure("HNN and baseline", 2, 2, 10, 7.4)
-    names = [name for name in rows if name in ("hnn", "baseline", "baseline-residual", PERSISTENCE)] or list(rows)
+    compared = ("hnn", "hnn-no-friction", "hnn-no-control", "baseline", "baseline-residual", PERSISTENCE)
+    names = [name for name in rows if name in compared] or list(rows)
     for name in names:
         errors = arrays[f"{name}/step_mse"]
         _band(axes[0, 0], np.arange(1, errors.shape[1] + 1), errors, COLORS[name], rows[name]["title"])
@@ -338,8 +371,10 @@ def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Fi
     axes[0, 0].legend(fontsize=7, frameon=False)
     with_energy = [name for name in names if f"{name}/energy" in arrays and name != PERSISTENCE]
     if with_energy:
-        _drift_panel(axes[0, 1], ((arrays[f"{name}/energy"], COLORS[name], rows[name]["title"]) for name in with_energy))
-        axes[0, 1].set_title("energy drift")
+        words, formula = _drift_of(rows)
+        drawn = ((arrays[f"{name}/energy"], COLORS[name], rows[name]["title"]) for name in with_energy)
+        _drift_panel(axes[0, 1], drawn, formula)
+        axes[0, 1].set_title(words.lower())
     true = arrays["true/example"]
     axes[1, 0].plot(*true[:, :2].T, ".-", color=TRUE, label="true", lw=1.2)
     for name in names:
@@ -363,7 +398,7 @@ def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Fi
 
 def _ablation(rows: dict[str, Any]) -> Figure:
     figure, axes = new_figure("Ablation (mean and standard deviation over test windows)", 1, 2, 10, 4.2)
-    for axis, key, label in ((axes[0, 0], "mse", "MSE"), (axes[0, 1], "drift", "max |H(z(t)) - H(z(0))|")):
+    for axis, key, label in ((axes[0, 0], "mse", "MSE"), (axes[0, 1], "drift", f"max {_drift_of(rows)[1]}")):
         shown = [name for name in rows if rows[name][f"{key}_mean"] is not None]
         for position, name in enumerate(shown):
             mean, std = rows[name][f"{key}_mean"], rows[name][f"{key}_std"] or 0.0

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import HJEPAError
-from . import checkpoints, evaluate, figures, files, zoo
+from ..errors import HJEPAError, UsageError
+from . import checkpoints, controls, evaluate, figures, files, zoo
 from .config import OFFLINE_ENCODER, Config
 from .encoder_files import file_sha256
 from .encoders import resolve_device
@@ -60,9 +60,8 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     UsageError
         The message names the option, its value and what was expected.
     """
-    zoo.check_models(tuple(names))
-    for name in names:
-        zoo.spec_of(name, config.train.integrator)
+    for name in zoo.chosen(names, config.train, config.data):
+        zoo.spec_in(name, config.train, int(config.data.control != "none"))
     check_numbers(config.train)
     evaluate.check_config(config.evaluate)
 
@@ -80,7 +79,7 @@ def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Confi
                 progress.update(row["epoch"] - progress.done, **shown)
 
             best = train(name, dataset, run.model(name), config.train, config.data, target, log)
-        facts, title = checkpoints.load(best).facts, zoo.spec_of(name, config.train.integrator).title
+        facts, title = checkpoints.load(best).facts, zoo.spec_in(name, config.train, dataset.control_dim).title
         if facts["history"]:  # the folder may be anybody's
             say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
 
@@ -115,7 +114,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
     files.refuse_if_locked(latents)
-    dataset = prepare(load_latents(latents), config.data)
+    dataset = prepare(load_latents(latents), config.data, videos)
     resolved = resolve_device(device)
     models, standings = {}, {}
     for name, path in trained.items():
@@ -190,6 +189,7 @@ def reproduce(
         The summary, as written to `summary.json`.
     """
     check_settings(config, names)
+    _check_controls(config, videos)
     target = resolve_device(device)
     figures.check_available()
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
@@ -198,6 +198,20 @@ def reproduce(
     run = Run(out)
     with run.locked():
         return _reproduce(run, config, videos, names, device, show, say, fetch)
+
+
+def _check_controls(config: Config, videos: Path | None) -> None:
+    """Controls that will be missing are missed before anything is made, not after the encoder has run."""
+    if config.data.control == "none":
+        return
+    if videos is None and not config.videos.force:
+        raise UsageError("control recorded: synthetic videos have a control only with a --force above 0, found 0")
+    if videos is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are left out, which the encoder's stage says
+            paths = find_videos(videos)
+        for path in paths:
+            controls.read(controls.path_of(path))
 
 
 def _reproduce(
@@ -209,7 +223,7 @@ def _reproduce(
         videos = run.own(out / "videos")
         make_videos(videos, config, show)
     encode(videos, latents, config, device, show, fetch)
-    dataset = prepare(load_latents(latents), config.data)
+    dataset = prepare(load_latents(latents), config.data, videos)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     train_models(run, names, dataset, config, device, show, say)
     summary = _evaluate(run, device, show)

@@ -60,6 +60,15 @@ class LatentFacts(_Schema):
     n_frames: Positive
 
 
+class Control(_Schema):
+    """What acted on the system in a video, a row a frame."""
+
+    about: Annotated[str, Field(max_length=1000)] = ""
+    control: Annotated[
+        list[Annotated[list[Number], Field(min_length=1, max_length=1000)]], Field(min_length=1, max_length=10**6)
+    ]
+
+
 class Epoch(_Schema):
     """A row of a training's history."""
 
@@ -82,6 +91,8 @@ class CheckpointFacts(_Schema):
     encoder: Line
     hamiltonian: Line | None = None
     integrator: Line | None = None
+    friction: Line | None = None
+    control_dim: Annotated[int, Field(ge=0, le=1000)] = 0
     encoding: Encoding | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
@@ -189,6 +200,7 @@ def check_arrays(summary: dict[str, Any], arrays: dict[str, Tensor], known: Coll
         raise HJEPAError(f"{source}: no integrator is the one that the network was trained with")
     wanted = ["true/example", *(f"{name}/{key}" for name in names for key in ("step_mse", "example"))]
     wanted += [f"{name}/{key}" for name in names if f"{name}/energy" in arrays for key in ("energy_true", "energy_extended")]
+    wanted += [f"{name}/{key}" for name in names if f"{name}/change" in arrays for key in ("change", "change_true")]
     wanted += [f"integrators/{name}/energy" for name in compared]
     for name in wanted:
         found = arrays.get(name)

@@ -110,14 +110,45 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             f"R² {probe['position_r2']:.2f} for ball positions, {probe['velocity_r2']:.2f} for velocities."
         )
     notes += [f"{row['title']}: {_solved(row['converged'])}" for row in summary["models"] if _unsolved(row)]
-    text = _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    text = _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n" + _ports_table(summary)
     return text + _integrators_table(summary) if summary["integrators"] else text
+
+
+def _ports_table(summary: Mapping[str, Any]) -> str:
+    """What friction and control do in the models that have them; "" without any."""
+    found = [(row["title"], row["port"]) for row in summary["models"] if row.get("port")]
+    if not found:
+        return ""
+    n_steps = summary["n_steps"]
+    rows: list[tuple[str, ...]] = [
+        ("model", "friction", "g", "lost", "supplied", "change of H", "true latents", "largest rise", "contraction defect")
+    ]
+    for title, port in found:
+        numbers = (port[key] for key in ("lost", "supplied", "change", "change_true", "largest_rise", "contraction_defect"))
+        kind = f"{port['friction'] or 'none'}{', per dimension' if port['per_dimension'] else ''}"
+        rows.append((title, kind, _number(port["coefficient"], ".4g"), *(_number(value) for value in numbers)))
+    notes = [
+        "For models with friction or a control, and those measured with their H, energy drift above is what is left of "
+        "H(z_t) - H(z_0) after what the control has put in and friction has taken out, Hp . G u and Hp . g p (conformal) or "
+        "Hp . g Hp (rayleigh), by the trapezoidal rule over the states: 0 for exact solutions. Over "
+        f"{summary['extended_steps']} steps they are without a control.",
+        f"Lost, supplied and the change of H: over {n_steps} steps of predictions, mean over test windows; along the true "
+        "latents beside it. Conformal friction takes momentum, and energy only where Hp . p > 0; Rayleigh's always does. A "
+        "model without a control does not know the recorded one, baselines among them.",
+        f"Largest rise of H in a step, over {n_steps} steps without a control. Contraction defect: "
+        "max |J^T Omega J - exp(-g dt) Omega| of a step; rounding where the integrator is symplectic for the model's H.",
+    ]
+    return f"\nFriction and control:\n\n{_markdown(rows)}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
 def _epochs(row: Mapping[str, Any]) -> str:
     if "epochs_done" not in row:
         return "-"
     return f"{row['epochs_done']} of {row['epochs_asked']}"
+
+
+def _full_has_port(summary: Mapping[str, Any]) -> bool:
+    return any(row["name"] == zoo.FULL_MODEL and row.get("port") for row in summary["models"])
 
 
 def _integrators_table(summary: Mapping[str, Any]) -> str:
@@ -146,10 +177,11 @@ def _integrators_table(summary: Mapping[str, Any]) -> str:
             )
         )
     trained = next(row["integrator"] for row in summary["integrators"] if row["trained"])
+    alone = "Its friction and control are left out here. " if _full_has_port(summary) else ""
     notes = [
-        f"The network was trained with {trained}. Rollouts with its dt from {summary['extended_windows']} test windows, evenly "
-        "spread; max |H(z_t) - H(z_0)|, mean over windows, in float64, since the rounding of float32 would hide it; "
-        f"the last column is the time of those rollouts. ms/step: as above.",
+        f"The network was trained with {trained}. {alone}Rollouts with its dt from "
+        f"{summary['extended_windows']} test windows, evenly spread; max |H(z_t) - H(z_0)|, mean over windows, in float64, "
+        "since the rounding of float32 would hide it; the last column is the time of those rollouts. ms/step: as above.",
     ]
     for row in summary["integrators"]:
         if _unsolved(row):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diagnostics import energy_balance
 from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
 from . import checkpoints, files, zoo
@@ -40,22 +41,31 @@ def learning_rate(epoch: int, config: TrainConfig) -> float:
     return config.lr_end + (config.lr - config.lr_end) * share
 
 
-def loss_terms(model: zoo.Model, windows: Tensor, config: TrainConfig, energy_loss: bool) -> tuple[Tensor, Tensor]:
+def loss_terms(
+    model: zoo.Model, windows: Tensor, config: TrainConfig, energy_loss: bool, control: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean squared error of a rollout from each window's first state, and the energy term (0 if not used).
 
     The energy term is mean |H(z_t) - H(z_r)| over the predicted states t = 1..T, with r = 1 as in the published
-    notebook, or r = 0 as in the paper's equation (7).
+    notebook, or r = 0 as in the paper's equation (7). With friction or a control H does not stay, and what they take out and
+    put in is left out of it: H(z_t) is the error of `diagnostics.energy_balance` then.
 
     Parameters
     ----------
     windows : Tensor [B, window, latent_dim]
+    control : Tensor [B, window - 1, m], optional
+        Of each step, for a model with a port.
     """
     z0, n_steps = windows[:, 0], windows.shape[1] - 1
     H = None
-    if energy_loss and isinstance(model, SymplecticIntegrator):
+    port = zoo.port_of(model)
+    if energy_loss and isinstance(model, SymplecticIntegrator) and port is None:
         states, H, *_ = model.trajectory(z0, n_steps, energy=True)
     else:
-        states = model.rollout(z0, n_steps)
+        states = zoo.states(model, z0, n_steps, control)
+    if energy_loss and isinstance(model, SymplecticIntegrator) and port is not None:
+        control = control if port.control_dim else None
+        H = energy_balance(port, states, model.step_size, control, backend=model.backend).error
     mse = (states[:, 1:] - windows[:, 1:]).square().mean()
     if H is None:
         return mse, mse.new_zeros(())
@@ -79,6 +89,8 @@ def check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
+    if config.friction_per_dimension and config.friction == "none":
+        raise UsageError("friction_per_dimension is of a friction, conformal or rayleigh, found none")
     try:
         check_dt(config.dt, config.dt_bounds, torch.float32)
     except ValueError as error:
@@ -151,7 +163,7 @@ def _train(
     device: torch.device | str,
     log: Log | None,
 ) -> Path:
-    spec = zoo.spec_of(name, config.integrator)
+    spec = zoo.spec_in(name, config, dataset.control_dim)
     zoo.check_backend(config.backend, device)
     model = zoo.assemble(spec, dataset.latent_dim, config.dt, config.seed, config.backend, config.dt_bounds).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -159,6 +171,8 @@ def _train(
         "model": name,
         "hamiltonian": spec.hamiltonian,
         "integrator": spec.integrator,
+        "friction": spec.friction,
+        "control_dim": spec.control_dim,
         "latent_dim": dataset.latent_dim,
         "encoder": dataset.label,
         "encoding": dataset.encoding,
@@ -172,6 +186,9 @@ def _train(
         history = _resume(last, facts, model, optimizer)
 
     train_windows, test_windows = dataset.train.to(device), dataset.test.to(device)
+    train_control, test_control = (
+        x.to(device) if x is not None and spec.control_dim else None for x in (dataset.train_control, dataset.test_control)
+    )
     network = [p for n, p in model.named_parameters() if n != "dt"]
     step_sizes = [p for n, p in model.named_parameters() if n == "dt"]
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -185,8 +202,10 @@ def _train(
             for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
                 n_batches += 1
                 optimizer.zero_grad(set_to_none=True)
-                with _autocast(config, device):
-                    mse, energy_term = loss_terms(model, train_windows[batch.to(device)], config, spec.energy_loss)
+                batch = batch.to(device)
+                control = None if train_control is None else train_control[batch]
+                with _autocast(config, device, model):
+                    mse, energy_term = loss_terms(model, train_windows[batch], config, spec.energy_loss, control)
                     loss = mse + weight * energy_term
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -200,7 +219,7 @@ def _train(
                     nn.utils.clip_grad_norm_(step_sizes, config.grad_clip)
                 optimizer.step()
                 sums += torch.stack((mse.detach().float(), energy_term.detach().float()))
-            test_mse = rollout_error(model, test_windows)
+            test_mse = rollout_error(model, test_windows, test_control)
         train_mse, train_energy = (sums / n_batches).tolist()
         row = {
             "epoch": epoch,
@@ -249,13 +268,16 @@ def _kept(epoch: int) -> str:
     return f"last.safetensors holds epoch {epoch - 1}" if epoch > 1 else "Nothing was saved yet"
 
 
-def rollout_error(model: zoo.Model, windows: Tensor) -> float:
-    """Mean squared error of rollouts over all windows [n, window, latent_dim], without gradients."""
+def rollout_error(model: zoo.Model, windows: Tensor, control: Tensor | None = None) -> float:
+    """Mean squared error of rollouts over all windows [n, window, latent_dim], without gradients.
+
+    `control` is [n, window - 1, m], for a model with a port.
+    """
+    n_steps, total = windows.shape[1] - 1, 0.0
     with torch.no_grad():
-        total = sum(
-            (model.rollout(part[:, 0], part.shape[1] - 1)[:, 1:] - part[:, 1:]).square().mean().item() * len(part)
-            for part in windows.split(256)
-        )
+        for rows in torch.arange(len(windows), device=windows.device).split(256):
+            found = zoo.states(model, windows[rows, 0], n_steps, None if control is None else control[rows])
+            total += (found[:, 1:] - windows[rows, 1:]).square().mean().item() * len(rows)
     return total / len(windows)
 
 
@@ -265,8 +287,9 @@ def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
     return iter(torch.randperm(n, generator=generator)[: n - n % size].split(size))
 
 
-def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
-    if config.amp == "off":
+def _autocast(config: TrainConfig, device: torch.device | str, model: zoo.Model) -> contextlib.AbstractContextManager[Any]:
+    # rollouts run in float32 anyway; energy balances and forces, which are no rollouts, would be rounded
+    if config.amp == "off" or zoo.port_of(model) is not None:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, config.amp))
 
@@ -283,7 +306,8 @@ def _save(folder: Path, model: zoo.Model, optimizer: torch.optim.Optimizer, data
         for index, values in optimizer.state_dict()["state"].items()
         for key, tensor in values.items()
     }
-    last = Checkpoint(facts, state, dataset.mean, dataset.std, moments)
+    scale = dataset.control_scale if facts["control_dim"] else None
+    last = Checkpoint(facts, state, dataset.mean, dataset.std, moments, scale)
     # the rename of this one file is what makes the epoch count: whatever interrupts, all else can be made from it
     checkpoints.save(folder / "last.safetensors", last)
     settle(folder, last)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import MissingDependencyError, UsageError, VideoError
-from . import files
+from . import controls, files
 from .config import VideoConfig
 
 USUAL_SUFFIXES = (".mp4", ".avi", ".mov")
@@ -46,8 +46,12 @@ MOST_BYTES = 2**34
 """Of the frames of a synthetic video, which is made in memory."""
 PALETTE = np.array([CYAN, RED, (255, 255, 0), (0, 255, 0), (255, 0, 255), (255, 128, 0), (255, 255, 255), (128, 128, 255)])
 SOURCE = "synthetic: bouncing balls"
+FORCE = "force per mass on every ball in x and y, pixels per frame^2"
+TRUTH = ("positions", "velocities", "radii")
+"""What is written of a video's `Trajectories` beside it."""
 TOUCHING = 1e-9  # overlap in pixels that counts as none; halving at a wall gets below it in 35 passes
 PASSES = 100
+LEAST_DRAG = 1e-6  # below it, the share of a force that drag leaves is lost in rounding
 LAYOUTS, TRIES = 20, 500
 
 
@@ -60,11 +64,15 @@ class Trajectories:
     positions : float64 [T, balls, 2], (x, y) in pixels
     velocities : float64 [T, balls, 2], pixels per frame
     radii : float64 [balls], pixels
+    force : float64 [T, 2] or None
+        Force per mass on every ball in pixels per frame^2, held from each frame to the next. None where there is none, and
+        of a video that was read back, whose control file has it (`controls`).
     """
 
     positions: np.ndarray
     velocities: np.ndarray
     radii: np.ndarray
+    force: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,16 @@ class Video:
 
 
 def simulate(config: VideoConfig, rng: np.random.Generator) -> Trajectories:
-    """Balls in a box: elastic collisions (mass ~ radius^2), overlap split evenly, walls reflect.
+    """Balls in a box: collisions (mass ~ radius^2), overlap split evenly, walls reflect.
 
     Two equal balls start as published, scaled to the frame: (64, 128) moving right and (192, 128) moving left of 256,
     horizontal speeds 2 + U(0, 1), vertical U(-1, 1). Any others start at random places without overlap, with speed
     2 + U(0, 1) in a random direction. Frame 0 is the initial state.
+
+    From each frame to the next the balls fly by v' = f - drag v, which is solved exactly, with a force per mass f that is the
+    same for every ball, as if the box was tilted: its size is `force`, its direction is drawn anew every `force_frames` frames.
+    Then they collide: the normal speed after a collision is `restitution` times that before it, so that a ball of mass m loses
+    (1 - e^2) m v_n^2 / 2 at a wall, and a pair of reduced mass mu loses (1 - e^2) mu v_n^2 / 2.
 
     Raises
     ------
@@ -98,24 +111,32 @@ def simulate(config: VideoConfig, rng: np.random.Generator) -> Trajectories:
         position = _place(radii, config.size, rng)
         speed, angle = 2 + rng.random(len(radii)), rng.uniform(0, 2 * math.pi, len(radii))
         velocity = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    force = _draw_force(config, rng) if config.force else None
     for frame in range(config.n_frames):
         if frame:
-            position += velocity
-            _reflect(position, velocity, radii, config.size)
+            _fly(position, velocity, None if force is None else force[frame - 1], config.drag)
+            _reflect(position, velocity, radii, config.size, config.restitution)
             for _ in range(PASSES):  # pushing balls apart can push them into a wall or a third ball
-                if not _collide(position, velocity, radii):
+                if not _collide(position, velocity, radii, config.restitution):
                     break
-                _reflect(position, velocity, radii, config.size)
+                _reflect(position, velocity, radii, config.size, config.restitution)
         positions[frame], velocities[frame] = position, velocity
-    return Trajectories(positions, velocities, radii)
+    return Trajectories(positions, velocities, radii, force)
 
 
 def _check(config: VideoConfig) -> np.ndarray:
     """Refuse what cannot be simulated; return one radius per ball."""
-    for name, least in (("n_videos", 1), ("n_frames", 1), ("n_balls", 1), ("fps", 1), ("video_seed", 0)):
+    for name, least in (
+        ("n_videos", 1), ("n_frames", 1), ("n_balls", 1), ("fps", 1), ("video_seed", 0), ("restitution", 0), ("drag", 0),
+        ("force", 0), ("force_frames", 1),
+    ):  # fmt: skip
         value = getattr(config, name)
-        if value < least:
+        if not value >= least:
             raise UsageError(f"{name} is {value}, expected at least {least}")
+    if not config.restitution <= 1:
+        raise UsageError(f"restitution is {config.restitution}, expected at most 1: collisions make no energy")
+    if 0 < config.drag < LEAST_DRAG:
+        raise UsageError(f"drag is {config.drag}, expected 0 or at least {LEAST_DRAG}")
     if len(config.radius) not in (1, config.n_balls):
         raise UsageError(f"radius has {len(config.radius)} values, expected 1 or one per ball (n_balls is {config.n_balls})")
     if config.background not in ("black", "gradient"):
@@ -167,13 +188,31 @@ def _place(radii: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray
     )
 
 
-def _reflect(position: np.ndarray, velocity: np.ndarray, radii: np.ndarray, size: int) -> None:
+def _draw_force(config: VideoConfig, rng: np.random.Generator) -> np.ndarray:
+    """[n_frames, 2], of the size `force`, each direction held for `force_frames` frames."""
+    angle = rng.uniform(0, 2 * math.pi, -(-config.n_frames // config.force_frames))
+    force = config.force * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return np.repeat(force, config.force_frames, axis=0)[: config.n_frames]
+
+
+def _fly(position: np.ndarray, velocity: np.ndarray, force: np.ndarray | None, drag: float) -> None:
+    """One frame of v' = force - drag v."""
+    push = np.zeros(2) if force is None else force
+    # of a velocity, and of a force's impulse, after one frame: (1 - exp(-drag)) / drag and its mean over the frame's rest
+    moved = -math.expm1(-drag) / drag if drag else 1.0
+    pushed = (1 - moved) / drag if drag else 0.5
+    position += velocity * moved + push * pushed
+    velocity[...] = velocity * math.exp(-drag) + push * moved
+
+
+def _reflect(position: np.ndarray, velocity: np.ndarray, radii: np.ndarray, size: int, restitution: float = 1.0) -> None:
     low, high = radii[:, None], size - radii[:, None]
-    velocity[...] = np.where(position < low, np.abs(velocity), np.where(position > high, -np.abs(velocity), velocity))
+    outward = ((position < low) & (velocity < 0)) | ((position > high) & (velocity > 0))
+    velocity[...] = np.where(outward, -restitution * velocity, velocity)
     np.clip(position, low, high, out=position)
 
 
-def _collide(position: np.ndarray, velocity: np.ndarray, radii: np.ndarray) -> bool:
+def _collide(position: np.ndarray, velocity: np.ndarray, radii: np.ndarray, restitution: float = 1.0) -> bool:
     """Resolve each overlapping pair once; False if there was none."""
     found = False
     mass = radii**2
@@ -189,8 +228,8 @@ def _collide(position: np.ndarray, velocity: np.ndarray, radii: np.ndarray) -> b
             position[i] -= overlap / 2 * normal
             position[j] += overlap / 2 * normal
             approach = (velocity[i] - velocity[j]) @ normal
-            if approach > 0:  # equal masses: an exchange of the normal velocities
-                share = 2 * approach / (mass[i] + mass[j])
+            if approach > 0:  # equal masses and no loss: an exchange of the normal velocities
+                share = (1 + restitution) * approach / (mass[i] + mass[j])
                 velocity[i] -= share * mass[j] * normal
                 velocity[j] += share * mass[i] * normal
     return found
@@ -607,8 +646,8 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
     """Write video_000.mp4, ... and their ground truth; finished videos of the same settings are left alone.
 
     Video i is drawn from the seed [video_seed, i], whatever n_videos is. Beside it, video_i.safetensors holds the
-    trajectories (float64) and, as metadata, `settings` (JSON) and `source`. `progress(done, total)` is called after
-    each video.
+    trajectories (float64) and, as metadata, `settings` (JSON) and `source`; with a force, video_i.control.json holds that
+    (see `controls`). `progress(done, total)` is called after each video.
 
     Raises
     ------
@@ -621,11 +660,11 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
     """
     radii = _check(config)
     folder = Path(folder)
-    settings = dataclasses.asdict(config) | {"radius": radii.tolist()}
-    del settings["n_videos"]  # does not change any one video
-    label = json.dumps(settings, sort_keys=True)
+    label = _label(config, radii)
     wanted = [folder / f"video_{index:03d}.mp4" for index in range(config.n_videos)]
     finished = _finished(folder, wanted, label)
+    if config.force:
+        finished = {path for path in finished if controls.path_of(path).exists()}
     for index, path in enumerate(wanted):
         if path not in finished:
             trajectories = simulate(config, np.random.default_rng([config.video_seed, index]))
@@ -634,12 +673,26 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
                 raise _mixed(folder, f"{path.name} is without ground truth and not what these settings make")
             with files.atomic_path(path) as temporary:
                 temporary.write_bytes(data)
+            if trajectories.force is not None:
+                controls.write(controls.path_of(path), torch.from_numpy(trajectories.force), FORCE)
             # last: its presence says that the video is complete
-            tensors = {name: torch.from_numpy(value) for name, value in vars(trajectories).items()}
+            tensors = {name: torch.from_numpy(getattr(trajectories, name)) for name in TRUTH}
             files.save_tensors(path.with_suffix(".safetensors"), tensors, {"settings": label, "source": SOURCE})
         if progress is not None:
             progress(index + 1, len(wanted))
     return wanted
+
+
+def _label(config: VideoConfig, radii: np.ndarray) -> str:
+    """The settings that make a video, as text."""
+    settings = dataclasses.asdict(config) | {"radius": radii.tolist()}
+    del settings["n_videos"]  # does not change any one video
+    for field in dataclasses.fields(config):  # a world without losses and forces is what older versions knew
+        if field.name in ("restitution", "drag", "force") and settings[field.name] == field.default:
+            del settings[field.name]
+    if not config.force:
+        del settings["force_frames"]
+    return json.dumps(settings, sort_keys=True)
 
 
 def _finished(folder: Path, wanted: list[Path], label: str) -> set[Path]:
@@ -670,14 +723,13 @@ def load_ground_truth(video_path: Path) -> Trajectories | None:
     if not path.exists():
         return None
     tensors, _ = files.load_tensors(path, "ground truth")
-    names = [field.name for field in dataclasses.fields(Trajectories)]
-    if missing := [name for name in names if name not in tensors]:
+    if missing := [name for name in TRUTH if name not in tensors]:
         raise VideoError(f"{path} is not the ground truth of a video: it has no {', '.join(missing)}")
-    positions, velocities, radii = (tensors[name] for name in names)
+    positions, velocities, radii = (tensors[name] for name in TRUTH)
     fits = positions.ndim == 3 and positions.shape[2] == 2 and velocities.shape == positions.shape
     if not fits or radii.shape != positions.shape[1:2] or not positions.numel():
-        shapes = [list(tensors[name].shape) for name in names]
+        shapes = [list(tensors[name].shape) for name in TRUTH]
         raise VideoError(f"{path} is not the ground truth of a video: expected [T, n, 2], [T, n, 2], [n], found {shapes}")
-    if not all(tensors[name].is_floating_point() and tensors[name].isfinite().all() for name in names):
+    if not all(tensors[name].is_floating_point() and tensors[name].isfinite().all() for name in TRUTH):
         raise VideoError(f"{path} is not the ground truth of a video: its numbers must be finite floating-point ones")
-    return Trajectories(**{name: tensors[name].numpy() for name in names})
+    return Trajectories(**{name: tensors[name].numpy() for name in TRUTH})

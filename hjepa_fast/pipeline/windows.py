@@ -6,12 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LatentError, UsageError
+from . import controls
 from .config import DataConfig
 from .latents import Latents
 
@@ -36,10 +38,21 @@ class Dataset:
     """What the latents are, in words: the encoder."""
     encoding: dict[str, Any]
     """How they were made: encoder, clip length and stride."""
+    train_control: Tensor | None = None
+    """[n_train, window - 1, m] float32: the control of each step of a window. None without a control."""
+    test_control: Tensor | None = None
+    """[n_test, window - 1, m] float32."""
+    control_scale: Tensor | None = None
+    """[m]: recorded controls = controls here * scale; ones without standardisation."""
 
     @property
     def latent_dim(self) -> int:
         return self.train.shape[-1]
+
+    @property
+    def control_dim(self) -> int:
+        """m; 0 without a control."""
+        return 0 if self.train_control is None else self.train_control.shape[-1]
 
     @property
     def variance(self) -> float:
@@ -50,24 +63,33 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of every number in it; a training run resumes only on the same data."""
         digest = hashlib.sha256()
-        for tensor in (self.train, self.test):
+        controls = (x for x in (self.train_control, self.test_control) if x is not None)
+        for tensor in (self.train, self.test, *controls):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
-def prepare(latents: Sequence[Latents], config: DataConfig) -> Dataset:
+def prepare(latents: Sequence[Latents], config: DataConfig, videos: Path | None = None) -> Dataset:
     """Cut every video's latents into overlapping windows (stride 1), split them, and standardise.
+
+    Controls are cut with them (see `controls.of_steps`). Standardised, they are divided by their root mean square over the
+    training windows, so that no control stays 0.
 
     A split by video keeps a video's windows on one side. A split by window is the published one: neighbouring windows
     share all but one latent, so the test set is not new to the model.
 
+    Parameters
+    ----------
+    videos : Path, optional
+        The folder of the videos, beside which controls are recorded.
+
     Raises
     ------
     UsageError
-        A window of fewer than 2 latents, or a test fraction that leaves one side empty.
+        A window of fewer than 2 latents, a test fraction that leaves one side empty, or a control without `videos`.
     LatentError
-        No video has enough latents for a window.
+        No video has enough latents for a window; a video has no control, or one of another length or size than is expected.
     """
     if config.window < 2:
         raise UsageError(f"window must be at least 2 latents (one to start from, one to predict), found {config.window}")
@@ -85,7 +107,8 @@ def prepare(latents: Sequence[Latents], config: DataConfig) -> Dataset:
         names = ", ".join(video.name for video in short[:5]) + (", ..." if len(short) > 5 else "")
         warnings.warn(f"{len(short)} videos have fewer than {config.window} latents and are left out: {names}", stacklevel=2)
 
-    windows = torch.cat([video.latents.unfold(0, config.window, 1).transpose(1, 2) for video in long_enough])
+    windows = torch.cat([_cut(video.latents, config.window) for video in long_enough])
+    control = _controls(long_enough, config, videos)
     counts = torch.tensor([len(video.latents) - config.window + 1 for video in long_enough])
     video_of = torch.repeat_interleave(torch.arange(len(long_enough)), counts)
     start_of = torch.cat([torch.arange(count) for count in counts.tolist()])
@@ -107,6 +130,13 @@ def prepare(latents: Sequence[Latents], config: DataConfig) -> Dataset:
         mean, std = train.mean(dim=(0, 1)), train.std(dim=(0, 1))
         # a dimension that never changes carries nothing; dividing by its rounding noise would make it carry a lot
         std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+    scale = None
+    if control is not None:
+        scale = torch.ones(control.shape[-1])
+        if config.standardize:
+            rms = control[~is_test].square().mean(dim=(0, 1)).sqrt()
+            scale = torch.where(rms > 0, rms, scale)
+        control = control / scale
     return Dataset(
         train=((train - mean) / std).contiguous(),
         test=((test - mean) / std).contiguous(),
@@ -116,4 +146,28 @@ def prepare(latents: Sequence[Latents], config: DataConfig) -> Dataset:
         test_starts=tuple(start_of[is_test].tolist()),
         label=long_enough[0].metadata["label"],
         encoding={key: value for key, value in long_enough[0].metadata["provenance"].items() if not key.startswith("source")},
+        train_control=None if control is None else control[~is_test].contiguous(),
+        test_control=None if control is None else control[is_test].contiguous(),
+        control_scale=scale,
     )
+
+
+def _cut(rows: Tensor, length: int) -> Tensor:
+    """Every `length` consecutive rows [n, d]: [n - length + 1, length, d]."""
+    return rows.unfold(0, length, 1).transpose(1, 2)
+
+
+def _controls(latents: Sequence[Latents], config: DataConfig, videos: Path | None) -> Tensor | None:
+    """The control of each step of each window, [n_windows, window - 1, m]."""
+    if config.control == "none":
+        return None
+    if videos is None:
+        raise UsageError("control recorded: the controls lie beside the videos; name their folder with --videos")
+    found = [controls.of_latents(video, videos) for video in latents]
+    for video, control in zip(latents, found, strict=True):
+        if control.shape[1] != found[0].shape[1]:
+            raise LatentError(
+                f"controls differ in size: {latents[0].name} has {found[0].shape[1]} numbers a row, "
+                f"{video.name} {control.shape[1]}"
+            )
+    return torch.cat([_cut(control, config.window - 1) for control in found])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..api import choose_backend
 from ..errors import UsageError
 from ..integrators import DT_BOUNDS, Bounds, EulerIntegrator, SymplecticIntegrator
 from ..models import BaselineMLP, LatentHNN, SeparableHNN
+from ..ports import PortHNN
 from ..schemes import SCHEMES
-from .config import OWN_INTEGRATOR
+from .config import OWN_INTEGRATOR, DataConfig, TrainConfig
 
 Model = SymplecticIntegrator | BaselineMLP
 """A trainable model: `.rollout(z0 [B, d], n_steps)` gives [B, n_steps + 1, d]."""
@@ -31,6 +33,11 @@ class ModelSpec:
     integrator: str | None = None
     energy_loss: bool = False
     residual: bool = False
+    lacks: str | None = None
+    """ "friction" or "control": what this model has not and the full model has, to which it is equal else."""
+    friction: str | None = None
+    per_dimension: bool = False
+    control_dim: int = 0
 
 
 MODELS = {
@@ -41,6 +48,8 @@ MODELS = {
     "hnn-separable": ModelSpec("Separable HNN", SEPARABLE, "leapfrog", energy_loss=True),
     "baseline": ModelSpec("Baseline MLP"),
     "baseline-residual": ModelSpec("Residual MLP", residual=True),
+    "hnn-no-friction": ModelSpec("HNN (no friction)", MLP, "leapfrog", energy_loss=True, lacks="friction"),
+    "hnn-no-control": ModelSpec("HNN (no control)", MLP, "leapfrog", energy_loss=True, lacks="control"),
 }
 FULL_MODEL = "hnn"
 """The model whose H measures the energy of predictors that have none of their own, and whose integrator can be chosen."""
@@ -61,8 +70,27 @@ def check_models(names: tuple[str, ...]) -> None:
         raise UsageError(f"unknown model {', '.join(unknown) or '(none given)'}; known: {', '.join(MODELS)}")
 
 
+def chosen(names: Sequence[str] | None, train: TrainConfig, data: DataConfig) -> list[str]:
+    """The models to train: those named, or by default all, of which those without friction or control only beside one with it.
+
+    Raises
+    ------
+    UsageError
+        None are named, an unknown one is, or one that lacks what no model of these settings has.
+    """
+    given = {"friction": train.friction != "none", "control": data.control != "none"}
+    if names is None:
+        return [name for name, spec in MODELS.items() if spec.lacks is None or given[spec.lacks]]
+    check_models(tuple(names))
+    for name in names:
+        lacks = MODELS[name].lacks
+        if lacks and not given[lacks]:
+            raise UsageError(f"{name} is there to be compared with a model that has {lacks}: it needs --{lacks}, found none")
+    return list(names)
+
+
 def spec_of(name: str, integrator: str = OWN_INTEGRATOR) -> ModelSpec:
-    """What a model is; the full model with another integrator than its own, if one is named.
+    """What a model is; the full model, and what lacks one thing beside it, with another integrator, if one is named.
 
     Raises
     ------
@@ -73,14 +101,78 @@ def spec_of(name: str, integrator: str = OWN_INTEGRATOR) -> ModelSpec:
     if integrator != OWN_INTEGRATOR and integrator not in SCHEMES:
         raise UsageError(f"integrator must be {OWN_INTEGRATOR} or one of {', '.join(SCHEMES)}; found {integrator!r}")
     own = MODELS[name]
-    if name != FULL_MODEL or integrator in (OWN_INTEGRATOR, own.integrator):
+    if (name != FULL_MODEL and own.lacks is None) or integrator in (OWN_INTEGRATOR, own.integrator):
         return own
-    return dataclasses.replace(own, title=f"HNN (full, {integrator})", integrator=integrator)
+    return dataclasses.replace(own, title=f"{own.title[:-1]}, {integrator})", integrator=integrator)
+
+
+def spec_in(name: str, config: TrainConfig, control_dim: int) -> ModelSpec:
+    """What a model is in a run: as `spec_of`, and with the friction and the control that the settings give it.
+
+    Raises
+    ------
+    UsageError
+        An unknown model or integrator.
+    """
+    spec = spec_of(name, config.integrator)
+    friction = None if config.friction == "none" or spec.lacks == "friction" else config.friction
+    return with_port(
+        spec, friction, friction is not None and config.friction_per_dimension, 0 if spec.lacks == "control" else control_dim
+    )
+
+
+def with_port(spec: ModelSpec, friction: str | None, per_dimension: bool, control_dim: int) -> ModelSpec:
+    """A model with friction and control around its H, if it has one, and a title that says so.
+
+    Raises
+    ------
+    UsageError
+        An integrator that cannot have them.
+    """
+    if spec.hamiltonian is None or not (friction or control_dim):
+        return spec
+    if spec.integrator == "tao":
+        raise UsageError(f"{spec.title}: integrator tao is not there with friction or a control; choose another --integrator")
+    added = ", ".join(word for word, there in (("friction", friction), ("control", control_dim)) if there)
+    return dataclasses.replace(
+        spec, title=f"{spec.title} + {added}", friction=friction, per_dimension=per_dimension, control_dim=control_dim
+    )
+
+
+def port_of(model: Model | None) -> PortHNN | None:
+    """The friction and control around a model's H, if there are any."""
+    hnn = model.hnn if isinstance(model, SymplecticIntegrator) else None
+    return hnn if isinstance(hnn, PortHNN) else None
+
+
+def without_port(model: SymplecticIntegrator) -> SymplecticIntegrator:
+    """The model's H alone, without friction and control, under its integrator, with the dt that it uses."""
+    port = port_of(model)
+    if port is None:
+        return model
+    return SymplecticIntegrator(
+        port.H, model.step_size.item(), dt_bounds=None, integrator=model.integrator, backend=model.backend
+    )
+
+
+def takes_control(model: Model | None) -> bool:
+    """Whether a model has a port."""
+    port = port_of(model)
+    return port is not None and port.control_dim > 0
+
+
+def states(model: Model, z0: Tensor, n_steps: int, control: Tensor | None = None) -> Tensor:
+    """A rollout [B, n_steps + 1, d] from z0 [B, d], under a control [B, n_steps, m] if the model has a port for it."""
+    if control is None or not takes_control(model):
+        return model.rollout(z0, n_steps)
+    assert isinstance(model, SymplecticIntegrator)
+    return model.trajectory(z0, n_steps, control=control).states
 
 
 def title(name: str, model: Model) -> str:
     """A model's name for people, which says what the full model's integrator is if it is not its own."""
-    return spec_of(name, model.integrator if isinstance(model, SymplecticIntegrator) else OWN_INTEGRATOR).title
+    spec, port = spec_of(name, model.integrator if isinstance(model, SymplecticIntegrator) else OWN_INTEGRATOR), port_of(model)
+    return spec.title if port is None else with_port(spec, port.kind, False, port.control_dim).title
 
 
 def build(name: str, latent_dim: int, dt: float, seed: int, backend: str = "auto", integrator: str = OWN_INTEGRATOR) -> Model:
@@ -136,6 +228,10 @@ def assemble(
             hnn = SeparableHNN(latent_dim, SEPARABLE_WIDTHS, SEPARABLE_WIDTHS)
         else:
             hnn = LatentHNN(latent_dim)
+        if spec.friction or spec.control_dim:
+            hnn = PortHNN(hnn, spec.control_dim, spec.friction, spec.per_dimension)
+            if hnn.port is not None:  # so that it starts as the model without a control does, not with a random force
+                nn.init.zeros_(hnn.port)
         try:
             if spec.integrator == "euler":
                 return EulerIntegrator(hnn, dt, dt_bounds=dt_bounds, backend=backend)
