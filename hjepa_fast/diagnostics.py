@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, ports, validation
-from .api import INTEGRATORS, energy, rollout
+from . import hamiltonian, validation
+from .api import INTEGRATORS, energy, given, rollout
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
 from .matching import gradient, vector_field
@@ -457,7 +457,7 @@ def energy_balance(
         raise ValueError(f"states must be [..., n_steps + 1, 2d], found {list(getattr(states, 'shape', ()))}")
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     n_steps = states.shape[-2] - 1
-    ports.check_control(hnn, control, states[..., 0, :], n_steps)
+    given(hnn, states[..., 0, :], backend, control, None, n_steps, "states")
     steps = validation.as_step_sizes(dt, states[..., 0, :], n_steps).to(states.dtype)
     steps = steps.reshape(*(states.shape[:-2] if len(steps) > 1 else [1] * (states.ndim - 2)), -1)
     H = energy(hnn, states)
