@@ -302,6 +302,8 @@ class MechanicalHNN(nn.Module):
             if type(self.V).forward is not Term.forward:
                 raise NotFusedError(f"V is a {reader.name_of(self.V)} with a forward of its own, which no rollout would run")
             (term,) = self.V.hamiltonian_terms()
+            if term.n_inputs:
+                raise ValueError("V of a MechanicalHNN is of q alone, found one that takes a control or a condition as well")
             assert term.activation is not None
             V = Layers(term.weights, term.biases, term.activation)
         kind, net, entries, d = "identity", None, None, None

@@ -347,6 +347,7 @@ class Doubled(hf.Cholesky):
         (lambda: hf.MechanicalHNN(net(2, 1, 5), Doubled(2)), TypeError, "forward of its own"),
         (lambda: hf.MechanicalHNN(net(2, 1, 5), activation="tanh"), ValueError, "sequence of layers"),
         (lambda: hf.MechanicalHNN(hf.Term(net(2, 1, 5), "p")), ValueError, "reads p"),
+        (lambda: hf.MechanicalHNN(hf.Term(net(3, 1, 5), "q", condition_dim=1)), ValueError, "of q alone"),
         (lambda: hf.Cholesky(2, diagonal="square"), ValueError, "softplus, raw; found 'square'"),
         (lambda: hf.Cholesky(2, epsilon=-1.0), ValueError, "found -1.0"),
         (lambda: hf.Diagonal(0), ValueError, "found 0"),
