@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, ports, validation
+from . import hamiltonian, inputs, ports, reader, validation
 from .api import INTEGRATORS, energy, rollout
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
@@ -451,13 +451,22 @@ def energy_balance(
     Raises
     ------
     TypeError, ValueError
-        As `gradient`; a control that does not fit.
+        As `gradient`; a control that does not fit, or an H that reads one itself.
     """
     if not isinstance(states, Tensor) or states.ndim < 2 or not states.shape[-2]:
         raise ValueError(f"states must be [..., n_steps + 1, 2d], found {list(getattr(states, 'shape', ()))}")
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     n_steps = states.shape[-2] - 1
-    ports.check_control(hnn, control, states[..., 0, :], n_steps)
+    H_alone = ports.hamiltonian_of(hnn) if isinstance(hnn, PortHNN) else hnn
+    if hamiltonian.of_any_module(H_alone, states, "reference", with_inputs=True).takes_inputs:
+        raise ValueError(
+            f"energy_balance is of an H(z), found {reader.name_of(hnn)}, whose H reads a control or a condition, so that it "
+            "changes with that"
+        )
+    if control is not None:
+        m = hnn.control_dim if isinstance(hnn, PortHNN) else 0
+        inputs.check_given(reader.name_of(hnn), "control", control, m)
+        inputs.check(control, "control", m, states[..., 0, :], n_steps)
     steps = validation.as_step_sizes(dt, states[..., 0, :], n_steps).to(states.dtype)
     steps = steps.reshape(*(states.shape[:-2] if len(steps) > 1 else [1] * (states.ndim - 2)), -1)
     H = energy(hnn, states)
