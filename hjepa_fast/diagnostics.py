@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, validation
+from . import hamiltonian, reader, validation
 from .api import INTEGRATORS, energy, given, rollout
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
@@ -451,13 +451,17 @@ def energy_balance(
     Raises
     ------
     TypeError, ValueError
-        As `gradient`; a control that does not fit.
+        As `gradient`; a control that does not fit, or an H that reads one itself.
     """
     if not isinstance(states, Tensor) or states.ndim < 2 or not states.shape[-2]:
         raise ValueError(f"states must be [..., n_steps + 1, 2d], found {list(getattr(states, 'shape', ()))}")
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     n_steps = states.shape[-2] - 1
-    given(hnn, states[..., 0, :], backend, control, None, n_steps, "states")
+    if given(hnn, states[..., 0, :], backend, control, None, n_steps, "states").H.takes_inputs:
+        raise ValueError(
+            f"energy_balance is of an H(z), found {reader.name_of(hnn)}, whose H reads a control or a condition, so that it "
+            "changes with that"
+        )
     steps = validation.as_step_sizes(dt, states[..., 0, :], n_steps).to(states.dtype)
     steps = steps.reshape(*(states.shape[:-2] if len(steps) > 1 else [1] * (states.ndim - 2)), -1)
     H = energy(hnn, states)

@@ -262,8 +262,10 @@ def test_energy_balance_is_the_drift_without_friction_and_differentiable_with_it
         diagnostics.energy_balance(model, states, torch.ones(2, dtype=torch.float64))
     per_sample = diagnostics.energy_balance(model, states, torch.tensor([[0.1], [0.2]], dtype=torch.float64))
     torch.testing.assert_close(per_sample.lost[1], 2 * diagnostics.energy_balance(model, states, 0.1).lost[1])
-    with pytest.raises(ValueError, match="no port for it"):
+    with pytest.raises(ValueError, match="no port or control_dim for it"):
         diagnostics.energy_balance(model.H, states, 0.1, u)
+    with pytest.raises(ValueError, match=r"energy_balance is of an H\(z\), found LatentHNN, whose H reads a control"):
+        diagnostics.energy_balance(hf.LatentHNN(2 * D, (4,), control_dim=M).double(), states, 0.1, u)
     with pytest.raises(ValueError, match=r"control must be .* found \[2, 2, 2\]"):
         diagnostics.energy_balance(model, states, 0.1, u[:, :2])
 
