@@ -10,11 +10,12 @@ template <class T>
 struct DenseTile {
   const Dense<T>& p;
   const Crew& crew;
-  i64 R, lds[MAX_LAYERS + 1];
-  T *left[MAX_LAYERS + 1], *right[MAX_LAYERS];          // (e_l, r_l) and (z'_l, z_l), 2 R rows each; without tangents e_l and z_l
-  T *d[MAX_LAYERS], *curve[MAX_LAYERS], *g[MAX_LAYERS];  // s'(a_l), s''(a_l), the gradient with respect to z_l
-  T *bend[MAX_LAYERS];                                   // g_l s''(a_l) a'_l
-  T *y, *yd;                                             // the outputs and their tangents
+  i64 R, lds[MAX_LAYERS + 1] = {};
+  // (e_l, r_l) and (z'_l, z_l), 2 R rows each; without tangents e_l and z_l
+  T *left[MAX_LAYERS + 1] = {}, *right[MAX_LAYERS] = {};
+  T *d[MAX_LAYERS] = {}, *curve[MAX_LAYERS] = {}, *g[MAX_LAYERS] = {};  // s'(a_l), s''(a_l), the gradient with respect to z_l
+  T* bend[MAX_LAYERS] = {};                                             // g_l s''(a_l) a'_l
+  T *y = nullptr, *yd = nullptr;                                        // the outputs and their tangents
   bool tangents;
 
   // For R of at most `rows` rows, which memory is laid out for.
