@@ -412,12 +412,13 @@ def _ours(problem: Problem | Training, backend: str, memory: str, integrator: st
             states=problem.case.states, memory=memory, backend=backend,
         )[:2]  # fmt: skip
 
-    name = _our_name(backend, memory, integrator)
+    name = _our_name(problem.case, backend, memory, integrator)
     return _contestant(name, problem, roll, ours=True, predicts=f"hamiltonian:{integrator}")
 
 
-def _our_name(backend: str, memory: str, integrator: str) -> str:
-    return ":".join([backend, *([integrator] if integrator != "leapfrog" else []), *([memory] if memory != "store" else [])])
+def _our_name(case: Case, backend: str, memory: str, integrator: str) -> str:
+    own = integrator == "leapfrog" or case.mechanical
+    return ":".join([backend, *([] if own else [integrator]), *([memory] if memory != "store" else [])])
 
 
 def _compiled(problem: Problem, mode: str = "default") -> Contestant:
@@ -597,11 +598,11 @@ def entrants(case: Case, device: torch.device, compile: bool = False) -> tuple[d
             continue
         for memory, integrator in itertools.product(case.memory, case.integrators):
             options = {"backend": backend, "memory": memory, "integrator": integrator}
-            builders[_our_name(**options)] = partial(_ours, **options)
+            builders[_our_name(case, **options)] = partial(_ours, **options)
             kinds = memory == "store" and integrator == "leapfrog" and case.kind not in ("backward", "zoo")
             plain = kinds and backend != "torch"
             if device.type == "cuda" and plain:
-                builders[f"{_our_name(**options)}:graphed"] = partial(_graphed, partial(_ours, **options))
+                builders[f"{_our_name(case, **options)}:graphed"] = partial(_graphed, partial(_ours, **options))
     for name in case.rivals:
         reason = _why_not(name, device, compile)
         if reason:
