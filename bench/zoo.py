@@ -358,6 +358,21 @@ class PortHamiltonian(Replica):
         return self.missed(partial(hf.gradient, H, backend=backend), *batch)
 
 
+class Port(hf.PortHNN):
+    """The damping and the force of physics-world-models in this library's model."""
+
+    def __init__(self, H: nn.Module, actions: Actions, splitting: str) -> None:
+        super().__init__(H, control_dim=actions.act_emb.embedding_dim, friction="rayleigh", splitting=splitting)
+        self.raw_friction, self.port, self.actions = None, None, actions
+
+    @property
+    def friction(self) -> Tensor:
+        return self.actions.damping
+
+    def force(self, control: Tensor) -> Tensor:
+        return self.actions.G_net(control)
+
+
 class LatentHamiltonian(Replica):
     """physics-world-models in latent space: softplus T(p) and V(q) with damping and a force of the action; kick, drift, kick,
     with -Hq - exp(g) Hp + G e + c in both kicks, of which the second takes Hp at the momentum between the two. Here sequences
@@ -375,10 +390,15 @@ class LatentHamiltonian(Replica):
     def batch(self, rows: int, n_steps: int) -> Batch:
         return torch.randn(rows, n_steps + 1, 2 * self.d), torch.randint(3, (rows, n_steps))
 
-    def hamiltonian(self) -> nn.Module:
-        return hf.Separable(V=self.V_net, T=self.T_net)
+    splitting = "kicks"
 
-    def missed(self, gradient: Callable[[Tensor, Tensor], Sequence[Tensor]], data: Tensor, actions: Tensor) -> Tensor:
+    def hamiltonian(self) -> nn.Module:
+        return Port(hf.Separable(V=self.V_net, T=self.T_net), self.actions, self.splitting)
+
+    def textbook(self, data: Tensor, actions: Tensor) -> Tensor:
+        def gradient(q: Tensor, p: Tensor) -> Sequence[Tensor]:
+            return differentiated(self.V_net, q), differentiated(self.T_net, p)
+
         damping, dt = self.actions.damping, self.dt
         q, p = data[:, 0].chunk(2, dim=-1)
         states = []
@@ -391,37 +411,17 @@ class LatentHamiltonian(Replica):
             states.append(torch.cat((q, p), dim=-1))
         return F.mse_loss(torch.stack(states, dim=1), data[:, 1:])
 
-    def textbook(self, data: Tensor, actions: Tensor) -> Tensor:
-        return self.missed(lambda q, p: (differentiated(self.V_net, q), differentiated(self.T_net, p)), data, actions)
-
     def fused(self, H: nn.Module, data: Tensor, actions: Tensor, backend: str = "auto") -> Tensor:
-        def gradient(q: Tensor, p: Tensor) -> Sequence[Tensor]:
-            return hf.gradient(H, torch.cat((q, p), dim=-1), backend=backend).chunk(2, dim=-1)
-
-        return self.missed(gradient, data, actions)
-
-
-class Port(hf.PortHNN):
-    """The damping and the force of physics-world-models in this library's model."""
-
-    def __init__(self, H: nn.Module, actions: Actions) -> None:
-        super().__init__(H, control_dim=actions.act_emb.embedding_dim, friction="rayleigh")
-        self.raw_friction, self.port, self.actions = None, None, actions
-
-    @property
-    def friction(self) -> Tensor:
-        return self.actions.damping
-
-    def force(self, control: Tensor) -> Tensor:
-        return self.actions.G_net(control)
+        control = self.actions.act_emb(actions)
+        states = hf.rollout(H, data[:, 0], self.dt, actions.shape[1], control=control, backend=backend).states
+        return F.mse_loss(states[:, 1:], data[:, 1:])
 
 
 class LatentPort(LatentHamiltonian):
     """The same networks, damping and force by `PortHNN`, which takes friction before the first kick and after the second:
     another number than the repository's, of the same order. `textbook` is that scheme."""
 
-    def hamiltonian(self) -> nn.Module:
-        return Port(super().hamiltonian(), self.actions)
+    splitting = "symmetric"
 
     def textbook(self, data: Tensor, actions: Tensor) -> Tensor:
         damping, dt = self.actions.damping, self.dt
@@ -435,11 +435,6 @@ class LatentPort(LatentHamiltonian):
             p = p - dt / 2 * damping * differentiated(self.T_net, p)
             states.append(torch.cat((q, p), dim=-1))
         return F.mse_loss(torch.stack(states, dim=1), data[:, 1:])
-
-    def fused(self, H: nn.Module, data: Tensor, actions: Tensor, backend: str = "auto") -> Tensor:
-        control = self.actions.act_emb(actions)
-        states = hf.rollout(H, data[:, 0], self.dt, actions.shape[1], control=control, backend=backend).states
-        return F.mse_loss(states[:, 1:], data[:, 1:])
 
 
 class Phlearn(Replica):

@@ -358,6 +358,9 @@ def _with_inputs(
         return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
     validation.check_choice(which, ("all", "final"), "states")
     with_energy = validation.as_flag(with_energy, "energy")
+    in_kicks = isinstance(model, PortHNN) and model.splitting == "kicks" and (friction or x.forced)
+    if in_kicks and n_steps:
+        _check_kicks(x, settings)
     if _can_be_driven(x, settings, n_steps):
         return _driven(model, x, dt, n_steps, control, changes, run, with_energy, which)
     for what, refused in (("memory", ("checkpoint", "reversible")), ("integrator", ("tao",))):
@@ -402,6 +405,17 @@ def _can_be_driven(x: Given, settings: dict[str, Any], n_steps: int) -> bool:
     return n_steps > 0 and covers(forms, stages_of(settings["integrator"], forms))
 
 
+def _check_kicks(x: Given, settings: dict[str, Any]) -> None:
+    integrator = settings["integrator"]
+    mixes = any(stage.mix for stage in SCHEMES[integrator].stages) if integrator in SCHEMES else False
+    if mixes or not _can_be_driven(x, settings, 1):
+        raise ValueError(
+            'splitting="kicks" takes an explicit integrator without mixed gradients, a fused backend, an H that can be read '
+            f'and memory other than "reversible"; found integrator="{integrator}", backend="{settings["backend"]}", '
+            f'memory="{settings["memory"]}" and a {type(x.H).__name__}'
+        )
+
+
 def _driven(
     model: nn.Module,
     x: Given,
@@ -434,7 +448,7 @@ def _driven(
                 externals.append(added @ term.columns_of_control().T)
     first = None if u is None else u[:, 0]
     H = x.H.given(first if first is None or len(first) != 1 else first[0], x.condition) if x.H.takes_inputs else x.H
-    drive = Drive(friction, x.forced, tuple(changing))
+    drive = Drive(friction, x.forced, tuple(changing), isinstance(model, PortHNN) and model.splitting == "kicks")
     out = run(
         H, x.z, dt, n_steps, energy=False, states="all" if with_energy else which, drive=drive, externals=tuple(externals)
     )

@@ -8,7 +8,8 @@ with a control u through a port G, held over a step, and friction of one of two 
                         contracts by exactly that (McLachlan and Perlmutter, J. Geom. Phys. 39, 276, 2001).
     rayleigh    g Hp    The power lost is Hp . (g Hp) >= 0, whatever H is.
 
-A step is symmetric: half of the friction, half of the force, the integrator's step, half of the force, half of the friction.
+A step is symmetric: half of the friction, half of the force, the integrator's step, half of the force, half of the friction. Or
+both stand in the integrator's kicks, p <- p + c dt (-Hq - friction + G u), at the point where each takes its gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .errors import NotFusedError
 from .hamiltonian import Hamiltonian
 
 FRICTIONS = ("conformal", "rayleigh")
+SPLITTINGS = ("symmetric", "kicks")
 
 
 class PortHNN(nn.Module):
@@ -42,6 +44,9 @@ class PortHNN(nn.Module):
         A coefficient for each momentum; else one for all.
     initial_friction : float
         Where the coefficient starts, > 0.
+    splitting : str
+        Where friction and force stand in a rollout: "symmetric", half of them before and after each step of the integrator; or
+        "kicks", in its own kicks, which takes an explicit integrator without mixed gradients ("rk4") and a fused backend.
     latent_dim : int, optional
         2d, where H is a class that cannot be read (see docs/hamiltonians.md).
 
@@ -65,9 +70,12 @@ class PortHNN(nn.Module):
         per_dimension: bool = False,
         *,
         initial_friction: float = 0.1,
+        splitting: str = "symmetric",
         latent_dim: int | None = None,
     ) -> None:
         super().__init__()
+        validation.check_choice(splitting, SPLITTINGS, "splitting")
+        self.splitting = splitting
         control_dim = validation.as_count(control_dim, "control_dim")
         if friction is not None:
             validation.check_choice(friction, FRICTIONS, "friction")
@@ -154,9 +162,11 @@ def step(
 
 
 def friction_of_steps(model: PortHNN, steps: Tensor, d: int) -> Tensor:
-    """E of `hidden_space.program.Drive` for half of each step [1 or B, 1 or n_steps]: [1 or B, 1 or n_steps, d]."""
+    """E of `hidden_space.program.Drive` for steps [1 or B, 1 or n_steps]: [1 or B, 1 or n_steps, d]."""
     g = model.friction
     assert g is not None
+    if model.splitting == "kicks":
+        return (g * steps[..., None]).expand(*steps.shape, d)
     half = (g * steps[..., None] / 2).expand(*steps.shape, d)
     return torch.expm1(-half) if model.kind == "conformal" else half
 

@@ -179,7 +179,9 @@ class Driven(NamedTuple):
         return found
 
     def half(self, H: _Gradient, q: Dual, p: Dual, h: Dual, t: int, before: bool) -> Dual:
-        """Half of the friction and of the force, before or after the integrator's step."""
+        """Half of the friction and of the force, before or after the integrator's step; unless they stand in its kicks."""
+        if self.drive.in_kicks:
+            return p
         for what in ("friction", "force") if before else ("force", "friction"):
             if what == "force" and self.drive.force:
                 p = p + 0.5 * (h * self.at(int(bool(self.drive.friction)), t))
@@ -188,6 +190,17 @@ class Driven(NamedTuple):
             elif what == "friction" and self.drive.friction:
                 p = p + -1 * (self.at(0, t) * H("p", q, p))
         return p
+
+    def in_kick(self, H: _Gradient, q: Dual, p: Dual, h: Dual, t: int, c: float) -> Dual | None:
+        """What friction and force add to p in a kick c."""
+        if not self.drive.in_kicks:
+            return None
+        parts: list[Dual] = []
+        if self.drive.friction:
+            parts.append(-c * (self.at(0, t) * (p if self.drive.friction == "conformal" else H("p", q, p))))
+        if self.drive.force:
+            parts.append(c * (h * self.at(int(bool(self.drive.friction)), t)))
+        return functools.reduce(operator.add, parts) if parts else None
 
 
 def gradient(term: DualTerm, x: Dual) -> tuple[Tensor, Tensor]:
@@ -232,7 +245,7 @@ def rollout(
             H = _Gradient(terms)
         if stages:
             p = driven.half(H, q, p, h, t, before=True)
-            q, p = _step(H, q, p, h, stages)
+            q, p = _step(H, q, p, h, stages, driven, t)
             p = driven.half(H, q, p, h, t, before=False)
             states.append(_joined(q, p))
         else:
@@ -251,7 +264,7 @@ def _total(parts: Sequence[Dual], like: Dual) -> Dual:
     return functools.reduce(operator.add, parts) if parts else Dual(torch.zeros_like(like.value))
 
 
-def _step(H: _Gradient, q: Dual, p: Dual, h: Dual, stages: Sequence[SubStep]) -> tuple[Dual, Dual]:
+def _step(H: _Gradient, q: Dual, p: Dual, h: Dual, stages: Sequence[SubStep], driven: Driven, t: int) -> tuple[Dual, Dual]:
     earlier: list[tuple[Dual, Dual]] = []
     mixes = any(s.mix for s in stages)
     for s in stages:
@@ -264,7 +277,9 @@ def _step(H: _Gradient, q: Dual, p: Dual, h: Dual, stages: Sequence[SubStep]) ->
             q, p = q + s.drift * (h * found[1]), p + -s.kick * (h * found[0])
             continue
         q_next = q + s.drift * (h * H("p", *at)) if s.drift else q
+        more = driven.in_kick(H, *at, h, t, s.kick) if s.kick else None
         p = p + -s.kick * (h * H("q", *at)) if s.kick else p
+        p = p if more is None else p + more
         q = q_next
     return q, p
 

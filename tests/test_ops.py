@@ -102,7 +102,7 @@ def test_bfloat16_error_is_at_most_twice_the_reference(backend):
 @pytest.mark.parametrize("memory", [*MEMORY, "none"])
 def test_opcheck(backend, memory):
     H = hamiltonian.from_module(make_hnn(6, (5, 4), dtype=torch.float32))
-    driven = [("pair", "rayleigh,1,")] if memory in ("store", "recompute", "none") else []
+    driven = [("pair", "rayleigh,1,,0")] if memory in ("store", "recompute", "none") else []
     for how, drive in [("dense", ""), ("pair", ""), *driven]:
         z0 = make_states(3, 6, dtype=torch.float32).requires_grad_(memory != "none")
         externals = [torch.full((1, 1, 3), 0.1), torch.rand(3, 4, 3)] if drive else []

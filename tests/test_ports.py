@@ -399,3 +399,60 @@ def test_function_transforms(name, friction):
         (g,) = torch.autograd.grad(end(x, backend).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(g.square().sum(), wanted, allow_unused=True, materialize_grads=True))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def kicks_of_a_textbook(model, z, dt, n, u):
+    """Leapfrog of q' = Hp, p' = -Hq - friction + G u, all of a kick at one point."""
+
+    def slope(q, p):
+        at = torch.cat((q, p), -1)  # q may be a function of p
+        Hq, Hp = torch.autograd.grad(model.H(at).sum(), at, create_graph=True)[0].chunk(2, dim=-1)
+        return -Hq - model.friction * (p if model.kind == "conformal" else Hp), Hp
+
+    path = [z]
+    for t in range(n):
+        q, p = path[-1].chunk(2, dim=-1)
+        force = u[:, t] @ model.port.T
+        p = p + dt / 2 * (slope(q, p)[0] + force)
+        q = q + dt * slope(q, p)[1]
+        p = p + dt / 2 * (slope(q, p)[0] + force)
+        path.append(torch.cat((q, p), -1))
+    return torch.stack(path, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("friction", ["conformal", "rayleigh"])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_friction_and_force_in_the_kicks(name, friction, backend):
+    torch.manual_seed(0)
+    model = hf.PortHNN(MODELS[name](), M, friction, True, initial_friction=0.4, splitting="kicks").double()
+    z0, u = make_states(4, 2 * D).requires_grad_(), make_states(4, 3, M, seed=7).requires_grad_()
+    dt = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    found = hf.rollout(model, z0, dt, 3, control=u, backend=backend).states
+    wanted = kicks_of_a_textbook(model, z0, dt, 3, u)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+    weights = torch.linspace(0.5, 1.5, found.numel(), dtype=torch.float64).reshape(found.shape)
+    wanted_of = [z0, u, dt, *model.parameters()]
+    one, other = (
+        torch.autograd.grad((x * weights).sum(), wanted_of, allow_unused=True, materialize_grads=True) for x in (found, wanted)
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    ends = (
+        (lambda u: hf.rollout(model, z0, 0.2, 3, control=u, states="final", backend=backend).states.sum(0)),
+        (lambda u: kicks_of_a_textbook(model, z0, 0.2, 3, u)[:, -1].sum(0)),
+    )
+    forward = torch.func.jacfwd(ends[0])(u.detach())
+    for found, wanted in ((forward, torch.autograd.functional.jacobian(ends[1], u)),):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options", [{"integrator": "rk4"}, {"integrator": "implicit-midpoint"}, {"backend": "reference"}, {"memory": "reversible"}]
+)
+def test_what_kicks_cannot_take(options):
+    model = hf.PortHNN(MODELS["general"](), 0, "rayleigh", splitting="kicks").double()
+    with pytest.raises(ValueError, match='splitting="kicks" takes an explicit integrator.*found integrator'):
+        hf.rollout(model, make_states(2, 2 * D), 0.1, 2, **options)
+    with pytest.raises(ValueError, match="symmetric, kicks; found 'all'"):
+        hf.PortHNN(MODELS["general"](), splitting="all")

@@ -47,15 +47,18 @@ EVALUATE, ADD, CLEAR, KEEP, RESTORE, LOAD, ADJOINT, FORGET, HESSIAN, TAKE, SCALE
 class Drive(NamedTuple):
     """What moves the state beside H. Each has numbers of its own for every step, `externals`: [1 or B, 1 or n_steps, width].
 
-    Before and after the integrator's step stand half of the friction and half of the force, the friction outside.
+    Before and after the integrator's step stand half of the friction and half of the force, the friction outside; or, with
+    `in_kicks`, every kick c of the integrator has both, at the point of that kick.
     """
 
     friction: str = ""
-    """"conformal", p <- p + E p with E = exp(-g dt / 2) - 1; or "rayleigh", p <- p - E Hp with E = g dt / 2; or none."""
+    """"conformal", p <- p + E p with E = exp(-g dt / 2) - 1; or "rayleigh", p <- p - E Hp with E = g dt / 2; or none. In kicks
+    p <- p - c E p and p <- p - c E Hp, with E = g dt."""
     force: bool = False
-    """p <- p + dt / 2 f."""
+    """p <- p + dt / 2 f; in kicks p <- p + c dt f."""
     control: tuple[int, ...] = ()
     """Terms whose first pre-activation changes by some numbers before every step: a control that they read has changed."""
+    in_kicks: bool = False
 
     @property
     def n_externals(self) -> int:
@@ -66,7 +69,8 @@ class Drive(NamedTuple):
 
     def text(self) -> str:
         """As an attribute."""
-        return f"{self.friction},{int(self.force)},{'+'.join(map(str, self.control))}" if self else ""
+        terms = "+".join(map(str, self.control))
+        return f"{self.friction},{int(self.force)},{terms},{int(self.in_kicks)}" if self else ""
 
 
 UNDRIVEN = Drive()
@@ -77,8 +81,8 @@ def drive_of(text: str) -> Drive:
     """What `Drive.text` wrote."""
     if not text:
         return UNDRIVEN
-    friction, force, control = text.split(",")
-    return Drive(friction, force == "1", tuple([int(k) for k in control.split("+") if k]))
+    friction, force, control, in_kicks = text.split(",")
+    return Drive(friction, force == "1", tuple([int(k) for k in control.split("+") if k]), in_kicks == "1")
 
 
 class Form(NamedTuple):
@@ -329,23 +333,23 @@ class _Compiler:
             if gradient[k] == self.register("D", k)
         ]
 
-    def rub(self) -> _Group:
-        """Half of the friction."""
+    def rub(self, c: float) -> _Group:
+        """Friction: p by c V."""
         V, Zp = self.register("V"), self.register("Z", "p")
         keep = Instruction(KEEP, Zp, item=self.keep(Zp))
         if self.drive.friction == "conformal":
             values = [Instruction(SCALE, Zp, V, item=0)]
-            return _Group([keep, *values, *self.moved(V, "p", 1.0, False)], [], values)
+            return _Group([keep, *values, *self.moved(V, "p", c, False)], [], values)
         gradient = {k: self.register("D", k) for k in self.networks}
         values = [*self.slope("p", gradient), Instruction(SCALE, self.register("Y"), V, item=0)]
         sources = [k for k in self.networks if self.forms[k].sees("p")]
         # a quadratic form of p makes the friction depend on what it moves
         kept = [keep] if self.quadratic["p"] else []
-        return _Group([*kept, *values, *self.moved(V, "p", -1.0, False)], self.restores(sources, gradient), values)
+        return _Group([*kept, *values, *self.moved(V, "p", c, False)], self.restores(sources, gradient), values)
 
-    def push(self) -> _Group:
-        """Half of the force."""
-        return _Group(self.moved(self.register("F"), "p", 0.5, True), [], [])
+    def push(self, c: float) -> _Group:
+        """The force: p by c dt f."""
+        return _Group(self.moved(self.register("F"), "p", c, True), [], [])
 
     def inputs(self) -> tuple[list[Instruction | _Group], list[Instruction]]:
         """What is taken before a step, and what its adjoint needs of that."""
@@ -388,24 +392,33 @@ class _Compiler:
                 if which == "friction" and self.drive.friction:
                     if self.drive.friction == "rayleigh":
                         evaluate_stale(lambda k: self.forms[k].sees("p"))
-                    code.append(self.rub())
+                    code.append(self.rub(1.0 if self.drive.friction == "conformal" else -1.0))
                 elif which == "force" and self.drive.force:
-                    code.append(self.push())
+                    code.append(self.push(0.5))
                 else:
                     continue
                 known.difference_update([k for k in known if self.forms[k].sees("p")])
 
-        driven("friction", "force")
+        around = not self.drive.in_kicks
+        if around:
+            driven("friction", "force")
         for i, s in enumerate(self.stages):
             sides = [(side, c) for side, c in (("q", -s.kick), ("p", s.drift)) if c]
-            evaluate_stale(lambda k: self.mixes or any(self.forms[k].sees(side) for side, _ in sides))  # noqa: B023
+            rubs = self.drive.in_kicks and self.drive.friction and s.kick
+            seen = {side for side, _ in sides} | ({"p"} if rubs and self.drive.friction == "rayleigh" else set())
+            evaluate_stale(lambda k: self.mixes or any(self.forms[k].sees(side) for side in seen))  # noqa: B023
+            if rubs:
+                code.append(self.rub(-s.kick))
             gradient = {k: self.register("D", k) for k in self.networks}
             if self.mixes:
                 prologue += self.mix(i, s, gradient, code)
             code += [self.move(side, c, gradient) for side, c in sides]
+            if self.drive.in_kicks and self.drive.force and s.kick:
+                code.append(self.push(s.kick))
             for side, _ in sides:
                 known.difference_update([k for k in known if self.forms[k].sees(_OTHER[side])])
-        driven("force", "friction")
+        if around:
+            driven("force", "friction")
         return code, prologue, known
 
     def mix(self, i: int, s: SubStep, gradient: dict[int, int], code: list[Instruction | _Group]) -> list[Instruction]:
