@@ -10,7 +10,7 @@ import torch
 import hjepa_fast as hf
 from hjepa_fast.diagnostics import power_balance
 from hjepa_fast.errors import UsageError
-from hjepa_fast.pipeline import evaluate, zoo
+from hjepa_fast.pipeline import evaluate, figures, zoo
 from hjepa_fast.pipeline.config import DataConfig, EvaluateConfig, TrainConfig
 from hjepa_fast.pipeline.latents import load_latents
 from hjepa_fast.pipeline.tables import summary_table
@@ -156,6 +156,17 @@ def test_friction_and_control_match_loops(friction, dataset, models):
     table = summary_table(summary_of(result))
     assert "Its friction and control are left out" in table
     assert f"| HNN (full) + friction, control | {friction} " in table
+
+
+def test_panels_of_drift_say_what_is_drawn():
+    words = {"Energy drift": {"hnn": {}}, "Error of the energy balance": {"hnn": {"port": {"friction": "rayleigh"}}}}
+    for expected, rows in words.items():
+        found, formula = figures._drift_of(rows)
+        assert found == expected
+        axis = figures.own_style(figures.new_figure)("", 1, 1, 2, 2)[1][0, 0]
+        figures._drift_panel(axis, [(torch.rand(3, 4), "#000000", "a model")], formula)
+        assert axis.get_ylabel() == formula
+        assert ("lost" in formula) == (expected != "Energy drift")
 
 
 def test_a_diverging_model_is_reported_not_crashed(dataset, models):

@@ -260,14 +260,14 @@ def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, sty
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]], label: str = "|H(z(t)) - H(z(0))|") -> None:
+def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]], formula: str = "|H(z(t)) - H(z(0))|") -> None:
     """Each of: energies [n, T + 1], a colour, a label."""
     some = False
     for H, color, label in drawn:
         drift = (H[:, 1:] - H[:, :1]).abs()
         _band(axis, np.arange(1, H.shape[1]), drift, color, label)
         some |= bool((drift > 0).any())
-    axis.set(xlabel="step", ylabel=label)
+    axis.set(xlabel="step", ylabel=formula)
     if some:  # nothing but zeros and what is not finite has no logarithms
         axis.set_yscale("log")
 
