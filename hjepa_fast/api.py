@@ -150,13 +150,17 @@ def rollout(
     """
     validation.check_choice(backend, BACKENDS, "backend")
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
-    run = functools.partial(
-        _rollout, integrator=integrator, memory=memory, backend=backend, tolerance=tolerance, max_evaluations=max_evaluations,
-        unconverged=unconverged, omega=omega,
-    )  # fmt: skip
     if isinstance(hnn, PortHNN) or control is not None or condition is not None:
+        run = functools.partial(
+            _rollout, integrator=integrator, memory=memory, backend=backend, tolerance=tolerance,
+            max_evaluations=max_evaluations, unconverged=unconverged, omega=omega,
+        )  # fmt: skip
         return _with_inputs(hnn, z0, dt, n_steps, control, condition, run, energy, states)
-    return run(hamiltonian.of_any_module(hnn, z0, backend), z0, dt, n_steps, energy=energy, states=states)
+    mlp = hamiltonian.of_any_module(hnn, z0, backend)
+    return _rollout(
+        mlp, z0, dt, n_steps, integrator=integrator, energy=energy, states=states, memory=memory, backend=backend,
+        tolerance=tolerance, max_evaluations=max_evaluations, unconverged=unconverged, omega=omega,
+    )  # fmt: skip
 
 
 def _rollout(
@@ -317,6 +321,9 @@ def given(
     TypeError, ValueError
     """
     inner = ports.hamiltonian_of(model) if isinstance(model, PortHNN) else model
+    if control is None and condition is None:
+        H = hamiltonian.of_any_module(inner, z, backend)
+        return Given(H, validation.as_state(z, H, name), False, False, None)
     H = hamiltonian.of_any_module(inner, z, backend, with_inputs=True)
     forced, read = ports.places_of(model, H, control, condition)
     z = validation.as_state(z, H, name)

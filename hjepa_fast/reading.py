@@ -29,6 +29,8 @@ class _Part(NamedTuple):
     children: list[nn.Module | None]
     tensors: list[tuple[Tensor | None, Any, Any, Any]]
     """Each parameter with its shape, dtype and device."""
+    asked: bool
+    """Whether it may be asked for its terms, as no layer of PyTorch's is."""
     terms: Any
     """The class's method that says its terms."""
     settings: tuple[Any, ...] | None
@@ -38,7 +40,8 @@ class _Part(NamedTuple):
     def of(cls, module: nn.Module) -> _Part:
         tensors = [(t, *((t.shape, t.dtype, t.device) if t is not None else (None,) * 3)) for t in module._parameters.values()]
         kind, terms = type(module), getattr(type(module), "hamiltonian_terms", None)
-        return cls(kind, kind.forward, list(module._modules.values()), tensors, terms, _settings_of(module))
+        asked = not kind.__module__.startswith("torch.nn.")
+        return cls(kind, kind.forward, list(module._modules.values()), tensors, asked, terms, _settings_of(module))
 
     def holds(self, module: nn.Module) -> bool:
         own = module.__dict__
@@ -47,8 +50,7 @@ class _Part(NamedTuple):
             or self.kind.forward is not self.forward
             or self.kind.__call__ is not _CALL
             or "forward" in own
-            or "hamiltonian_terms" in own
-            or getattr(self.kind, "hamiltonian_terms", None) is not self.terms
+            or (self.asked and ("hamiltonian_terms" in own or getattr(self.kind, "hamiltonian_terms", None) is not self.terms))
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]

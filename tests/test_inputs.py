@@ -254,7 +254,7 @@ x = torch.ones
         (lambda H, z: hf.BitReversible(H, 0.1), (TypeError, ValueError), "control|reversible"),
         (lambda H, z: hf.diagnostics.symplecticity_defect(H, z, 0.1), ValueError, "none was given"),
         (lambda H, z: hf.leapfrog(hf.SumHNN(H), z, 0.1, 2), ValueError, "SumHNN takes a control"),
-        (lambda H, z: hf.leapfrog(hf.PortHNN(H, 3).double(), z, 0.1, 2), ValueError, "sizes 3 and 2"),
+        (lambda H, z: hf.leapfrog(hf.PortHNN(H, 3).double(), z, 0.1, 2, x(3).double()), ValueError, "sizes 3 and 2"),
         (lambda H, z: H(z), ValueError, "none was given"),
         (lambda H, z: H(z, x(3).double(), x(4).double()), ValueError, r"\[..., 2\], found \[3\]"),
         (lambda H, z: hf.Held(H, x(2)), ValueError, "takes a condition of 4"),
