@@ -8,6 +8,7 @@ the files that the docstrings name; the code is our own.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,24 +23,24 @@ import hjepa_fast as hf
 Batch = tuple[Tensor, ...]
 
 
-class Replica(nn.Module):
+class Replica(nn.Module, ABC):
     """A model of some repository."""
 
+    @abstractmethod
     def batch(self, rows: int, n_steps: int) -> Batch:
         """Random inputs and targets in the shapes that the repository's training loop gets."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hamiltonian(self) -> nn.Module:
         """What this library is given, made once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def textbook(self, *batch: Tensor) -> Tensor:
         """The training loss by nested autograd."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fused(self, H: nn.Module, *batch: Tensor, backend: str = "auto") -> Tensor:
         """The same by this library, H being `hamiltonian()`."""
-        raise NotImplementedError
 
 
 def differentiated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from . import hamiltonian, reader, validation
-from .api import INTEGRATORS, energy, given, rollout
+from .api import INTEGRATORS, energy, rollout
+from .driven import given
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
 from .matching import gradient, vector_field

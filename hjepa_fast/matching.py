@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import gradient_ops, inputs, ports, validation
-from .api import BACKENDS, Given, choose_backend, given, rollout, through_transforms
-from .backends import reference
-from .hamiltonian import Hamiltonian, MechanicalHamiltonian, ModuleHamiltonian, SumHamiltonian, Term
+from . import inputs, ports, rolling, validation
+from .api import BACKENDS, rollout
+from .driven import Given, given
 from .ports import PortHNN
-from .state_space import ops as state_ops
 
 STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
 """Schemes of `step_residual`."""
@@ -56,65 +54,7 @@ def _gradient(
     validation.check_choice(backend, BACKENDS, "backend")
     x = given(getattr(hnn, "_orig_mod", hnn), z, backend, control, condition)  # of torch.compile
     u = inputs.rows(control, x.z.shape[:-1]) if x.read else None
-    return of_hamiltonian(x.H, x.z, backend, rotated, u, x.condition), x
-
-
-def of_hamiltonian(
-    H: Hamiltonian,
-    z: Tensor,
-    backend: str,
-    rotated: bool = False,
-    control: Tensor | None = None,
-    condition: Tensor | None = None,
-    without: str = "",
-) -> Tensor:
-    """grad H, or J grad H, at z [..., 2d], under a control and a condition, each [m] or [B, m] of as many states.
-
-    Terms that read but what `without` names are left out.
-    """
-    rows = z.reshape(-1, H.latent_dim)
-    if isinstance(H, ModuleHamiltonian):
-        backend = "reference"
-    if isinstance(H, MechanicalHamiltonian):
-        backend = through_transforms(backend, (z, *H.tensors))
-    backend = choose_backend(backend, rows)
-    if isinstance(H, ModuleHamiltonian) or backend == "reference":
-        g = reference.gradient(H.given(control, condition) if isinstance(H, SumHamiltonian) and H.takes_inputs else H, rows)
-        return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
-    if isinstance(H, MechanicalHamiltonian):
-        form = H.system.form
-        g = state_ops.gradient(rows, H.tensors, form.text(), form.numbers(), backend)
-        return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
-
-    def of(term: Term, x: Tensor, rotated: bool = False) -> Tensor:
-        if not term.n_inputs:
-            return _of_term(term, x, backend, rotated)
-        assert term.activation is not None
-        with_inputs = torch.cat((x, term.inputs(control, condition).expand(len(x), -1)), dim=1)
-        g = gradient_ops.gradient(with_inputs, term.weights, term.biases, term.activation, backend)[:, : x.shape[1]]
-        return gradient_ops.rotate(g) if rotated else g
-
-    if len(H.terms) == 1 and H.terms[0].reads == "z":
-        return of(H.terms[0], rows, rotated).reshape(z.shape)
-    d = H.latent_dim // 2
-    found = {"q": torch.zeros_like(rows[:, :d]), "p": torch.zeros_like(rows[:, d:])}
-    for term in H.terms:
-        if term.reads == without:
-            continue
-        if term.reads == "z":
-            g = of(term, rows)
-            found = {"q": found["q"] + g[:, :d], "p": found["p"] + g[:, d:]}
-        else:
-            found[term.reads] = found[term.reads] + of(term, rows[:, :d] if term.reads == "q" else rows[:, d:])
-    return torch.cat((found["p"], -found["q"]) if rotated else (found["q"], found["p"]), dim=-1).reshape(z.shape)
-
-
-def _of_term(term: Term, x: Tensor, backend: str, rotated: bool = False) -> Tensor:
-    """Gradient at x, what the term reads."""
-    if term.stiffness is not None:
-        return term.stiffness.to(x.dtype) * x
-    assert term.activation is not None
-    return gradient_ops.gradient(x, term.weights, term.biases, term.activation, backend, rotated)
+    return rolling.gradient(x.H, x.z, backend, rotated, u, x.condition), x
 
 
 def vector_field(

@@ -10,6 +10,7 @@ control: see docs/hamiltonians.md.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from .state_space.system import DIAGONALS, Form, Layers, System
 from .terms import Term, as_term, column, layers_of, with_activations
 
 
-class _Mass(nn.Module):
+class _Mass(nn.Module, ABC):
     """M^-1 from the entries y of a network of q's features, or of a parameter."""
 
     kind: str
@@ -67,12 +68,13 @@ class _Mass(nn.Module):
             else:
                 self.net = nn.Sequential(*with_activations(layers_of(layers), activation))
 
+    @abstractmethod
     def _n_entries(self, d: int) -> int:
-        raise NotImplementedError
+        """Entries of d coordinates."""
 
+    @abstractmethod
     def _size(self, n: int) -> int:
         """d of n entries."""
-        raise NotImplementedError
 
     def _entries_at(self, x: Tensor) -> Tensor:
         """y of features x: [..., n] to [..., n_entries], or [n_entries]."""

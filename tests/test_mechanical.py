@@ -18,7 +18,7 @@ from hjepa_fast.state_space import ops as state_ops
 from hjepa_fast.testing import make_states
 
 INTEGRATORS = ("leapfrog", "implicit-leapfrog", "implicit-midpoint", "symplectic-euler", "yoshida4", "euler", "rk4")
-BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not cpp.available(), reason="not built"))]
+BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not cpp.available(), reason=cpp.why_not() or "built"))]
 
 
 def net(inputs, outputs, *widths, activation=nn.Tanh):
@@ -160,7 +160,7 @@ def test_gradcheck_and_many_rows(backend):
         torch.testing.assert_close(g[i], torch.autograd.grad(one.sum(), own)[0], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.skipif(not cpp.available(), reason="not built")
+@pytest.mark.skipif(not cpp.available(), reason=cpp.why_not() or "built")
 @pytest.mark.parametrize("isa", [0, 1, 2])
 def test_float32_on_every_instruction_set(isa, monkeypatch):
     monkeypatch.setattr(cpp, "isa", isa)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hjepa_fast as hf
-from hjepa_fast import api, diagnostics
+from hjepa_fast import diagnostics, driven
 from hjepa_fast.backends import cpp
 from hjepa_fast.testing import make_hnn, make_states, make_two_networks
 
@@ -120,11 +120,11 @@ def test_in_one_program_as_step_by_step(name, friction, integrator, backend, mem
     """Friction and force as lines of a rollout's program, against fused steps with the moves between them."""
     monkeypatch.setattr(cpp, "path", path)
     model, results = make(name, friction, per_dimension=True), []
-    for driven in (True, False):
+    for fused in (True, False):
         z0, u = make_states(5, 2 * D).requires_grad_(), make_states(5, 6, M, seed=7).requires_grad_()
         dt = torch.linspace(0.05, 0.1, 6, dtype=torch.float64).requires_grad_()
-        if not driven:
-            monkeypatch.setattr(api, "_can_be_driven", lambda *_: False)
+        if not fused:
+            monkeypatch.setattr(driven, "can_be_driven", lambda *_: False)
             memory = "store"
         states = hf.rollout(model, z0, dt, 6, control=u, integrator=integrator, backend=backend, memory=memory).states
         loss = (states * torch.linspace(0.5, 1.5, states.numel()).reshape(states.shape)).sum()
