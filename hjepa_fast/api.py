@@ -184,4 +184,4 @@ def energy(hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, conditio
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     x = driven.given(hnn, z, "reference", control, condition)
     rows = x.z.reshape(-1, x.z.shape[-1])
-    return x.under(control).energy(rows).reshape(x.z.shape[:-1])
+    return x.under(x.control).energy(rows).reshape(x.z.shape[:-1])

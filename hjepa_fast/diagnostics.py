@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hamiltonian, reader, validation
+from . import hamiltonian, ports, reader, validation
 from .api import INTEGRATORS, energy, rollout
 from .driven import given
 from .errors import ConvergenceError
@@ -404,9 +404,9 @@ def power_balance(model: PortHNN, z: Tensor, control: Tensor | None = None, *, b
         field = vector_field(model, z, control=control, backend=backend)
         gradient_of_H = gradient(model, z, backend=backend)
         p, Hp = z.chunk(2, dim=-1)[1], gradient_of_H.chunk(2, dim=-1)[1]
-        g, zero = model.friction, Hp.new_zeros(())
+        g, zero = ports.friction_of(model, z), Hp.new_zeros(())
         lost = zero if g is None else Hp * g * (p if model.kind == "conformal" else Hp)
-        supplied = zero if control is None else Hp * model.force(control)
+        supplied = zero if control is None else Hp * ports.force_of(model, control)
         rate = gradient_of_H * field
         return Power(rate.sum(-1), *(x.expand(field.chunk(2, dim=-1)[0].shape).sum(-1) for x in (supplied, lost)))
 
@@ -471,7 +471,7 @@ def energy_balance(
     if not isinstance(hnn, PortHNN) or (hnn.kind is None and control is None):
         return Balance(change, nothing, nothing, change)
     p, Hp = states.chunk(2, dim=-1)[1], gradient(hnn, states, backend=backend).chunk(2, dim=-1)[1]
-    g = hnn.friction
+    g = ports.friction_of(hnn, states)
 
     def so_far(power: Tensor) -> Tensor:
         """Power [..., n_steps] that is held over each step, as energy by the end of it."""
@@ -483,7 +483,7 @@ def energy_balance(
         power = (Hp * g * (p if hnn.kind == "conformal" else Hp)).sum(-1)
         lost = so_far((power[..., :-1] + power[..., 1:]) / 2)
     if control is not None:
-        force = hnn.force(control[..., None, :] if control.ndim < states.ndim else control)
+        force = ports.force_of(hnn, control[..., None, :] if control.ndim < states.ndim else control)
         supplied = so_far(((Hp[..., :-1, :] + Hp[..., 1:, :]) / 2 * force).sum(-1))
     return Balance(change, supplied, lost, change - supplied + lost)
 

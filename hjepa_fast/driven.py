@@ -31,6 +31,8 @@ class Given(NamedTuple):
     """Whether the control enters by a port."""
     read: bool
     """Whether H reads the control."""
+    control: Tensor | None
+    """[..., m] or [..., n_steps, m], as it was given."""
     condition: Tensor | None
     """[c] or [B, c]."""
 
@@ -59,17 +61,17 @@ def given(
     inner = ports.hamiltonian_of(model) if isinstance(model, PortHNN) else model
     if control is None and condition is None:
         H = of_any_module(inner, z, backend)
-        return Given(H, validation.as_state(z, H, name), False, False, None)
+        return Given(H, validation.as_state(z, H, name), False, False, None, None)
     H = of_any_module(inner, z, backend, with_inputs=True)
     forced, read = ports.places_of(model, H, control, condition)
     z = validation.as_state(z, H, name)
     leads = [z.shape[:-1]]
     if control is not None:
         size = model.control_dim if isinstance(model, PortHNN) and model.control_dim else H.control_dim
-        inputs.check(control, "control", size, z, n_steps)
+        control = inputs.checked(control, "control", size, z, n_steps)
         leads.append(control.shape[: -2 if n_steps is not None and control.ndim > z.ndim else -1])
     if condition is not None:
-        inputs.check(condition, "condition", H.condition_dim, z)
+        condition = inputs.checked(condition, "condition", H.condition_dim, z)
         leads.append(condition.shape[:-1])
     try:
         lead = torch.broadcast_shapes(*leads)
@@ -77,7 +79,7 @@ def given(
         raise ValueError(
             f"states, control and condition must agree in their leading sizes, found {', '.join(str(list(x)) for x in leads)}"
         ) from None
-    return Given(H, z.expand(*lead, z.shape[-1]), forced, read, inputs.rows(condition, lead))
+    return Given(H, z.expand(*lead, z.shape[-1]), forced, read, control, inputs.rows(condition, lead))
 
 
 def with_inputs(
@@ -95,7 +97,8 @@ def with_inputs(
     n_steps = validation.as_count(n_steps, "n_steps")
     settings = run.keywords  # type: ignore[attr-defined]
     x = given(model, z0, settings["backend"], control, condition, n_steps, "z0")
-    friction = isinstance(model, PortHNN) and model.kind is not None
+    control = x.control
+    friction = isinstance(model, PortHNN) and ports.friction_of(model, x.z) is not None
     changes = control is not None and control.ndim > z0.ndim
     if not (friction or x.forced or (x.read and changes)):
         return run(x.under(control), x.z, dt, n_steps, energy=with_energy, states=which)
@@ -126,7 +129,7 @@ def with_inputs(
             return found.states
 
         if isinstance(model, PortHNN):
-            force = model.force(controls[t]) if x.forced else None  # type: ignore[arg-type]
+            force = ports.force_of(model, controls[t]) if x.forced else None  # type: ignore[arg-type]
             path.append(ports.step(model, path[-1], h, force, one_step, _gradient_of(x, controls[t], settings["backend"])))
         else:
             path.append(one_step(path[-1]))
@@ -181,14 +184,14 @@ def _driven(
         friction = model.kind
         externals.append(ports.friction_of_steps(model, steps.to(x.z.dtype), d))
     if x.forced and isinstance(model, PortHNN) and u is not None:
-        externals.append(model.force(u))
+        externals.append(ports.force_of(model, u))
     changing: list[int] = []
     if x.read and u is not None and u.shape[1] > 1:
         added = torch.cat((torch.zeros_like(u[:, :1]), u.diff(dim=1)), dim=1)
         for k, term in enumerate(x.H.terms):
             if term.control_dim:
                 changing.append(k)
-                externals.append(added @ term.columns_of_control().T)
+                externals.append(inputs.product(added, term.columns_of_control()))
     first = None if u is None else u[:, 0]
     H = x.H.given(first if first is None or len(first) != 1 else first[0], x.condition) if x.H.takes_inputs else x.H
     drive = Drive(friction, x.forced, tuple(changing), isinstance(model, PortHNN) and model.splitting == "kicks")

@@ -78,7 +78,7 @@ class Term(NamedTuple):
             return self
         n = self.weights[0].shape[1] - self.n_inputs
         W, U = self.weights[0][:, :n], self.weights[0][:, n:]
-        bias = self.biases[0] + self.inputs(control, condition) @ U.T
+        bias = self.biases[0] + inputs.product(self.inputs(control, condition), U)
         return Term(self.reads, (W, *self.weights[1:]), (bias, *self.biases[1:]), self.activation)
 
 

@@ -12,11 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("control", "condition")
 
 
-def check(value: Tensor, name: str, size: int, z: Tensor, n_steps: int | None = None) -> None:
-    """A control or condition must be [..., size] or, where there are steps, [..., n_steps, size], for states z [..., 2d].
+def product(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T in the dtype of the factors, under autocast too, where a rollout runs in float32."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x @ W.T
+    with torch.autocast(device, enabled=False):
+        return x @ W.T
+
+
+def checked(value: Tensor, name: str, size: int, z: Tensor, n_steps: int | None = None) -> Tensor:
+    """The value, which must fit states z [..., 2d] as `validation.as_state` gave them; under autocast in their dtype.
+
+    A control or condition must be [..., size] or, where there are steps, [..., n_steps, size].
 
     Raises
     ------
@@ -31,6 +43,9 @@ def check(value: Tensor, name: str, size: int, z: Tensor, n_steps: int | None = 
     tail = tuple(value.shape[len(value.shape) - len(sizes) - 1 :])
     if not 0 < value.ndim <= z.ndim + (not held) or tail != (*sizes, size):
         raise ValueError(f"{name} must be {wanted} for states {list(z.shape)}, found {list(value.shape)}")
+    device = z.device.type
+    if value.dtype in AUTOCAST and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        value = value.to(z.dtype)
     if value.dtype != z.dtype or value.device != z.device:
         raise TypeError(
             f"{name} and the states must share one dtype and device, found {value.dtype} on {value.device} and {z.dtype} "
@@ -44,6 +59,7 @@ def check(value: Tensor, name: str, size: int, z: Tensor, n_steps: int | None = 
             f"{name} {list(value.shape)} and states {list(z.shape)} must agree in their leading sizes, found {list(lead)} "
             f"and {list(z.shape[:-1])}"
         ) from None
+    return value
 
 
 def joined(module: nn.Module, x: Tensor, control: Tensor | None, condition: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def _gradient(
 ) -> tuple[Tensor, Given]:
     validation.check_choice(backend, BACKENDS, "backend")
     x = given(getattr(hnn, "_orig_mod", hnn), z, backend, control, condition)  # of torch.compile
-    u = inputs.rows(control, x.z.shape[:-1]) if x.read else None
+    u = inputs.rows(x.control, x.z.shape[:-1]) if x.read else None
     return rolling.gradient(x.H, x.z, backend, rotated, u, x.condition), x
 
 
@@ -68,7 +68,7 @@ def vector_field(
     """
     hnn = getattr(hnn, "_orig_mod", hnn)  # of torch.compile
     field, x = _gradient(hnn, z, control, condition, backend, rotated=True)
-    return ports.added(hnn, x.z, field, control if x.forced else None) if isinstance(hnn, PortHNN) else field
+    return ports.added(hnn, x.z, field, x.control if x.forced else None) if isinstance(hnn, PortHNN) else field
 
 
 def step_residual(

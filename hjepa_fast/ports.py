@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import hamiltonian, inputs, reader, validation
+from . import hamiltonian, inputs, reader, transforms, validation
 from .errors import NotFusedError
 from .hamiltonian import Hamiltonian
 
@@ -90,7 +90,7 @@ class PortHNN(nn.Module):
         if latent_dim not in (None, size):
             raise ValueError(f"latent_dim must be {size} for this Hamiltonian, found {latent_dim}")
         d = size // 2
-        self.H, self.kind, self.control_dim = H, friction, control_dim
+        self.d, self.H, self.kind, self.control_dim = d, H, friction, control_dim
         self.port = nn.Parameter(torch.empty(d, control_dim)) if control_dim else None
         if self.port is not None:
             nn.init.xavier_normal_(self.port)
@@ -110,7 +110,7 @@ class PortHNN(nn.Module):
     def force(self, control: Tensor) -> Tensor:
         """G u: [..., m] to [..., d]."""
         assert self.port is not None
-        return control @ self.port.T
+        return inputs.product(control, self.port)
 
 
 def hamiltonian_of(model: PortHNN) -> nn.Module:
@@ -127,6 +127,51 @@ def hamiltonian_of(model: PortHNN) -> nn.Module:
             f"{reader.name_of(model)} has a forward of its own where a PortHNN's gives H; change its .H instead"
         )
     return model.H
+
+
+def force_of(model: PortHNN, control: Tensor) -> Tensor:
+    """The force of a control [..., m], [..., d], which a subclass may compute in its own way.
+
+    Raises
+    ------
+    TypeError, ValueError
+        That gives something else.
+    """
+    force = model.force(control)
+    wanted = (*control.shape[:-1], model.d)
+    if not isinstance(force, Tensor) or force.shape != wanted:
+        found = list(force.shape) if isinstance(force, Tensor) else type(force).__name__
+        raise ValueError(
+            f"{reader.name_of(model)}.force must give {list(wanted)} for a control {list(control.shape)}, found {found}"
+        )
+    if force.dtype != control.dtype:
+        raise TypeError(f"{reader.name_of(model)}.force must give the control's dtype {control.dtype}, found {force.dtype}")
+    return force
+
+
+def friction_of(model: PortHNN, like: Tensor) -> Tensor | None:
+    """g >= 0, [], [1] or [d], of the dtype of the states, which a subclass may compute in its own way; None for none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Another shape or dtype, a negative one, or one without a kind.
+    """
+    g, owner = model.friction, reader.name_of(model)
+    if (g is None) != (model.kind is None):
+        found = "has a friction and no kind of it" if model.kind is None else f'is of kind "{model.kind}" and has no friction'
+        raise ValueError(f"{owner} {found}; pass friction={' or '.join(map(repr, FRICTIONS))} to PortHNN.__init__, or None")
+    if g is None:
+        return None
+    d = like.shape[-1] // 2
+    if not isinstance(g, Tensor) or g.shape not in ((), (1,), (d,)):
+        raise ValueError(f"{owner}.friction must be [] or [{d}], found {list(g.shape) if isinstance(g, Tensor) else g!r}")
+    if g.dtype != like.dtype:
+        raise TypeError(f"{owner}.friction and the states must share one dtype, found {g.dtype} and {like.dtype}")
+    own = type(model).friction is not PortHNN.friction  # which is never negative
+    if own and not torch.compiler.is_compiling() and bool((transforms.bare(g.detach()) < 0).any()):
+        raise ValueError(f"{owner}.friction must not be negative, found {transforms.bare(g.detach()).min():.3g}")
+    return g
 
 
 def places_of(model: nn.Module, H: Hamiltonian, control: Tensor | None, condition: Tensor | None) -> tuple[bool, bool]:
@@ -163,7 +208,7 @@ def step(
 
 def friction_of_steps(model: PortHNN, steps: Tensor, d: int) -> Tensor:
     """E of `hidden_space.program.Drive` for steps [1 or B, 1 or n_steps]: [1 or B, 1 or n_steps, d]."""
-    g = model.friction
+    g = friction_of(model, steps.new_empty(2 * d))
     assert g is not None
     if model.splitting == "kicks":
         return (g * steps[..., None]).expand(*steps.shape, d)
@@ -176,7 +221,7 @@ def _half_step(
 ) -> Tensor:
     """Half a step of friction and force. z is [..., 2d], h [..., 1], force [..., d]; `gradient` gives Hp."""
     q, p = z.chunk(2, dim=-1)
-    g = model.friction
+    g = friction_of(model, z)
 
     def pushed(p: Tensor) -> Tensor:
         return p if force is None else p + h / 2 * force
@@ -195,10 +240,10 @@ def _half_step(
 def added(model: PortHNN, z: Tensor, field: Tensor, control: Tensor | None) -> Tensor:
     """The vector field J grad H [..., 2d] with friction and force."""
     q_dot, p_dot = field.chunk(2, dim=-1)
-    g = model.friction
+    g = friction_of(model, z)
     if g is not None:
         p_dot = p_dot - g * (z.chunk(2, dim=-1)[1] if model.kind == "conformal" else q_dot)
     if control is not None:
-        p_dot = p_dot + model.force(control)
+        p_dot = p_dot + force_of(model, control)
     q_dot, p_dot = torch.broadcast_tensors(q_dot, p_dot)
     return torch.cat((q_dot, p_dot), dim=-1)

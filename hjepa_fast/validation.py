@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .hamiltonian import Hamiltonian
+from .inputs import AUTOCAST
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LARGEST = 2**31
 """Above every number of steps."""
-AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_state(z: Tensor, H: Hamiltonian, name: str) -> Tensor:

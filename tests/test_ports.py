@@ -443,6 +443,59 @@ def test_friction_and_force_in_the_kicks(name, friction, backend):
     torch.testing.assert_close(forward(u.detach()), expected, rtol=1e-8, atol=1e-9)
 
 
+class OwnForce(hf.PortHNN):
+    """A force and a friction of one's own."""
+
+    given, rub = 3, 0.2
+
+    @property
+    def friction(self):
+        return torch.tensor(self.rub, dtype=torch.float64)
+
+    def force(self, control):
+        return control[..., :1].expand(*control.shape[:-1], self.given) * 2
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("integrator", ["leapfrog", "implicit-midpoint"])
+def test_a_subclass_has_its_own_force_and_friction_or_is_refused(backend, integrator):
+    model = OwnForce(MODELS["general"](), M, "rayleigh").double()
+    z, u = make_states(4, 2 * D), make_states(4, 3, M, seed=7)
+
+    def roll():
+        return hf.rollout(model, z, 0.1, 3, control=u, backend=backend, integrator=integrator).states
+
+    twin = hf.PortHNN(model.H, M, "rayleigh", initial_friction=0.2).double()
+    twin.port.data = torch.tensor([[2.0, 0.0]] * D, dtype=torch.float64)
+    torch.testing.assert_close(roll(), hf.rollout(twin, z, 0.1, 3, control=u, integrator=integrator).states, atol=1e-7, rtol=0)
+    field = hf.vector_field(model, z, control=u[:, 0])
+    torch.testing.assert_close(field, hf.vector_field(twin, z, control=u[:, 0]), atol=1e-7, rtol=0)
+    for given in (1, 2, 2 * D):
+        model.given = given
+        with pytest.raises(ValueError, match=rf"OwnForce.force must give \[.*, 3\].*found \[.*{given}\]"):
+            roll()
+    model.given = D
+    for rub, message in ((-0.1, "must not be negative, found -0.1"), ([0.1, 0.2], r"must be \[\] or \[3\], found \[2\]")):
+        model.rub = rub
+        with pytest.raises(ValueError, match=message):
+            roll()
+        with pytest.raises(ValueError, match=message):
+            hf.vector_field(model, z)
+    without = OwnForce(MODELS["general"](), M).double()
+    with pytest.raises(ValueError, match="has a friction and no kind of it"):
+        hf.rollout(without, z, 0.1, 2, backend=backend, integrator=integrator)
+
+
+def test_under_autocast_everything_is_float32():
+    model = hf.PortHNN(hf.LatentHNN(2 * D, (7,), control_dim=M), M, "conformal")
+    z, u = make_states(4, 2 * D).float(), make_states(4, 3, M, seed=7).float()
+    expected = hf.rollout(model, z.bfloat16().float(), 0.1, 3, control=u.bfloat16().float()).states
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hf.rollout(model, z.bfloat16(), 0.1, 3, control=u.bfloat16()).states
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "options", [{"integrator": "rk4"}, {"integrator": "implicit-midpoint"}, {"backend": "reference"}, {"memory": "reversible"}]
 )
