@@ -76,8 +76,9 @@ def rollout(
     omega : float
         Of "tao": how strongly its two copies of the state are coupled.
     control : Tensor [..., m] or [..., n_steps, m], optional
-        u, held throughout, or over each step: through the port of a `PortHNN`, or as an input of H (`control_dim`). The energy
-        of H(z, u) at a state is that under the step which starts there, and at the last state under the last step.
+        u, held throughout, or over each step where it has more dimensions than z0: through the port of a `PortHNN`, or as an
+        input of H (`control_dim`). The energy of H(z, u) at a state is that under the step which starts there, and at the last
+        state under the last step.
     condition : Tensor [..., c], optional
         An input of H (`condition_dim`) that holds throughout. Leading sizes of z0, control and condition are broadcast.
     backend : str

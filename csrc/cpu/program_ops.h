@@ -41,7 +41,7 @@ struct ProgramCall {
   Program<T> p{};
   std::vector<Line> lines{};
   std::vector<std::vector<Tensor>> weights{}, biases{};
-  std::vector<Tensor> matrices{}, first{}, first_bias{};
+  std::vector<Tensor> matrices{}, first{}, first_bias{}, externals{};
   int half_of[MAX_MATRICES];  // of which network's first layer a matrix is some columns, from `column` on; or -1
   i64 column[MAX_MATRICES];
 
@@ -86,8 +86,9 @@ struct ProgramCall {
       next = take_activations(p.network[n].activation, int(layers) - 1, next);
       take_network(p.network[n], weights.back(), keep, in.options.layers());
     }
-    for (int i = 0; rest != in.parameters.end(); ++rest, ++i) {
-      const Tensor& e = *rest;
+    externals.assign(rest, in.parameters.end());
+    for (std::size_t i = 0; i < externals.size(); ++i) {
+      const Tensor& e = externals[i];
       p.external[i] = {data<T>(e), e.size(0) > 1 ? e.stride(0) : 0, e.size(1) > 1 ? e.stride(1) : 0};
     }
     auto given = in.parameters.begin();
@@ -116,6 +117,15 @@ struct ProgramCall {
       x.slot = int(number());
       x.energy = int(number());
       x.meet = number();
+    }
+    for (const Line& x : lines) {
+      if (x.op != TAKE && x.op != SCALE) continue;
+      STD_TORCH_CHECK(x.item < int(externals.size()), "hjepa_fast_cpp: an external is missing");
+      const Tensor& e = externals[x.item];
+      const auto fits = [](i64 n, i64 all) { return n == 1 || n == all; };
+      STD_TORCH_CHECK(e.dim() == 3 && fits(e.size(0), batch) && fits(e.size(1), in.dt.size(1)) && e.size(2) == p.width[x.y] &&
+                          e.is_contiguous() && e.scalar_type() == in.dt.scalar_type(),
+                      "hjepa_fast_cpp: an external must be [1 or batch, 1 or steps, width], contiguous and of dt's dtype");
     }
     const Line* at = lines.data();
     for (Code* code : codes) code->at = at, at += code->n;

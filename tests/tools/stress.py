@@ -62,6 +62,7 @@ class Case:
     n_steps: int
     options: dict[str, Any]
     memory: str
+    control: Tensor | None = None
 
     def __str__(self) -> str:
         dt = list(self.dt.shape) if isinstance(self.dt, Tensor) else self.dt
@@ -87,6 +88,13 @@ class Case:
             net = hf.SeparableHNN(2 * d, hidden, kinetic, rng.choice(BOUNDED_SLOPES), quadratic=rng.random() < 0.2)
         else:
             net = layers(rng, 2 * d, depth, widest)
+        # friction and control become lines of the program; what steps one by one is run by the same operators
+        explicit = not any(stage.implicit for stage in SCHEMES[integrator].stages) and integrator != "tao"
+        control_dim = rng.randint(0, 3) if explicit and n_steps else 0
+        if explicit and n_steps and rng.random() < 0.4:
+            splitting = rng.choice(["symmetric", "kicks"]) if integrator in ("leapfrog", "symplectic-euler") else "symmetric"
+            friction = rng.choice([None, "conformal", "rayleigh"])
+            net = hf.PortHNN(net, control_dim, friction, rng.random() < 0.5, splitting=splitting)
         net = net.to(dtype)
         lead = rng.choice([(batch,), (batch,), (batch, 1), (1, batch), *([()] if batch == 1 else [])])
         work = torch.promote_types(dtype, torch.float32)
@@ -106,26 +114,45 @@ class Case:
         else:
             net.requires_grad_(False)
         memories = ["store", "recompute", "checkpoint"]
-        if separable or SCHEMES[integrator].general.reversible:
+        control = None
+        if isinstance(net, hf.PortHNN):
+            memories = ["store", "recompute"]
+            if net.control_dim:
+                shape = rng.choice([(net.control_dim,), (*lead, net.control_dim), (*lead, n_steps, net.control_dim)])
+                control = strided(rng, torch.randn(shape, dtype=work)).to(dtype)
+                control.requires_grad_(z0.requires_grad)
+        elif separable or SCHEMES[integrator].general.reversible:
             memories.append("reversible")
         options = {"integrator": integrator, "energy": rng.random() < 0.5, "states": rng.choice(["all", "final"])}
-        return cls(net, z0, dt, n_steps, options, rng.choice(memories))
+        return cls(net, z0, dt, n_steps, options, rng.choice(memories), control)
 
     def exact(self) -> Case:
         """The same in float64."""
 
-        def up(x: float | Tensor) -> Any:
+        def up(x: float | Tensor | None) -> Any:
             return x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
-        return Case(copy.deepcopy(self.net).double(), up(self.z0), up(self.dt), self.n_steps, self.options, "store")
+        return Case(
+            copy.deepcopy(self.net).double(), up(self.z0), up(self.dt), self.n_steps, self.options, "store", up(self.control)
+        )
 
     def run(self, backend: str, seed: int) -> list[Tensor]:
         """States, energies and, for random cotangents of both, the gradients of all that requires them."""
         out = hf.rollout(
-            self.net, self.z0, self.dt, self.n_steps, memory=self.memory, backend=backend, unconverged="flag", **self.options
+            self.net,
+            self.z0,
+            self.dt,
+            self.n_steps,
+            memory=self.memory,
+            backend=backend,
+            unconverged="flag",
+            control=self.control,
+            **self.options,
         )
         found = [out.states] if out.energy is None else [out.states, out.energy]
-        wanted = [x for x in (self.z0, self.dt, *self.net.parameters()) if isinstance(x, Tensor) and x.requires_grad]
+        wanted = [
+            x for x in (self.z0, self.dt, self.control, *self.net.parameters()) if isinstance(x, Tensor) and x.requires_grad
+        ]
         generator = torch.Generator().manual_seed(seed)
         cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in found]
         if any(x.requires_grad for x in found):
