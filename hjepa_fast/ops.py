@@ -370,7 +370,7 @@ class _Direct(torch.autograd.Function):
         return None, None, g_z0 if need_z0 else None, g_dt if need_dt else None, *wanted
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z0, parameters, dt, *attributes = inputs
     _, _, tape, kept, residual, evaluations = output
     ctx.mark_non_differentiable(residual, evaluations)
@@ -393,7 +393,7 @@ def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *
     )
 
 
-torch.library.register_autograd("hjepa_fast::rollout", _differentiate, setup_context=_save)
+torch.library.register_autograd("hjepa_fast::rollout", _differentiate, setup_context=save)
 for _device in ("cpu", "cuda"):
     # a rollout adds up many small steps: under autocast it runs in float32, like other reductions
     torch.library.register_autocast("hjepa_fast::rollout", _device, torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..hidden_space.fixed_point import Solver
 from ..hidden_space.outline import segment_length, work_dtype
 from ..hidden_space.rollout import check_adjoint, check_converged
+from ..ops import save
 from ..schemes import SCHEMES, SubStep
 from ..transforms import is_plain
 from .equations import Sums
@@ -267,15 +268,6 @@ def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | Non
     return [found[i] if need else None for i, need in enumerate(needs)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z0, parameters, dt, *attributes = inputs
-    _, _, tape, kept, residual, evaluations = output
-    ctx.mark_non_differentiable(residual, evaluations)
-    ctx.attributes = tuple(attributes)
-    ctx.save_for_backward(tape, kept, z0, dt, *parameters)
-    ctx.set_materialize_grads(False)
-
-
 def _differentiate(ctx: Any, g_states: Tensor | None, g_energy: Tensor | None, *_: None) -> tuple[Any, ...]:
     tape, kept, z0, dt, *parameters = ctx.saved_tensors
     need_z0, needs, need_dt, *_rest = ctx.needs_input_grad
@@ -304,7 +296,7 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("hjepa_fast::states_rollout", _differentiate, setup_context=_save)
+torch.library.register_autograd("hjepa_fast::states_rollout", _differentiate, setup_context=save)
 torch.library.register_autograd("hjepa_fast::states_rollout_backward", _refuse_second_derivative)
 torch.library.impl("hjepa_fast::states_rollout_backward", ("Batched", "FuncTorchBatched"), _refuse_batches)
 
