@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
 
@@ -70,3 +73,17 @@ def test_the_benchmark_of_ones_own_passes_its_checks():
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=EXAMPLES.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
+
+
+def test_the_notebook_runs_from_videos_to_the_table(tmp_path):
+    notebook = nbformat.read(EXAMPLES / "published.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # what it shows is the reader's own
+    environment = os.environ | {"HJEPA_FAST_QUICK": "1", "HJEPA_FAST_OUT": "run", "CUDA_VISIBLE_DEVICES": ""}
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environment)
+    table = (tmp_path / "run" / "run" / "summary.md").read_text(encoding="utf-8")
+    assert "HNN (Euler)" in table
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in shown) >= 6
+    assert any(output.get("data", {}).get("text/markdown") == table for output in shown)
