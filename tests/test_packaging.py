@@ -168,3 +168,18 @@ def test_what_make_installs_is_within_the_ranges():
         one = requirements.Requirement(text)
         if one.name != project["name"]:
             assert one.specifier.contains(pins[one.name.lower().replace("_", "-")]), text
+
+
+def test_pre_commit_takes_the_versions_of_make_lint():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    revisions = dict(re.findall(r"repo: https://github.com/\S+/(?:mirrors-)?([\w-]+?)(?:-pre-commit)?\n +rev: v(\S+)", hooks))
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert set(revisions) == {"ruff", "clang-format"}
+    assert all(f"\n{name}=={version}\n" in constraints for name, version in revisions.items()), revisions
+
+
+def test_workflows_try_every_python_that_is_claimed():
+    claimed = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["project"]["classifiers"]))
+    (matrix,) = re.findall(r"python: \[(.*)\]", (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    assert re.findall(r"3\.\d+", matrix) == claimed
+    assert PROJECT["project"]["requires-python"] == f">={claimed[0]}"
