@@ -14,7 +14,7 @@ from ...schemes import SubStep
 from .. import torch as torch_backend
 from ..torch import Gradients, Rolled, Solver, Tail, tape_width
 from . import layout, tune
-from .layout import Blocks, Constants, Layout, Moves, for_triton, interpreted
+from .layout import Blocks, Constants, Layout, Packed, for_triton, interpreted
 
 _MAX_LAYERS = 8
 
@@ -110,20 +110,32 @@ def forward(
     residual = a.new_empty(batch, n_steps if implicit else 0)
     rolled = Rolled(end, sq, sp, energy, tape, residual, torch.empty_like(residual, dtype=torch.int32))
     precision = _precision(a, tail, scheme)
-    moves = layout.moves_of(tuple(scheme), solver.tolerance, a.device, a.dtype)
     product_dtype = torch.bfloat16 if precision == "bf16" else a.dtype
 
     def prepare(choice: Blocks) -> Callable[[], None]:
         plan = layout.layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
         C = plan.forward._replace(EVERY_STATE=every_state, WITH_ENERGY=with_energy)
-        matrices, vectors = layout.pack(C, K, tail, moves.distinct, product_dtype, transposed=True)
+        packed = _pack(plan.forward, K, tail, scheme, solver, product_dtype, transposed=True)
         return partial(
-            _launch_forward, C, plan.launch, tune.n_programs(choice, batch, a.device), a.contiguous(), rolled, matrices,
-            vectors, dt.contiguous(), moves, solver.max_evaluations,
+            _launch_forward, C, plan.launch, tune.n_programs(choice, batch, a.device), a.contiguous(), rolled, packed,
+            dt.contiguous(), solver.max_evaluations,
         )  # fmt: skip
 
     prepare(tune.choose("forward", precision, tail.widths, a, prepare))()
     return rolled
+
+
+def _pack(
+    C: Constants, K: Tensor, tail: Tail, scheme: Sequence[SubStep], solver: Solver, dtype: torch.dtype, transposed: bool
+) -> Packed:
+    """The matrices and vectors that the kernels read: one launch. Weights may be bfloat16 where K is float32."""
+    packed, grid, S = layout.empty(C, K, scheme, dtype, transposed)
+    weights, biases = (tuple(x.contiguous() for x in tensors) for tensors in (tail.weights, tail.biases))
+    with torch.cuda.device_of(K):
+        _kernels().pack_kernel[grid](
+            *packed, K.contiguous(), weights, biases, solver.tolerance, for_triton(C), for_triton(S)
+        )  # fmt: skip
+    return packed
 
 
 def _launch_forward(
@@ -132,21 +144,19 @@ def _launch_forward(
     n_programs: int,
     a: Tensor,
     out: Rolled,
-    matrices: Tensor,
-    vectors: Tensor,
+    packed: Packed,
     dt: Tensor,
-    moves: Moves,
     max_evaluations: int,
 ) -> None:
     batch, n_steps, n_sub, width = out.tape.shape
     rows = n_programs * C.ROWS
-    work, layers = a.new_empty(rows, C.WORKS), matrices.new_empty(rows, C.LAYERS)
+    work, layers = a.new_empty(rows, C.WORKS), packed.matrices.new_empty(rows, C.LAYERS)
     history = a.new_empty(rows if C.IMPLICIT else 0, n_sub, len(torch_backend.EXTRAPOLATION) - 1, C.N[0])
     C = C._replace(TAPE=width, STORE=width == C.TAPE and C.L > 1)
     with torch.cuda.device_of(a):
         _kernels().forward_kernel[(n_programs,)](
-            a, *out, matrices, vectors, dt, dt.stride(0) if dt.shape[0] > 1 else 0, moves.steps, moves.which, moves.solver,
-            work, layers, history, batch, n_steps, n_sub, max_evaluations, for_triton(C), **launch,
+            a, *out, *packed, dt, dt.stride(0) if dt.shape[0] > 1 else 0, work, layers, history, batch, n_steps, n_sub,
+            max_evaluations, for_triton(C), **launch,
         )  # fmt: skip
 
 
@@ -175,62 +185,64 @@ def backward(
     every_state = gsq.shape[1] == n_steps
     if not every_state:
         lsq, lsp = lsq + gsq[:, -1], lsp + gsp[:, -1]
-    la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
-    gdt = la.new_empty(la.shape[0], n_steps)
+    given = [x.contiguous() for x in (la, lsq, lsp)]
     batch, precision = la.shape[0], _precision(la, tail, scheme)
-    residual = la.new_zeros(batch)
-    moves = layout.moves_of(tuple(scheme), solver.tolerance, la.device, la.dtype)
     implicit = any(stage.implicit for stage in scheme)
     product_dtype = torch.bfloat16 if precision == "bf16" else la.dtype
-    tape, gsq, gsp, dt, gE_ = (x.contiguous() for x in (tape, gsq, gsp, dt, gdt if gE is None else gE))
+    tape, gsq, gsp, dt = (x.contiguous() for x in (tape, gsq, gsp, dt))
 
-    def prepare(choice: Blocks) -> Callable[..., Iterator[tuple[Constants, Tensor]]]:
-        """A sweep over all steps that yields every chunk's factors, given la, lsq and lsp, which it takes along."""
+    def prepare(choice: Blocks) -> Callable[[Sequence[Tensor]], Iterator[tuple[Constants, Tensor]]]:
+        """A sweep over all steps that fills what `backward` returns, and yields every chunk's factors."""
         plan = layout.layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
         C = plan.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
-        matrices, vectors = layout.pack(C, K, tail, moves.distinct, product_dtype, transposed=False)
+        packed = _pack(plan.backward, K, tail, scheme, solver, product_dtype, transposed=False)
         step_bytes = n_sub * (
             (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
             + (C.TAPE * la.dtype.itemsize if memory == "recompute" else 0)
         )
 
-        def sweep(la: Tensor, lsq: Tensor, lsp: Tensor) -> Iterator[tuple[Constants, Tensor]]:
+        def sweep(out: Sequence[Tensor]) -> Iterator[tuple[Constants, Tensor]]:
+            gE_ = out[3] if gE is None else gE.contiguous()
             for rows, steps in _chunks(batch, n_steps, C.ROWS, step_bytes):
                 n, n_chunk = rows.stop - rows.start, steps.stop - steps.start
                 n_programs = tune.n_programs(choice, n, la.device)
                 saved = tape[rows]
                 if memory == "recompute" and C.L > 1:
-                    saved = _restored(plan, saved[:, steps], matrices, vectors, moves)
+                    saved = _restored(plan, saved[:, steps], packed)
                 work = la.new_empty(n_programs * C.ROWS, C.WORKS)
                 held = n_chunk * n_sub * -(-n // C.ROWS) if sums is not None else n_programs
-                factors = matrices.new_empty(held * C.ROWS, C.FACTORS)
+                factors = packed.matrices.new_empty(held * C.ROWS, C.FACTORS)
+                # the last steps begin from what was given, those before them from what the last ones left
+                begin = given if steps.stop == n_steps else out[:3]
                 with torch.cuda.device_of(la):
                     _kernels().backward_kernel[(n_programs,)](
-                        la[rows], lsq[rows], lsp[rows], gsq[rows], gsp[rows], gE_[rows], gdt[rows], residual[rows], saved,
-                        matrices, vectors, dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, moves.steps,
-                        moves.which, moves.solver, work, factors, n, n_steps, saved.shape[1], steps.start,
-                        0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub, solver.max_evaluations, for_triton(C),
-                        **plan.launch,
+                        *[x[rows] for x in (*begin, *out[:3], gsq, gsp, gE_, *out[3:])], saved, *packed,
+                        dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, work, factors, n, n_steps,
+                        saved.shape[1], steps.start, 0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub,
+                        solver.max_evaluations, for_triton(C), **plan.launch,
                     )  # fmt: skip
                 yield C, factors
 
         return sweep
 
+    def empty() -> list[Tensor]:
+        return [*[torch.empty_like(x) for x in given], la.new_empty(batch, n_steps), la.new_zeros(batch)]
+
     def first_chunk(choice: Blocks) -> Callable[[], object]:
         sweep = prepare(choice)
-        return lambda: next(sweep(la.clone(), lsq.clone(), lsp.clone()))
+        return lambda: next(sweep(empty()))
 
-    choice = tune.choose("backward", precision, tail.widths, la, first_chunk)
-    residual.zero_()  # what was timed has left its own
-    for C, factors in prepare(choice)(la, lsq, lsp):
+    sweep, found = prepare(tune.choose("backward", precision, tail.widths, la, first_chunk)), empty()
+    for C, factors in sweep(found):
         if sums is not None:
             _add_gradients(sums, factors, C, scheme)
     if sums is not None and gE is not None:
         sums.biases[-1].add_(gE.sum())
+    la, lsq, lsp, gdt, residual = found
     return la, lsq, lsp, gdt, residual
 
 
-def _restored(plan: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, moves: Moves) -> Tensor:
+def _restored(plan: Layout, a: Tensor, packed: Packed) -> Tensor:
     """Every layer's values [rows, steps, sub-steps, TAPE] from the first one's.
 
     They depend on nothing else, so all of them are samples of one launch that moves nowhere.
@@ -241,8 +253,9 @@ def _restored(plan: Layout, a: Tensor, matrices: Tensor, vectors: Tensor, moves:
     points = a.reshape(-1, 1, 1, C.WIDTHS[0])
     tape = a.new_empty(points.shape[0], 1, 1, C.TAPE)
     n_programs = tune.n_programs(plan.blocks, points.shape[0], a.device)
-    out = Rolled(points, points, points, points, tape, points, points)
-    _launch_forward(C, plan.launch, n_programs, points, out, matrices, vectors, vectors[None, :1], moves, 0)
+    # an array of the kernel's own for all that is not written, so that no other alignment is compiled for
+    out = Rolled(tape, tape, tape, tape, tape, tape, tape)
+    _launch_forward(C, plan.launch, n_programs, points, out, packed, packed.vectors[None, :1], 0)
     return tape.view(*a.shape[:3], C.TAPE)
 
 

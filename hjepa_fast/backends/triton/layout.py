@@ -7,7 +7,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from ...activations import Activation
 from ...schemes import SubStep
 from .. import torch as torch_backend
-from ..torch import Tail
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, to test them
 KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}  # as in `kernels.activation`
@@ -50,6 +49,8 @@ class Constants(NamedTuple):
     """In `vectors`: the bias of layer j; that of the output is the first number there."""
     OUT_AT: int
     """The output weights."""
+    NUMBERS_AT: int
+    """What no network has: tolerance, and `Numbers.VALUES`."""
     A_AT: tuple[int, ...]
     """In the tape; G_AT likewise."""
     G_AT: tuple[int, ...]
@@ -57,8 +58,8 @@ class Constants(NamedTuple):
     """Numbers of a sub-step on the tape."""
     WORKS: int
     """Numbers of a sample in `work`."""
-    ACTIVATION: tuple[int, float, float] = (0, 1.0, 20.0)
-    """Kind, beta, threshold."""
+    ACTIVATION: tuple[int, float, float, bool] = (0, 1.0, 20.0, False)
+    """Kind, beta, threshold, and whether it may be approximated."""
     PRECISION: str = "ieee"
     """Of products, as Triton calls it."""
     IMPLICIT: bool = False
@@ -96,10 +97,13 @@ class Constants(NamedTuple):
     FACTORS: int = 0
 
 
-@functools.lru_cache(maxsize=256)
-def for_triton(C: Constants) -> Constants:
+_Known = TypeVar("_Known", "Constants", "Numbers")
+
+
+@functools.lru_cache(maxsize=512)
+def for_triton(known: _Known) -> _Known:
     """As Triton's compiler takes them, which knows a field only by its type; its interpreter takes them as they are."""
-    return C if interpreted else Constants(*map(importlib.import_module("triton.language").constexpr, C))
+    return known if interpreted else type(known)(*map(importlib.import_module("triton.language").constexpr, known))
 
 
 class Layout(NamedTuple):
@@ -145,11 +149,12 @@ def layout_of(widths: tuple[int, ...], blocks: Blocks, precision: str, activatio
         M_AT=T_AT[-1],
         B_AT=B_AT,
         OUT_AT=B_AT[-1],
+        NUMBERS_AT=B_AT[-1] + N[-1],
         A_AT=values[: n + 1],
         G_AT=values[n + 1 : -1],
         TAPE=values[-1],
         WORKS=(11 if implicit else 3) * N[0],
-        ACTIVATION=(KINDS[activation.name], float(activation.beta), float(activation.threshold)),
+        ACTIVATION=(KINDS[activation.name], float(activation.beta), float(activation.threshold), precision in ("bf16", "tf32")),
         PRECISION=precision if precision.startswith("tf32") else "ieee",
         IMPLICIT=implicit,
     )
@@ -181,53 +186,66 @@ def layout_of(widths: tuple[int, ...], blocks: Blocks, precision: str, activatio
     return Layout(blocks, forward, backward)
 
 
-Move = tuple[float, float]
+class Numbers(NamedTuple):
+    """A scheme, as the packing kernel is compiled for it: nothing of it is kept on the device, where a CUDA graph that was
+    captured with it would own it."""
 
-
-class Moves(NamedTuple):
-    """A scheme on the device."""
-
-    steps: Tensor
-    """[sub-steps, 4]: kick, drift, and those of the point itself."""
-    which: Tensor
-    """[sub-steps, 2], int32: which of the distinct pairs both are."""
-    solver: Tensor
-    """Tolerance, eps and tiny; [6, 5] coefficients that extrapolate the moves to implicit points."""
-    distinct: tuple[Move, ...]
+    TILE: int
+    """The packing kernel's own."""
+    KICKS: tuple[float, ...]
+    """Of the distinct matrices drift K - kick K^T, or of their transposes."""
+    DRIFTS: tuple[float, ...]
+    MATRICES: int
+    """How many those are."""
+    VALUES: tuple[float, ...]
+    """eps and tiny; [6, 5] coefficients that extrapolate moves to implicit points; [sub-steps, 6] kick, drift, those of the
+    point itself, and which of the matrices both are."""
+    COUNT: int
 
 
 @functools.lru_cache(maxsize=256)
-def moves_of(scheme: tuple[SubStep, ...], tolerance: float, device: torch.device, dtype: torch.dtype) -> Moves:
-    pairs: list[tuple[Move, Move]] = [((s.kick, s.drift), (s.implicit_kick, s.implicit_drift)) for s in scheme]
-    distinct = tuple(dict.fromkeys(itertools.chain.from_iterable(pairs)))
-    which = torch.tensor([[distinct.index(move) for move in pair] for pair in pairs], dtype=torch.int32, device=device)
-    steps = torch.tensor([[*state, *point] for state, point in pairs], dtype=dtype, device=device)
+def numbers_of(scheme: tuple[SubStep, ...], dtype: torch.dtype, tile: int, transposed: bool) -> Numbers:
+    moves = [(s.kick, s.drift) for s in scheme]
+    points = [(s.implicit_kick, s.implicit_drift) for s in scheme]
+    distinct = list(dict.fromkeys([*moves, *(point for s, point in zip(scheme, points, strict=True) if s.implicit)]))
     limits = torch.finfo(dtype)
-    coefficients = [x for row in torch_backend.EXTRAPOLATION for x in (*row, *[0] * (5 - len(row)))]
-    solver = torch.tensor([tolerance, limits.eps, limits.tiny, *coefficients], dtype=dtype, device=device)
-    return Moves(steps, which, solver, distinct)
+    values = [limits.eps, limits.tiny]
+    for row in torch_backend.EXTRAPOLATION:
+        values += [*row, *[0.0] * (5 - len(row))]
+    for stage, move, point in zip(scheme, moves, points, strict=True):
+        values += [*move, *point, distinct.index(move), distinct.index(point) if stage.implicit else 0]
+    # (drift K - kick K^T)^T = -kick K - (-drift) K^T
+    matrices = [(-drift, -kick) if transposed else (kick, drift) for kick, drift in distinct]
+    kicks, drifts = zip(*matrices, strict=True)
+    return Numbers(tile, kicks, drifts, len(distinct), tuple(map(float, values)), len(values))
 
 
-def pack(
-    C: Constants, K: Tensor, tail: Tail, moves: Sequence[Move], dtype: torch.dtype, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """The matrices in the products' dtype and the vectors in K's, padded with zeros."""
-    N, widths = C.N, C.WIDTHS
-    h = widths[0]
-    matrices = torch.zeros(C.M_AT + len(moves) * N[0] ** 2, dtype=dtype, device=K.device)
-    vectors = torch.zeros(C.OUT_AT + N[-1], dtype=K.dtype, device=K.device)
-    for j, weight in enumerate(tail.weights[:-1]):
-        m, n = N[j + 1], N[j]
-        matrices[C.W_AT[j] :][: m * n].view(m, n)[: widths[j + 1], : widths[j]] = weight
-        matrices[C.T_AT[j] :][: m * n].view(n, m)[: widths[j], : widths[j + 1]] = weight.T
-    for i, (kick, drift) in enumerate(moves):
-        forwards, back = (K.T, K) if transposed else (K, K.T)
-        if not kick or not drift:
-            move = forwards * drift if drift else back * -kick
-        else:
-            move = torch.add(forwards * drift, back, alpha=-kick)
-        matrices[C.M_AT + i * N[0] ** 2 :][: N[0] ** 2].view(N[0], N[0])[:h, :h] = move
-    for j, bias in enumerate(tail.biases):
-        vectors[C.B_AT[(j + 1) % len(N)] :][: bias.shape[0]] = bias
-    vectors[C.OUT_AT :][: widths[-1]] = tail.weights[-1][0]
-    return matrices, vectors
+class Packed(NamedTuple):
+    """What the packing kernel fills."""
+
+    matrices: Tensor
+    """In the products' dtype."""
+    vectors: Tensor
+    """In the work dtype."""
+
+
+def empty(
+    C: Constants, K: Tensor, scheme: Sequence[SubStep], dtype: torch.dtype, transposed: bool
+) -> tuple[Packed, tuple[int, int], Numbers]:
+    """What the packing kernel fills, its programs, and what it is compiled for.
+
+    Parameters
+    ----------
+    dtype : of products
+    transposed : whether the matrices drift K - kick K^T are
+    """
+    tile = min(C.COLUMNS, C.INNER, 32)
+    S = numbers_of(tuple(scheme), K.dtype, tile, transposed)
+    packed = Packed(
+        torch.empty(C.M_AT + S.MATRICES * C.N[0] ** 2, dtype=dtype, device=K.device),
+        torch.empty(C.NUMBERS_AT + 1 + S.COUNT, dtype=K.dtype, device=K.device),
+    )
+    # as many as the largest piece has
+    areas = [x * y // tile**2 for x, y in itertools.pairwise(C.N)]
+    tiles = max(-(-C.NUMBERS_AT // 1024), C.N[0] ** 2 // tile**2, *areas)
+    return packed, (tiles, C.L + S.MATRICES), S

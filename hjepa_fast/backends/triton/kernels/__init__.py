@@ -13,5 +13,6 @@ What is known when a kernel is compiled is the last argument, C: a `layout.Const
 
 from .backward import backward_kernel
 from .forward import forward_kernel
+from .pack import pack_kernel
 
-__all__ = ["backward_kernel", "forward_kernel"]
+__all__ = ["backward_kernel", "forward_kernel", "pack_kernel"]

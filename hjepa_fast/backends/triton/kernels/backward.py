@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .activation import activation
 from .product import product
-from .solve import anderson, next_point, note
+from .solve import EPS, MOVES, TINY, anderson, next_point, note
 
 # mypy: ignore-errors
 # Triton is not typed, and what is annotated in its functions are not Python's types
@@ -96,9 +96,16 @@ def _add_to_la(work, before, keep, nu, n):
         tl.store(before + n, la)
 
 
-@triton.jit(do_not_specialize=["dt_row", "n_rows", "total", "tape_total", "start", "tape_start", "n_steps", "n_sub", "most"])
+@triton.jit(
+    do_not_specialize=["dt_row", "n_rows", "total", "tape_total", "start", "tape_start", "n_steps", "n_sub", "most"],
+    # parts of other tensors, which begin anywhere
+    do_not_specialize_on_alignment=["la_in_ptr", "lsq_in_ptr", "lsp_in_ptr", "gsq_ptr", "gsp_ptr", "gE_ptr", "dt_ptr"],
+)
 def backward_kernel(
-    la_ptr,  # [rows, h], in and out, as the next two
+    la_in_ptr,  # [rows, h]
+    lsq_in_ptr,
+    lsp_in_ptr,
+    la_ptr,  # what comes out, maybe in the same place
     lsq_ptr,
     lsp_ptr,
     gsq_ptr,  # [rows, total, h]
@@ -111,9 +118,6 @@ def backward_kernel(
     vectors_ptr,
     dt_ptr,  # [rows, total], or [1, total] with dt_row = 0
     dt_row,
-    moves_ptr,
-    which_ptr,
-    solver_ptr,
     work_ptr,  # [programs, ROWS, WORKS]: la, lsq, lsp; s' and g s'' ad of layers; with implicit sub-steps w, x, q and `note`'s
     factors_ptr,  # [n_sub, n_steps, blocks ROWS, FACTORS], or [programs, ROWS, FACTORS] without SUMS
     n_rows,
@@ -143,6 +147,7 @@ def backward_kernel(
     W_AT: tl.constexpr = C.SOLVE_AT
     X_AT: tl.constexpr = C.SOLVE_AT + N0
     Q_AT: tl.constexpr = C.SOLVE_AT + 2 * N0
+    numbers = vectors_ptr + C.NUMBERS_AT
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     program = tl.program_id(0).to(tl.int64)
@@ -163,11 +168,11 @@ def backward_kernel(
         for n in range(0, N0, COLUMNS):
             inside = live[:, None] & (n + column < H)[None, :]
             at = rows[:, None] * H + (n + column)[None, :]
-            la = tl.load(la_ptr + at, mask=inside, other=0.0)
+            la = tl.load(la_in_ptr + at, mask=inside, other=0.0)
             tl.store(work + n, la)
             tl.store(last + in_factors + n, la)
-            tl.store(work + N0 + n, tl.load(lsq_ptr + at, mask=inside, other=0.0))
-            tl.store(work + 2 * N0 + n, tl.load(lsp_ptr + at, mask=inside, other=0.0))
+            tl.store(work + N0 + n, tl.load(lsq_in_ptr + at, mask=inside, other=0.0))
+            tl.store(work + 2 * N0 + n, tl.load(lsp_in_ptr + at, mask=inside, other=0.0))
         worst = tl.load(residual_ptr + rows, mask=live, other=0.0)
         tl.debug_barrier()
         for t_back in range(n_steps):
@@ -176,8 +181,9 @@ def backward_kernel(
             gdt = tl.zeros((ROWS,), WORK)
             for i_back in range(n_sub):
                 i = n_sub - 1 - i_back
-                kick = tl.load(moves_ptr + 4 * i)
-                drift = tl.load(moves_ptr + 4 * i + 1)
+                stage = numbers + MOVES + 6 * i
+                kick = tl.load(stage)
+                drift = tl.load(stage + 1)
                 if C.WITH_ENERGY:
                     gE = tl.load(gE_ptr + rows * total + start + t, mask=live & (i == 0), other=0.0)[:, None]
                 else:
@@ -188,7 +194,7 @@ def backward_kernel(
                 # where la goes for the sub-step before this one
                 keep = (i > 0) | (t > 0)
                 before = first + in_factors + tl.where(i > 0, (i - 1) * n_steps + t, (n_sub - 1) * n_steps + t - 1) * stride
-                matrix = matrices_ptr + C.M_AT + tl.load(which_ptr + 2 * i).to(tl.int64) * (N0 * N0)
+                matrix = matrices_ptr + C.M_AT + tl.load(stage + 4).to(tl.int64) * (N0 * N0)
                 for n in range(0, N0, COLUMNS):
                     inside = live[:, None] & (n + column < H)[None, :]
                     u = product(factors, matrix + n * N0, C.FACTORS, N0, WORK, C)
@@ -215,8 +221,8 @@ def backward_kernel(
                     _tangent(v, g, s, s1, s2, gE, work, factor, n, C)
                 tl.debug_barrier()
                 if C.IMPLICIT:
-                    implicit = (tl.load(moves_ptr + 4 * i + 2) != 0) | (tl.load(moves_ptr + 4 * i + 3) != 0)
-                    matrix = matrices_ptr + C.M_AT + tl.load(which_ptr + 2 * i + 1).to(tl.int64) * (N0 * N0)
+                    implicit = (tl.load(stage + 2) != 0) | (tl.load(stage + 3) != 0)
+                    matrix = matrices_ptr + C.M_AT + tl.load(stage + 5).to(tl.int64) * (N0 * N0)
                     residual = tl.zeros((ROWS,), WORK)
                     active = live
                     count = 0
@@ -226,7 +232,7 @@ def backward_kernel(
                         searching = n_sub < 0
                         if implicit:
                             error = tl.zeros((ROWS,), WORK)
-                            size = tl.full((ROWS,), 0.0, WORK) + tl.load(solver_ptr + 2)
+                            size = tl.full((ROWS,), 0.0, WORK) + tl.load(numbers + TINY)
                             for n in range(0, N0, COLUMNS):
                                 q = product(factors + C.NU_AT, matrix + n * N0, C.FACTORS, N0, WORK, C)
                                 x = tl.load(work + X_AT + n)
@@ -238,10 +244,10 @@ def backward_kernel(
                                 size = tl.maximum(size, largest_x)
                             tl.debug_barrier()
                             residual = error / size
-                            active = active & (residual > tl.load(solver_ptr)) & (residual < float("inf"))
+                            active = active & (residual > tl.load(numbers)) & (residual < float("inf"))
                             searching = (tl.max(active.to(tl.int32), 0) > 0) & (count + 1 < most)
                             if searching:
-                                weights = anderson(solve, count, tl.load(solver_ptr + 1), tl.load(solver_ptr + 2), C)
+                                weights = anderson(solve, count, tl.load(numbers + EPS), tl.load(numbers + TINY), C)
                                 for n in range(0, N0, COLUMNS):
                                     x = next_point(solve, n, tl.load(work + X_AT + n), active, weights, count, C)
                                     tl.store(work + X_AT + n, x)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .activation import activation
 from .product import product
-from .solve import anderson, next_point, note
+from .solve import COEFFICIENTS, EPS, MOVES, TINY, anderson, next_point, note
 
 # mypy: ignore-errors
 # Triton is not typed, and what is annotated in its functions are not Python's types
@@ -88,7 +88,11 @@ def _gradient(work, layers, layer, tape, matrices_ptr, vectors_ptr, live, dt, ki
     return energy
 
 
-@triton.jit(do_not_specialize=["dt_row", "n_rows", "n_steps", "n_sub", "most"])
+@triton.jit(
+    do_not_specialize=["dt_row", "n_rows", "n_steps", "n_sub", "most"],
+    # parts of other tensors, which begin anywhere
+    do_not_specialize_on_alignment=["a_ptr", "dt_ptr"],
+)
 def forward_kernel(
     a_ptr,  # [rows, h]
     a_out_ptr,  # [rows, h]
@@ -102,9 +106,6 @@ def forward_kernel(
     vectors_ptr,
     dt_ptr,
     dt_row,
-    moves_ptr,  # [n_sub, 4]: kick, drift, implicit kick, implicit drift
-    which_ptr,  # [n_sub, 2]: which of the matrices drift K - kick K^T, and of the point's own
-    solver_ptr,  # tolerance, eps, tiny; [6, 5]: coefficients of the last moves in the next one, by how many there are
     work_ptr,  # [programs, ROWS, WORKS]: a, sq, sp; with implicit sub-steps the point and `note`'s
     layers_ptr,  # [programs, ROWS, LAYERS]: dt delta; of each layer z, then e; s' of every layer but the last
     history_ptr,  # [programs, n_sub, 5, ROWS, N[0]]: how far points were from the state, in the last steps
@@ -120,6 +121,7 @@ def forward_kernel(
     WORK: tl.constexpr = vectors_ptr.dtype.element_ty
     H: tl.constexpr = C.WIDTHS[0]
     N0: tl.constexpr = C.N[0]
+    numbers = vectors_ptr + C.NUMBERS_AT
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     program = tl.program_id(0).to(tl.int64)
@@ -145,11 +147,12 @@ def forward_kernel(
             worst = tl.zeros((ROWS,), WORK)
             evaluations = tl.zeros((ROWS,), tl.int32)
             for i in range(n_sub):
-                kick = tl.load(moves_ptr + 4 * i)
-                drift = tl.load(moves_ptr + 4 * i + 1)
+                stage = numbers + MOVES + 6 * i
+                kick = tl.load(stage)
+                drift = tl.load(stage + 1)
                 if C.IMPLICIT:
-                    implicit = (tl.load(moves_ptr + 4 * i + 2) != 0) | (tl.load(moves_ptr + 4 * i + 3) != 0)
-                    matrix = matrices_ptr + C.M_AT + tl.load(which_ptr + 2 * i + 1).to(tl.int64) * (N0 * N0)
+                    implicit = (tl.load(stage + 2) != 0) | (tl.load(stage + 3) != 0)
+                    matrix = matrices_ptr + C.M_AT + tl.load(stage + 5).to(tl.int64) * (N0 * N0)
                     history = history_ptr + (program * n_sub + i) * (5 * ROWS * N0) + lane[:, None] * N0 + column[None, :]
                     now = history + (t % 5) * (ROWS * N0)
                     known = tl.where(implicit, tl.minimum(t, 5), 0)
@@ -157,7 +160,7 @@ def forward_kernel(
                         y = tl.load(work + n)
                         for k in range(known):
                             before = tl.load(history + ((t - 1 - k) % 5) * (ROWS * N0) + n)
-                            y += tl.load(solver_ptr + 3 + 5 * known + k) * before
+                            y += tl.load(numbers + COEFFICIENTS + 5 * known + k) * before
                         tl.store(work + C.POINT_AT + n, y)
                         _look(y, layer, tape, live[:, None] & (n + column < H)[None, :], n, C)
                     tl.debug_barrier()
@@ -176,17 +179,18 @@ def forward_kernel(
                                 move = product(layers, matrix + n * N0, C.LAYERS, N0, WORK, C)
                                 y = tl.load(work + C.POINT_AT + n)
                                 r = tl.load(work + n) + move - y
-                                largest_r, largest_y = note(solve, n, y, r, move - tl.load(now + n), count, C)
+                                change = move - tl.load(now + n)
+                                largest_r, largest_y = note(solve, n, y, r, change, count, C)
                                 tl.store(now + n, move)
                                 error = tl.maximum(error, largest_r)
                                 size = tl.maximum(size, largest_y)
                             tl.debug_barrier()
                             residual = error / size
                             evaluations += active.to(tl.int32)
-                            active = active & (residual > tl.load(solver_ptr)) & (residual < float("inf"))
+                            active = active & (residual > tl.load(numbers)) & (residual < float("inf"))
                             searching = (tl.max(active.to(tl.int32), 0) > 0) & (count + 1 < most)
                             if searching:
-                                weights = anderson(solve, count, tl.load(solver_ptr + 1), tl.load(solver_ptr + 2), C)
+                                weights = anderson(solve, count, tl.load(numbers + EPS), tl.load(numbers + TINY), C)
                                 for n in range(0, N0, COLUMNS):
                                     y = next_point(solve, n, tl.load(work + C.POINT_AT + n), active, weights, count, C)
                                     tl.store(work + C.POINT_AT + n, y)
@@ -202,7 +206,7 @@ def forward_kernel(
                 if C.MOVE:
                     # a <- a + dt delta (drift K - kick K^T), and without implicit sub-steps the next point there
                     tape += C.TAPE
-                    matrix = matrices_ptr + C.M_AT + tl.load(which_ptr + 2 * i).to(tl.int64) * (N0 * N0)
+                    matrix = matrices_ptr + C.M_AT + tl.load(stage + 4).to(tl.int64) * (N0 * N0)
                     if C.EVERY_STATE:
                         shown = i == n_sub - 1
                         seen = rows * n_steps + t
@@ -220,6 +224,8 @@ def forward_kernel(
                         else:
                             _look(a, layer, tape, more[:, None] & real, n, C)
                         if shown:
+                            if C.IMPLICIT:
+                                tl.debug_barrier()  # `_advance` has just written what is read here
                             at = seen[:, None] * H + (n + column)[None, :]
                             inside = live[:, None] & real
                             tl.store(sq_ptr + at, tl.load(work + N0 + n), mask=inside)

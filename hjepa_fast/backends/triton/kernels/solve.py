@@ -12,6 +12,10 @@ import triton.language as tl
 # Triton is not typed, and what is annotated in its functions are not Python's types
 
 
+EPS, TINY, COEFFICIENTS, MOVES = (tl.constexpr(i) for i in (1, 2, 3, 33))
+"""Where they are among the numbers that `pack_kernel` writes, tolerance first."""
+
+
 @triton.jit
 def finite_size(x):
     """|x|, infinite where x is not a number: maxima forget those."""
@@ -22,13 +26,16 @@ def finite_size(x):
 def note(solve, n, x, r, dg, count, C: tl.constexpr):
     """Keep a tile of the residual r = G(x) - x, and of the changes of G and r since the last evaluation, dg and dr.
 
-    Returns the largest |r| and |x| of each row. `solve` is [ROWS, r; dg three times; dr three times].
+    Returns the largest |r| and |x| of each row. `solve` is [ROWS, r; dg three times; dr three times]. A barrier parts what was
+    read from what is written in its place, here and by the caller, which nothing else orders if their layouts differ.
     """
     N0: tl.constexpr = C.N[0]
+    before = tl.load(solve + n)
+    tl.debug_barrier()
     if count > 0:
         slot = (count - 1) % 3
         tl.store(solve + (1 + slot) * N0 + n, dg)
-        tl.store(solve + (4 + slot) * N0 + n, r - tl.load(solve + n))
+        tl.store(solve + (4 + slot) * N0 + n, r - before)
     tl.store(solve + n, r)
     return tl.max(finite_size(r), 1), tl.max(tl.abs(x), 1)
 
