@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from .layout import Blocks, interpreted
 
-# By precision, smallest first: what is timed. Without timing the first is taken of which the chip holds as many programs as the
-# batch needs, else the last. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little
-# until the products do. Of 128 rows, narrow tiles leave enough registers, wide ones read what is between layers half as often.
+# By precision, smallest first. The first is taken of which the chip holds as many programs as the batch needs, else the last;
+# or all are timed. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little until the
+# products do. Of 128 rows, narrower tiles than these read what is between layers twice as often, and cannot win by counting.
 # The tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
 SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
-    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(128, 32, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
-    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 64, 64, 8, 3), Blocks(128, 32, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
+    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
+    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 64, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
     "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3)),
 }
-tune = os.environ.get("HJEPA_FAST_TUNE", "1") != "0" and not interpreted
-"""Whether the fastest shape is found by timing."""
+tune = os.environ.get("HJEPA_FAST_TUNE") == "1" and not interpreted
+"""Whether the fastest shape is found by timing, which compiles all of them. What it gains has not been measured."""
+
+compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+"""Whether what is launched shall only be compiled."""
 
 # For tests: instead of any choice, and of the chip's number of multiprocessors.
 blocks: Blocks | None = None
@@ -44,7 +49,7 @@ def n_programs(choice: Blocks, batch: int, device: torch.device) -> int:
 
 
 def _seconds(launch: Callable[[], object]) -> float:
-    """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that compiles."""
+    """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that loads the kernel."""
     launch()
     times: list[float] = []
     while len(times) < 3 and sum(times) < 0.1:
@@ -55,6 +60,21 @@ def _seconds(launch: Callable[[], object]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
     return min(times)
+
+
+def _compile(candidates: Sequence[Blocks], prepare: Callable[[Blocks], Callable[[], object]]) -> None:
+    """All of them at a time: most of a compilation is outside of Python."""
+    if interpreted:
+        return
+    from triton import AsyncCompileMode  # type: ignore[import-untyped]
+
+    token = compiling.set(True)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
+            for candidate in candidates:
+                prepare(candidate)()
+    finally:
+        compiling.reset(token)
 
 
 _fastest: dict[tuple[object, ...], Blocks] = {}
@@ -79,7 +99,9 @@ def choose(
     smallest, *others = SHAPES[precision]
     candidates = [smallest, *(b for b in others if b.rows < 2 * batch)]
     if len(candidates) > 1:
-        times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
+        _compile(candidates, prepare)
+        with torch.cuda.device_of(like):  # where events are recorded, too
+            times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
         _fastest[key] = min(candidates, key=times.__getitem__)
     else:
         _fastest[key] = smallest
