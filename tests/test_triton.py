@@ -500,7 +500,7 @@ def tuned(monkeypatch):
         asked.append(run)
         return 1.0 if run == SHAPES["tf32"][1] else 2.0
 
-    mine = {"tune": True, "_fastest": {}, "_seconds": seconds, "_compile": lambda *_: None, "programs": 132}
+    mine = {"tune": True, "_fastest": {}, "_seconds": seconds, "compile_at_once": lambda *_: None, "programs": 132}
     for name, value in mine.items():
         monkeypatch.setattr(tune, name, value)
     return asked
@@ -794,6 +794,7 @@ def hopper(monkeypatch):
         called[name] = Called(kernel)
     monkeypatch.setattr(driver, "_active", Driver())
     monkeypatch.setattr(launch, "_kernels", lambda: types.SimpleNamespace(**called))
+    monkeypatch.setattr(launch, "_begun", set())
     monkeypatch.setattr(launch, "require", lambda a: None)
     monkeypatch.setattr(triton_backend, "require", lambda a: None)
     monkeypatch.setattr(tune, "programs", 132)
@@ -813,9 +814,10 @@ def test_a_launch_compiles_what_no_later_one_has_to(scheme, hopper):
         case = Case(batch, (33, 20), scheme=scheme, per_sample=per_sample, n_steps=n_steps).to(torch.float32)
         out = case.forward(triton_backend)
         case.backward(triton_backend, out[-1])
+        if batch == 16:
+            first = binaries(hopper)
     # both directions pack, and each its own form of K
-    assert binaries(hopper) == {"pack_kernel": 2, "forward_kernel": 1, "backward_kernel": 1}
-    assert len(hopper) == 3 * 4
+    assert binaries(hopper) == first == {"pack_kernel": 2, "forward_kernel": 1, "backward_kernel": 1}
 
 
 @compiles
@@ -845,6 +847,25 @@ def test_no_step_of_a_training_run_compiles_another_kernel(integrator, memory, n
     assert first == binaries(hopper)
     assert first["forward_kernel"] == forwards
     assert first["backward_kernel"] == 1
+
+
+@compiles
+@pytest.mark.parametrize("every_state", [True, False])
+@pytest.mark.parametrize("memory", ["store", "recompute", "none"])
+def test_the_first_call_of_a_training_run_compiles_the_backward_pass_too(memory, every_state, hopper):
+    """At a time with the forward pass; what is asked for then is what the backward pass launches."""
+    case = Case(4, (33, 20), n_steps=3).to(torch.float32)
+    out = case.forward(triton_backend, memory, every_state=every_state)
+    expected = binaries(hopper)
+    if memory == "none":
+        assert expected == {"pack_kernel": 1, "forward_kernel": 1}
+        return
+    assert expected == {"pack_kernel": 2, "forward_kernel": 1 + (memory == "recompute"), "backward_kernel": 1}
+    case.backward(triton_backend, out[-1], memory, every_state=every_state)
+    assert binaries(hopper) == expected
+    n = len(hopper)
+    case.forward(triton_backend, memory, every_state=every_state)
+    assert len(hopper) == n + 2, "compiled ahead once"
 
 
 @compiles

@@ -142,8 +142,38 @@ def forward(
             dt.contiguous(), solver.max_evaluations,
         )  # fmt: skip
 
-    prepare(tune.choose("forward", precision, tail.widths, a, prepare))()
+    choice = tune.choose("forward", precision, tail.widths, a, prepare)
+    first = (tuple(scheme), choice, precision, tuple(tail.widths), tail.activation, every_state, with_energy, memory, a.device)
+    if first not in _begun and not tune.compiling.get() and not tune.capturing(a.device):
+        _begun.add(first)
+        jobs: list[tuple[Blocks, Callable[[], object]]] = [(choice, lambda: prepare(choice)())]
+        if memory != "none" and not tune.tune:
+            jobs.append((choice, partial(_expect_backward, a, K, tail, scheme, every_state, memory, solver)))
+        tune.compile_at_once(jobs, ignore_errors=True)
+    prepare(choice)()
     return rolled
+
+
+_begun: set[tuple[object, ...]] = set()
+"""What the kernels have been compiled for."""
+
+
+def _expect_backward(
+    a: Tensor,
+    K: Tensor,
+    tail: Tail,
+    scheme: Sequence[SubStep],
+    every_state: bool,
+    memory: str,
+    solver: Solver,
+) -> None:
+    """Have the backward pass that most likely follows compiled: one of all parameters. Sizes do not matter to the compiler."""
+    n_steps = 1 if every_state else 2
+    la, gsq, tape = a[:1], a[:1, None], a.new_empty(1, n_steps, len(scheme), tape_width(tail.widths, memory))
+    backward(
+        la, la, la, gsq, gsq, a.new_empty(1, n_steps), tape, K, tail, a.new_empty(1, n_steps), scheme, memory,
+        Gradients.zeros(K, tail), solver,
+    )  # fmt: skip
 
 
 def _pack(
@@ -214,7 +244,7 @@ def backward(
     def prepare(choice: Blocks) -> Callable[[Sequence[Tensor]], Iterator[tuple[Constants, Tensor]]]:
         """A sweep over all steps that fills what `backward` returns, and yields every chunk's factors."""
         plan = layout.layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
-        C = plan.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
+        C = plan.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state)
         packed = _pack(plan.backward, K, tail, scheme, solver, product_dtype, transposed=False)
         step_bytes = n_sub * (
             (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
@@ -240,7 +270,7 @@ def backward(
                         _kernels().backward_kernel, (n_programs,), *by_row, saved, *packed,
                         dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, work, factors, n, n_steps,
                         saved.shape[1], steps.start, 0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub,
-                        solver.max_evaluations, for_triton(C), **plan.launch,
+                        solver.max_evaluations, int(gE is not None), for_triton(C), **plan.launch,
                     )  # fmt: skip
                 yield C, factors
 
@@ -255,9 +285,9 @@ def backward(
 
     sweep, found = prepare(tune.choose("backward", precision, tail.widths, la, first_chunk)), empty()
     for C, factors in sweep(found):
-        if sums is not None:
+        if sums is not None and not tune.compiling.get():
             _add_gradients(sums, factors, C, scheme)
-    if sums is not None and gE is not None:
+    if sums is not None and gE is not None and not tune.compiling.get():
         sums.biases[-1].add_(gE.sum())
     la, lsq, lsp, gdt, residual = found
     return la, lsq, lsp, gdt, residual

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ SHAPES: dict[str, tuple[Blocks, ...]] = {
 tune = os.environ.get("HJEPA_FAST_TUNE") == "1" and not interpreted
 """Whether the fastest shape is found by timing, which compiles all of them. What it gains has not been measured."""
 
-compiling: ContextVar[bool] = ContextVar("compiling", default=False)
-"""Whether what is launched shall only be compiled."""
+compiling: ContextVar[Blocks | None] = ContextVar("compiling", default=None)
+"""The shape of a program, where what is launched shall only be compiled."""
 
 # For tests: instead of any choice, and of the chip's number of multiprocessors.
 blocks: Blocks | None = None
@@ -48,6 +49,10 @@ def n_programs(choice: Blocks, batch: int, device: torch.device) -> int:
     return min(_multiprocessors(device), -(-batch // choice.rows))
 
 
+def _launch(prepare: Callable[[Blocks], Callable[[], object]], choice: Blocks) -> None:
+    prepare(choice)()
+
+
 def _seconds(launch: Callable[[], object]) -> float:
     """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that loads the kernel."""
     launch()
@@ -62,19 +67,24 @@ def _seconds(launch: Callable[[], object]) -> float:
     return min(times)
 
 
-def _compile(candidates: Sequence[Blocks], prepare: Callable[[Blocks], Callable[[], object]]) -> None:
-    """All of them at a time: most of a compilation is outside of Python."""
+def compile_at_once(jobs: Sequence[tuple[Blocks, Callable[[], object]]], ignore_errors: bool = False) -> None:
+    """What these launch with this shape, on all processors: most of a compilation is outside of Python."""
     if interpreted:
         return
     from triton import AsyncCompileMode  # type: ignore[import-untyped]
 
-    token = compiling.set(True)
-    try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
-            for candidate in candidates:
-                prepare(candidate)()
-    finally:
-        compiling.reset(token)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads, ignore_errors=ignore_errors):
+        for shape, launch in jobs:
+            token = compiling.set(shape)
+            try:
+                launch()
+            finally:
+                compiling.reset(token)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is, which may only hold what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _fastest: dict[tuple[object, ...], Blocks] = {}
@@ -88,18 +98,17 @@ def choose(
     Not `triton.autotune`: how the arrays are laid out depends on the shape, and nothing may be timed while a graph is captured.
     """
     batch, device = like.shape[0], like.device
-    if blocks:
-        return blocks
+    if fixed := compiling.get() or blocks:
+        return fixed
     key = (direction, precision, tuple(widths), device, (batch - 1).bit_length())
     if key in _fastest:
         return _fastest[key]
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not tune or capturing:
+    if not tune or capturing(device):
         return _of_table(precision, batch, device)
     smallest, *others = SHAPES[precision]
     candidates = [smallest, *(b for b in others if b.rows < 2 * batch)]
     if len(candidates) > 1:
-        _compile(candidates, prepare)
+        compile_at_once([(candidate, partial(_launch, prepare, candidate)) for candidate in candidates])
         with torch.cuda.device_of(like):  # where events are recorded, too
             times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
         _fastest[key] = min(candidates, key=times.__getitem__)
