@@ -103,6 +103,7 @@ def rollout(
         runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
         everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
         operations: on a GPU, under "tao", and under integrators that stay implicit for it.
+        A product of float32 in "triton" is three of TF32, as exact, or one under `torch.set_float32_matmul_precision("high")`.
 
     Returns
     -------
