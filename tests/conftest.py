@@ -9,6 +9,8 @@ import torch
 
 
 def pytest_configure() -> None:
+    # some tests ask for deterministic operators, which cuBLAS gives with a workspace of its own only
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # processes of pytest-xdist share the cores
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
