@@ -14,7 +14,7 @@ BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu check-memory fuzz lint clean
+.PHONY: help setup demo test bench bench-gpu check-memory fuzz docs lint clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
 	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
+	@echo "make docs    install Sphinx too, then the documents and an API reference as a site in docs/_build/html"
 	@echo "make lint    install, then ruff and mypy"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)  BENCH=$(BENCH)  JOBS=$(JOBS)"
@@ -58,10 +59,15 @@ check-memory: setup
 fuzz: setup
 	$(BIN)/python tests/tools/fuzz.py $(N) --first $(FIRST)
 
+docs: setup
+	@$(BIN)/python -c 'import furo, myst_parser' 2>/dev/null || $(PIP) 'sphinx>=8.2' 'myst-parser>=5' 'furo>=2025.9'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "the site is docs/_build/html/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hjepa_fast.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info hjepa_fast.egg-info
