@@ -224,23 +224,24 @@ def test_the_table_of_integrators_is_that_of_the_code():
             assert said == {(True, True): "yes", (False, False): "no", (False, True): "only if separable"}[of_any, of_separable]
 
 
-def test_the_speeds_of_the_readme_are_those_of_the_results():
-    """The README's table of ratios against the committed results, to the digits that it shows."""
+@pytest.mark.parametrize("page", [README, ROOT / "docs/performance.md"], ids=lambda page: page.stem)
+def test_the_first_table_of_speeds_is_that_of_the_results(page):
+    """Ratios against the committed results, to the digits that are shown."""
     results = (ROOT / "bench/results/quick-cpu.md").read_text(encoding="utf-8")
     table = rows(results.split("\n\n")[3])
     header, measured = table[0], {row[0]: row for row in table[2:]}
     columns = ("eager", "jax", "compiled")
-    compared = 0
-    for row in rows(README.read_text(encoding="utf-8")):
-        named = re.search(r"(rollout|training step), batch (\d+)", row[0])
+    compared = set()
+    for row in rows(prose(page)):
+        named = re.fullmatch(r"(rollout|training step), batch (\d+)", row[0])
         if not named:
             continue
         case = measured[f"{named[1].split()[0]}-b{named[2]}-t15"]
         for said, column in zip(row[1:4], columns, strict=True):
             exact, digits = float(case[header.index(column)].strip("x")), len(said.partition(".")[2])
-            assert abs(float(said) - exact) <= 0.5001 * 10**-digits, f"{row[0]}: {column} is {exact}, the README says {said}"
-            compared += 1
-    assert compared >= 9
+            assert abs(float(said) - exact) <= 0.5001 * 10**-digits, f"{row[0]}: {column} is {exact}, {page.name} says {said}"
+            compared.add((row[0], column))
+    assert len(compared) == 12
 
 
 def test_the_results_of_the_demo_are_those_that_were_measured():
@@ -252,3 +253,10 @@ def test_the_results_of_the_demo_are_those_that_were_measured():
     assert len(shown) >= 8
     for row in shown:
         assert row in known
+
+
+def test_the_environment_variables_are_those_that_are_read():
+    sources = [ROOT / "setup.py", *(ROOT / "hjepa_fast").rglob("*.py")]
+    read = {name for file in sources for name in re.findall(r'"(HJEPA_FAST_[A-Z0-9_]+)"', file.read_text(encoding="utf-8"))}
+    table = prose(ROOT / "docs/gpu.md").split("## Environment variables")[1].split("\n## ")[0]
+    assert {row[0].strip("`") for row in rows(table) if "HJEPA_FAST" in row[0]} == read
