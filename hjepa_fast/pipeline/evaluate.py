@@ -25,6 +25,7 @@ from ..diagnostics import Balance, energy_balance, energy_growth, symplecticity_
 from ..errors import ConvergenceError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..models import SeparableHNN
+from ..names import Integrator
 from ..schemes import SCHEMES
 from . import zoo
 from .config import EvaluateConfig
@@ -35,7 +36,7 @@ EXAMPLE = 0
 """Index of the test window that trajectories are kept of."""
 EXTENDED_WINDOWS = 32
 """Extended rollouts start from no more test windows than this, evenly spread: they are long."""
-COMPARED = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
+COMPARED: tuple[Integrator, ...] = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
 """Integrators that the full model's network is rolled out with, the published one first."""
 NUMBERS_AT_ONCE = 2**22
 """How many numbers of states a long rollout holds where it must hold some: 16 MiB of float32."""
@@ -162,7 +163,7 @@ def evaluate(
     return Evaluation(rows, comparison, {name: tensor.cpu() for name, tensor in arrays.items()}, len(starts))
 
 
-def integrators_of(full: SymplecticIntegrator) -> tuple[str, ...]:
+def integrators_of(full: SymplecticIntegrator) -> tuple[Integrator, ...]:
     """The integrators that the full model's network is compared under: the published step first, and always its own."""
     return tuple(dict.fromkeys((*COMPARED, full.integrator)))
 
@@ -258,7 +259,7 @@ def hardware(device: torch.device | str) -> dict[str, Any]:
 class _Predictor:
     """Rolls a model out, or persistence, or a model's network with another integrator; counts implicit steps."""
 
-    def __init__(self, model: zoo.Model | None, integrator: str | None = None) -> None:
+    def __init__(self, model: zoo.Model | None, integrator: Integrator | None = None) -> None:
         self.model = model
         self.integrator = integrator or (model.integrator if isinstance(model, SymplecticIntegrator) else None)
         self.steps = self.solved = self.evaluations = 0
@@ -306,11 +307,13 @@ class _Predictor:
             z0 = states[:, -1]
         return torch.cat(parts, dim=1)
 
-    def _trajectory(self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, **options: Any) -> api.Rollout:
+    def _trajectory(
+        self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, energy: bool = False, **options: Any
+    ) -> api.Rollout:
         assert self.integrator is not None
         out = api.rollout(
             model.hnn, z0, model.step_size, n_steps,
-            integrator=self.integrator, backend=model.backend, unconverged="flag", **options,
+            energy=energy, integrator=self.integrator, backend=model.backend, unconverged="flag", **options,
         )  # fmt: skip
         if out.solve is not None:
             self.steps += out.solve.converged.numel()
