@@ -28,7 +28,7 @@ from synthetic import write_latents
 av = pytest.importorskip("av")
 
 DATA = DataConfig(window=5)
-CONFIG = TrainConfig(epochs=4, batch_size=7, friction="conformal")
+CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal")
 """Batches of 7, which two processes cannot halve."""
 EVALUATE = EvaluateConfig(extended_steps=9, dream_steps=6, timing_warmup=0, timing_runs=1)
 ENCODE = EncodeConfig(encoder="unused", clip_frames=4, clip_stride=2, encode_batch=3)
@@ -281,9 +281,9 @@ def test_fsdp_needs_a_process_group():
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc, which only Linux has")
 def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
-    write_latents(tmp_path / "latents", n_clips=40)
-    config, data = dataclasses.replace(CONFIG, epochs=8, friction="none"), dataclasses.replace(DATA, split_seed=1)
-    options = ["--window", "5", "--split-seed", "1", "--epochs", "8", "--batch-size", "7", "--models", "hnn-no-energy"]
+    write_latents(tmp_path / "latents")
+    config, data = dataclasses.replace(CONFIG, epochs=40, friction="none"), dataclasses.replace(DATA, split_seed=1)
+    options = ["--window", "5", "--split-seed", "1", "--epochs", "40", "--batch-size", "7", "--models", "baseline"]
     command = [
         sys.executable,
         "-m",
@@ -297,7 +297,7 @@ def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
     ]
     command += ["train", str(tmp_path / "latents"), "--out", str(tmp_path / "run"), "--device", "cpu", "--quiet", *options]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    history = tmp_path / "run" / "models" / "hnn-no-energy" / "history.csv"
+    history = tmp_path / "run" / "models" / "baseline" / "history.csv"
     while run.poll() is None and not (history.exists() and len(history.read_text().splitlines()) > 2):
         time.sleep(0.05)
     killed = _worker(run.pid, rank=1)
@@ -308,7 +308,7 @@ def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
     assert err.count("hjepa-fast: error: another process has ended") <= 1
     assert out.count("best test MSE") == 1
     expected = train.train(
-        "hnn-no-energy", prepare(latents.load_latents(tmp_path / "latents"), data), tmp_path / "one", config, data
+        "baseline", prepare(latents.load_latents(tmp_path / "latents"), data), tmp_path / "one", config, data
     )
     one, two = (histories(path.with_name("last.safetensors")) for path in (expected, history))
     assert_same(two[0], one[0])
