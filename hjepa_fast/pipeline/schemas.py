@@ -117,6 +117,9 @@ class SummaryRow(_Schema):
     mse_std: Number | None
     drift_mean: Number | None
     drift_std: Number | None
+    mse_relative: Number | None
+    energy_std: Number | None
+    drift_extended_mean: Number | None
     epochs_done: Annotated[int, Field(ge=0, le=10**9)] | None = None
     epochs_asked: Positive | None = None
     finished: bool = True
