@@ -28,6 +28,7 @@ from ..models import SeparableHNN
 from ..schemes import SCHEMES
 from . import distributed, zoo
 from .config import EvaluateConfig
+from .latents import Latents
 from .windows import Dataset
 
 PERSISTENCE = "persistence"
@@ -292,6 +293,14 @@ def time_per_step(rollout: Rollout, z0: Tensor, n_steps: int, config: EvaluateCo
             if run >= config.timing_warmup:
                 times.append(_now(z0.device) - started)
     return statistics.median(times) / n_steps
+
+
+def step_units(latents: Sequence[Latents]) -> dict[str, float | int | None]:
+    """How long a latent step is: `frames` from clip to clip, `fps` and `seconds`; None for what is unknown or differs."""
+    frames = latents[0].metadata["provenance"].get("clip_stride")
+    rates = {item.metadata["fps"] for item in latents}
+    fps = rates.pop() if len(rates) == 1 else None
+    return {"frames": frames, "fps": fps, "seconds": frames / fps if frames and fps else None}
 
 
 def hardware(device: torch.device | str) -> dict[str, Any]:
