@@ -21,7 +21,9 @@ from hjepa_fast.activations import Activation
 from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.backends.torch import Solver
-from hjepa_fast.backends.triton import SHAPES, Blocks
+from hjepa_fast.backends.triton import launch, layout, tune
+from hjepa_fast.backends.triton.layout import Blocks
+from hjepa_fast.backends.triton.tune import SHAPES
 from hjepa_fast.hidden_space.outline import kernel_stages
 from hjepa_fast.schemes import SCHEMES
 from hjepa_fast.testing import make_hnn, make_states
@@ -31,7 +33,7 @@ from test_ops import assert_all_close, gradients
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float64 if INTERPRETED else torch.float32
-KINDS = tuple(triton_backend._KINDS)
+KINDS = tuple(layout.KINDS)
 """Activations that the kernels have."""
 SMALL = Blocks(16, 16, 16, 4, 2)
 
@@ -114,15 +116,15 @@ WIDTHS = [(1,), (40,), (7, 5), (33, 20), (20, 33, 18), (9, 18, 31, 17)]
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_equals_torch(widths, batch, monkeypatch):
     """Rows, widths and layers that fill no tile, one tile and several, with fewer programs than they would fill."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
-    monkeypatch.setattr(triton_backend, "programs", 2)
+    monkeypatch.setattr(tune, "blocks", SMALL)
+    monkeypatch.setattr(tune, "programs", 2)
     i = 3 * WIDTHS.index(widths) + batch % 3
     scheme = ("leapfrog", "euler", "many")[(i + i // 3) % 3]
     case = Case(batch, widths, KINDS[i % len(KINDS)], scheme, per_sample=i % 2 == 0, n_steps=2, seed=i)
     memory = ("store", "recompute")[i // 2 % 2]
     if i % 3 == 0:
         # a step at a time, or a program's samples and a step
-        monkeypatch.setattr(triton_backend, "bound", 1 if i % 2 else 40 * len(case.scheme) * 8 * 300)
+        monkeypatch.setattr(launch, "bound", 1 if i % 2 else 40 * len(case.scheme) * 8 * 300)
     compare(case, memory, with_sums=i % 4 > 0, every_state=i % 3 > 0, with_energy=i % 5 > 0)
 
 
@@ -130,8 +132,8 @@ def test_equals_torch(widths, batch, monkeypatch):
 @pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.implicit])
 def test_implicit_sub_steps_equal_torch(scheme, monkeypatch):
     """Every integrator, each with another network, batch and set of options; the same equations, solved as well."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
-    monkeypatch.setattr(triton_backend, "programs", 1)
+    monkeypatch.setattr(tune, "blocks", SMALL)
+    monkeypatch.setattr(tune, "programs", 1)
     i = list(SCHEMES).index(scheme)
     widths = (WIDTHS[1:] + WIDTHS[:1])[i % len(WIDTHS)]
     long = len(SCHEMES[scheme].stages) > 3
@@ -149,7 +151,7 @@ def test_implicit_sub_steps_equal_torch(scheme, monkeypatch):
 @runs
 def test_points_are_extrapolated_from_the_last_five(monkeypatch):
     """Seven steps fill the history and go round it; a start that is no better than the state takes more evaluations."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     case = on_device(Case(2, (3,), scheme="implicit-midpoint", n_steps=7))
     case.dt.fill_(0.05)
     counts = []
@@ -163,7 +165,7 @@ def test_points_are_extrapolated_from_the_last_five(monkeypatch):
 @runs
 def test_rows_are_solved_on_their_own(monkeypatch):
     """The same numbers whatever else the program has; one that does not converge, or is not finite, says so and no other."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     case = on_device(Case(6, (20, 17), scheme="implicit-midpoint", n_steps=2))
     clean = [*case.forward(triton_backend), *case.solved]
     case.a[1, 3], case.dt[4] = float("nan"), 1e6
@@ -179,7 +181,7 @@ def test_rows_are_solved_on_their_own(monkeypatch):
 @runs
 def test_too_few_evaluations(monkeypatch):
     """The iteration stops where it is told to, each way, as PyTorch's does."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     case = Case(3, (7, 5), scheme="implicit-midpoint", n_steps=1)
     monkeypatch.setattr(Case, "solver", Solver(1e-300, 3))
     exact, mine = case.to(torch.float64), on_device(case)
@@ -192,15 +194,15 @@ def test_too_few_evaluations(monkeypatch):
 
 @runs
 def test_tiles_of_several_shapes(monkeypatch):
-    monkeypatch.setattr(triton_backend, "programs", 1)
+    monkeypatch.setattr(tune, "programs", 1)
     for shape in (Blocks(32, 16, 32, 4, 2), Blocks(16, 32, 16, 4, 3)):
-        monkeypatch.setattr(triton_backend, "blocks", shape)
+        monkeypatch.setattr(tune, "blocks", shape)
         compare(Case(35, (40, 33), n_steps=1), "store", with_sums=True, every_state=True, with_energy=True)
 
 
 @runs
 def test_eight_layers(monkeypatch):
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     compare(Case(3, (9, 8, 7, 6, 5, 4, 3, 2), n_steps=1), "recompute", with_sums=True, every_state=True, with_energy=True)
 
 
@@ -208,7 +210,7 @@ def test_eight_layers(monkeypatch):
 @pytest.mark.parametrize("activation", [*map(Activation, KINDS), Activation("softplus", 2.5, 3.0)], ids=str)
 def test_activations(activation, monkeypatch):
     """The network F(a) = s(a) with K = 0 at numbers small, large and in between: s is its energy, s' moves sq, s'' la."""
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     numbers = [0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.34, 0.35, 1.0, 2.9, 7.0, 19.9, 20.1, 30.0, 90.0]
     a = torch.tensor([*numbers, *(-x for x in numbers)], dtype=DTYPE)
     case = Case(len(a), (1,), activation, "euler", n_steps=1).to(DTYPE)
@@ -231,7 +233,7 @@ def test_activations(activation, monkeypatch):
 
 @runs
 def test_not_a_number_stays_in_its_row(monkeypatch):
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     case = on_device(Case(6, (20, 17), n_steps=1))
     clean = case.forward(triton_backend)
     case.a[1, 3] = float("nan")
@@ -243,7 +245,7 @@ def test_not_a_number_stays_in_its_row(monkeypatch):
 
 @runs
 def test_what_it_does_not_do_is_the_torch_loops(monkeypatch):
-    monkeypatch.setattr(triton_backend, "_kernels", lambda: pytest.fail("a kernel was asked for"))
+    monkeypatch.setattr(launch, "_kernels", lambda: pytest.fail("a kernel was asked for"))
     cases = [Case(2, (5, 4)), Case(2, (5, 4), n_steps=1), Case(2, (4,) * 9)]
     cases[0].scheme = SCHEMES["rk4"].stages
     cases[1].a, cases[1].batch = cases[1].a[:0], 0
@@ -254,18 +256,18 @@ def test_what_it_does_not_do_is_the_torch_loops(monkeypatch):
 
 @runs
 def test_the_same_twice(monkeypatch):
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     case = on_device(Case(19, (20, 17), n_steps=1))
     once, again = ([*out, *case.backward(triton_backend, out[-1])] for out in (case.forward(triton_backend) for _ in range(2)))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
 
 
 def test_without_tuning_blocks_are_the_smallest_that_fill_the_chip(monkeypatch):
-    monkeypatch.setattr(triton_backend, "programs", 132)
+    monkeypatch.setattr(tune, "programs", 132)
     for precision, batch, rows in (("bf16", 1, 16), ("bf16", 2112, 16), ("bf16", 2113, 64), ("bf16", 10**6, 128)):
-        choice = triton_backend._of_table(precision, batch, torch.device("cpu"))
+        choice = tune._of_table(precision, batch, torch.device("cpu"))
         assert choice.rows == rows
-        assert triton_backend._n_programs(choice, batch, torch.device("cpu")) == min(132, -(-batch // rows))
+        assert tune.n_programs(choice, batch, torch.device("cpu")) == min(132, -(-batch // rows))
 
 
 @pytest.fixture
@@ -278,12 +280,12 @@ def tuned(monkeypatch):
         return 1.0 if run == SHAPES["tf32"][1] else 2.0
 
     for name, value in {"tune": True, "_fastest": {}, "_seconds": seconds, "programs": 132}.items():
-        monkeypatch.setattr(triton_backend, name, value)
+        monkeypatch.setattr(tune, name, value)
     return asked
 
 
 def choose(batch, precision="tf32", direction="forward", like=torch.zeros):
-    return triton_backend._choose(direction, precision, [64, 32], like(batch, 1), lambda blocks: blocks)
+    return tune.choose(direction, precision, [64, 32], like(batch, 1), lambda blocks: blocks)
 
 
 def test_the_fastest_shape_is_timed_once_a_size(tuned):
@@ -309,10 +311,10 @@ def test_nothing_is_timed_while_a_graph_is_captured(tuned, monkeypatch):
 
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert choose(5000, like=Captured) == SHAPES["tf32"][1] == triton_backend._of_table("tf32", 5000, torch.device("cpu"))
+    assert choose(5000, like=Captured) == SHAPES["tf32"][1] == tune._of_table("tf32", 5000, torch.device("cpu"))
     assert choose(10**5, like=Captured) == SHAPES["tf32"][-1]
     assert not tuned
-    assert not triton_backend._fastest
+    assert not tune._fastest
     capturing = False
     assert choose(10**5, like=Captured) == SHAPES["tf32"][1]
     capturing = True
@@ -326,7 +328,7 @@ def test_timing_leaves_no_trace(scheme, monkeypatch):
     case = on_device(Case(18, (7, 5), scheme=scheme, n_steps=1))
     shapes = (SMALL, Blocks(32, 16, 16, 4, 2))
     monkeypatch.setitem(SHAPES, "ieee", shapes)
-    monkeypatch.setattr(triton_backend, "blocks", shapes[1])
+    monkeypatch.setattr(tune, "blocks", shapes[1])
     out = case.forward(triton_backend)
     expected = [*out, *case.backward(triton_backend, out[-1])]
     ran = []
@@ -337,7 +339,7 @@ def test_timing_leaves_no_trace(scheme, monkeypatch):
         return -float(len(ran))
 
     for name, value in {"blocks": None, "tune": True, "_fastest": {}, "_seconds": seconds}.items():
-        monkeypatch.setattr(triton_backend, name, value)
+        monkeypatch.setattr(tune, name, value)
     out = case.forward(triton_backend)
     assert all(torch.equal(x, y) for x, y in zip([*out, *case.backward(triton_backend, out[-1])], expected, strict=True))
     assert len(ran) == 2 * len(shapes)
@@ -345,10 +347,10 @@ def test_timing_leaves_no_trace(scheme, monkeypatch):
 
 @pytest.mark.parametrize(("batch", "n_steps", "step_bytes"), [(1, 1, 0), (40, 7, 100), (1000, 3, 1000), (33, 5, 10**9)])
 def test_chunks_cover_everything_once(batch, n_steps, step_bytes, monkeypatch):
-    monkeypatch.setattr(triton_backend, "bound", 10_000)
+    monkeypatch.setattr(launch, "bound", 10_000)
     seen = torch.zeros(batch, n_steps)
     last = [n_steps] * batch
-    for rows, steps in triton_backend._chunks(batch, n_steps, 16, step_bytes):
+    for rows, steps in launch._chunks(batch, n_steps, 16, step_bytes):
         seen[rows, steps] += 1
         assert rows.start % 16 == 0
         for row in range(batch)[rows]:
@@ -443,7 +445,7 @@ def test_captured_in_a_cuda_graph(memory, precision, scheme):
 @on_gpu
 def test_large_batches_on_a_gpu(monkeypatch):
     """More samples than the chip's programs own at a time, and a backward pass in chunks."""
-    monkeypatch.setattr(triton_backend, "bound", 2**24)
+    monkeypatch.setattr(launch, "bound", 2**24)
     case = on_device(Case(20_000, (64, 32), n_steps=2))
     out = case.forward(triton_backend)
     expected = case.forward(torch_backend)
@@ -458,14 +460,14 @@ def compiled(direction: str, precision: str, blocks: Blocks, capability: int, wi
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hjepa_fast.backends import triton_kernels
+    from hjepa_fast.backends.triton import kernels
 
-    layout = triton_backend.layout_of(widths, blocks, precision, Activation("softplus"), implicit)
+    plan = layout.layout_of(widths, blocks, precision, Activation("softplus"), implicit)
     if direction == "forward":
-        kernel, C = triton_kernels.forward_kernel, layout.forward._replace(STORE=len(widths) > 1, **options)
+        kernel, C = kernels.forward_kernel, plan.forward._replace(STORE=len(widths) > 1, **options)
     else:
-        kernel, C = triton_kernels.backward_kernel, layout.backward._replace(SUMS=True, **options)
-    constants = {"C": triton_backend.for_triton(C)}
+        kernel, C = kernels.backward_kernel, plan.backward._replace(SUMS=True, **options)
+    constants = {"C": layout.for_triton(C)}
     product = "*bf16" if precision == "bf16" else "*fp32"
     types = {
         "matrices_ptr": product,
@@ -481,7 +483,7 @@ def compiled(direction: str, precision: str, blocks: Blocks, capability: int, wi
         if pointer:
             aligned[(i,)] = [["tt.divisibility", 16]]
     binary = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=layout.launch
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=plan.launch
     )
     return binary
 
@@ -547,7 +549,7 @@ def test_a_launch_compiles_what_no_later_one_has_to(scheme, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from hjepa_fast.backends import triton_kernels
+    from hjepa_fast.backends.triton import kernels
 
     class Hopper:
         def get_current_device(self):
@@ -567,14 +569,13 @@ def test_a_launch_compiles_what_no_later_one_has_to(scheme, monkeypatch):
             return lambda *args, **options: self.binaries.append(self.kernel.warmup(*args, grid=grid, **options))
 
     class Kernels:
-        tl = triton_kernels.tl
-        forward_kernel, backward_kernel = Compiled(triton_kernels.forward_kernel), Compiled(triton_kernels.backward_kernel)
+        forward_kernel, backward_kernel = Compiled(kernels.forward_kernel), Compiled(kernels.backward_kernel)
 
     monkeypatch.setattr(driver, "_active", Hopper())
-    monkeypatch.setattr(triton_backend, "_kernels", lambda: Kernels)
-    monkeypatch.setattr(triton_backend, "require", lambda a: None)
-    monkeypatch.setattr(triton_backend, "tune", False)
-    monkeypatch.setattr(triton_backend, "programs", 132)
+    monkeypatch.setattr(launch, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(launch, "require", lambda a: None)
+    monkeypatch.setattr(tune, "tune", False)
+    monkeypatch.setattr(tune, "programs", 132)
     for batch, n_steps, per_sample in ((16, 16, True), (1, 1, True), (5, 3, False)):
         case = Case(batch, (33, 20), scheme=scheme, per_sample=per_sample, n_steps=n_steps).to(torch.float32)
         case.of_states = [x.clone() for x in case.of_states]  # arrays of their own are aligned
@@ -624,7 +625,7 @@ def test_the_backend_is_listed_and_what_it_lacks_is_named():
     ],
 )
 def test_through_the_operators(integrator, memory, monkeypatch):
-    monkeypatch.setattr(triton_backend, "blocks", SMALL)
+    monkeypatch.setattr(tune, "blocks", SMALL)
     hnn, z0 = make_hnn(6, (5, 4)).to(DEVICE, DTYPE), make_states(3, 6).to(DEVICE, DTYPE).requires_grad_()
     dt = torch.full((3,), 0.3, dtype=DTYPE, device=DEVICE, requires_grad=True)
     options = {"integrator": integrator}
