@@ -51,10 +51,33 @@ std::string asked(const Problem& p, bool bf16, bool cluster) {
          std::to_string(p.shared_size * sizeof(float)) + " bytes of shared memory a block";
 }
 
+std::string text_of(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error); }
+
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is reported here and must not be found by whoever asks next
-  throw std::runtime_error("hjepa_fast: " + what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error("hjepa_fast: " + what + ": " + text_of(error) +
+                           ". An earlier kernel may be the cause: CUDA_LAUNCH_BLOCKING=1 tells which");
+}
+
+// Whether the device does not take a launch that is right: others have some of its multiprocessors (MPS, green contexts), or
+// no machine code is for it.
+bool refused(cudaError_t error) {
+  switch (error) {
+    case cudaErrorCooperativeLaunchTooLarge:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorInvalidClusterSize:
+    case cudaErrorNotSupported:
+    case cudaErrorNotPermitted:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      return true;
+    default:
+      return false;
+  }
 }
 
 struct Launch {
@@ -108,7 +131,7 @@ int most_clusters(const Problem& p, bool bf16, int device) {
 
 }  // namespace
 
-bool choose(Problem& p, bool bf16, const Wish& wish) {
+Choice choose(Problem& p, bool bf16, const Wish& wish) {
   int id, multiprocessors, most_shared, cooperative, major;
   check(cudaGetDevice(&id), "no CUDA device");
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
@@ -123,11 +146,17 @@ bool choose(Problem& p, bool bf16, const Wish& wish) {
   return Chooser(p, bf16, wish, device).choose();
 }
 
-void launch(const Problem& p, bool bf16, bool cluster, void* stream) {
+std::string launch(const Problem& p, bool bf16, bool cluster, void* stream) {
   const Kernel kernel = kernel_of(p, bf16, cluster);
   const Launch launch(p, cluster, static_cast<cudaStream_t>(stream));
-  check(prepare(kernel, p, cluster), asked(p, bf16, cluster));
-  check(cudaLaunchKernelEx(&launch.config, kernel, p), asked(p, bf16, cluster));
+  cudaError_t error = prepare(kernel, p, cluster);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, kernel, p);
+  if (refused(error)) {
+    cudaGetLastError();
+    return asked(p, bf16, cluster) + ": " + text_of(error);
+  }
+  check(error, asked(p, bf16, cluster));
+  return "";
 }
 
 }  // namespace hjepa_fast::cuda

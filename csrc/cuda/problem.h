@@ -19,6 +19,9 @@ constexpr int MAX_LAYERS = 8, MAX_SUB_STEPS = 32, MOST_ROWS = 8, MAX_THREADS = 2
 
 enum Kind : int { SOFTPLUS, TANH, SILU, GELU, GELU_TANH, SIN };
 
+// Whether a counter, which begins anew after its largest number, has come to `value`.
+HJEPA_BOTH constexpr bool reached(unsigned seen, unsigned value) { return int(seen - value) >= 0; }
+
 struct Activation {
   int kind;
   float beta, threshold;
@@ -68,7 +71,7 @@ struct Problem {
   // memory; or, of a team on a grid, one for every block and one for all, and these twice, in `exchange`
   int buffer_size, sums_at;
   float* exchange;
-  int* flags;  // [n_teams, team]: how often a block has come to the barrier
+  unsigned* flags;  // [n_teams, team]: how often a block has come to the barrier
   // places in shared memory, in floats
   int matrix_at[MAX_LAYERS];  // -1: read from global memory
   int bias_at[MAX_LAYERS], slope_at[MAX_LAYERS], out_at, a_at, sq_at, sp_at, e_at, wz_at, step_at, buffer_at, shared_size;

@@ -1,8 +1,10 @@
 """The hidden-space loop for few samples on NVIDIA GPUs: a rollout is one launch each way of a CUDA C++ kernel (`csrc/cuda`).
 
 A team of blocks holds K and F's weights in its shared memory and goes through all steps together: a cluster where the chip
-has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. What the kernels do not
-do (many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where Triton is missing.
+has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. A team takes up to eight
+samples at a time; where there are more than all teams take at once, each takes its turns. What the kernels do not do (many
+samples, implicit and mixed sub-steps, a linear H, float64), and what the device does not take (where others have some of it), is
+Triton's, or the PyTorch loop's where Triton is missing.
 
 The extension is optional; `available()` and `why_not()` tell whether it is there. Nothing waits for the device, and a call can
 be captured in a CUDA graph once the same call has run before, which loads the kernels.
@@ -10,6 +12,7 @@ be captured in a CUDA graph once the same call has run before, which loads the k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import warn
 from ..schemes import SubStep
 from . import torch as torch_backend
 from . import triton as triton_backend
@@ -32,8 +36,18 @@ run, run_back = torch_backend.run, torch_backend.run_back
 _KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
 _MAX_LAYERS, _MAX_SUB_STEPS = 8, 32
 
-MOST_SAMPLES = 64
-"""With more, the matrix units that Triton uses should win over shared memory; where they do has not been measured."""
+
+def _most_samples() -> int:
+    asked = os.environ.get("HJEPA_FAST_CUDA_SAMPLES") or "400"
+    if not asked.isdecimal():
+        raise ValueError(f"HJEPA_FAST_CUDA_SAMPLES must be a number of samples, 0 or more; found {asked!r}")
+    return int(asked)
+
+
+MOST_SAMPLES = _most_samples()
+"""With more, the matrix units that Triton uses should win over turns. By counting, not measured: every 64 samples of the
+published network are a turn of a chip with room for eight clusters, and Triton's programs read as many weights for 16 samples as
+for one. HJEPA_FAST_CUDA_SAMPLES in the environment says otherwise; the "around" cases of `bench.run --device cuda` show both."""
 _WIDEST = 4096
 
 _BOUND = 2**31
@@ -92,6 +106,19 @@ def _other() -> ModuleType:
     return triton_backend if triton_backend.available() else torch_backend
 
 
+_told: set[str] = set()
+
+
+def _instead(refused: str) -> ModuleType:
+    """The backend for what the device does not take; a warning says so, once for each reason."""
+    other = _other()
+    if refused not in _told:
+        _told.add(refused)
+        name = other.__name__.rpartition(".")[2]
+        warn(f'the device does not take a launch of the CUDA kernel ({refused}); backend "{name}" runs instead')
+    return other
+
+
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     small = 0 < a.shape[0] <= MOST_SAMPLES and 0 < len(tail.weights) <= _MAX_LAYERS
     fits = small and all(0 < width <= _WIDEST for width in tail.widths) and 0 < len(scheme) <= _MAX_SUB_STEPS
@@ -143,6 +170,8 @@ def forward(
     Products are IEEE float32; where the weights are bfloat16 or `torch.get_float32_matmul_precision()` is "medium", those and
     K are rounded to bfloat16. What is multiplied with them, sums and states are float32 always.
 
+    Where the device does not take the launch, another backend runs instead, with a warning.
+
     Raises
     ------
     RuntimeError
@@ -157,7 +186,9 @@ def forward(
     energy = a.new_empty(batch, n_steps if with_energy else 0)
     tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
     with torch.cuda.device_of(a):
-        _operators().forward(end, sq, sp, energy, tape, a.contiguous(), *_common(K, tail, dt, scheme))
+        refused = _operators().forward(end, sq, sp, energy, tape, a.contiguous(), *_common(K, tail, dt, scheme))
+    if refused:
+        return _instead(refused).forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
     none = a.new_empty(batch, 0)
     return Rolled(end, sq, sp, energy, tape, none, none.int())
 
@@ -185,6 +216,7 @@ def backward(
     n_steps, n_sub, widths = tape.shape[1], len(scheme), tail.widths
     if _delegated(la, tail, scheme, n_steps):
         return _other().backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
+    given = la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver
     batch, none = la.shape[0], la.new_empty(0)
     if gsq.shape[1] < n_steps:
         lsq, lsp, gsq, gsp = lsq + gsq[:, -1], lsp + gsp[:, -1], none, none
@@ -204,9 +236,13 @@ def backward(
             saved, saved_begin = point.tape().unflatten(0, (batch, end - begin, n_sub)), begin
         factors = la.new_empty(n_sub * (end - begin) * batch if sums is not None else 0, width)
         with torch.cuda.device_of(la):
-            _operators().backward(
+            refused = _operators().backward(
                 la, lsq, lsp, gdt, factors, gsq, gsp, gE_, saved, saved_begin, begin, end, *common
             )  # fmt: skip
+        if refused and end == n_steps:
+            return _instead(refused).backward(*given)
+        if refused:
+            raise RuntimeError(f"hjepa_fast: the device does not take a launch like one that it took before: {refused}")
         if sums is not None:
             _add_gradients(sums, factors, places, scheme)
     if sums is not None and gE is not None:
