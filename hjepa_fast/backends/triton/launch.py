@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from . import layout, tune
 from .layout import Blocks, Constants, Layout, Packed, for_triton, interpreted
 
 _MAX_LAYERS = 8
+
+float32 = os.environ.get("HJEPA_FAST_FLOAT32", "tf32x3")
+"""Products of float32 at full precision: "tf32x3" or "ieee"."""
+if float32 not in ("tf32x3", "ieee"):
+    raise ValueError(f'HJEPA_FAST_FLOAT32 must be "tf32x3" or "ieee", found "{float32}"')
 
 # once, at import: torch.compile cannot look at files while it traces
 _installed = importlib.util.find_spec("triton") is not None
@@ -48,6 +55,14 @@ def _kernels() -> ModuleType:
     return kernels
 
 
+def _start(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: int) -> None:
+    """Launch it; or only have it compiled, where several are compiled at a time."""
+    if tune.compiling.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     empty = not n_steps or not scheme or not a.shape[0] or 0 in tail.widths
     double = a.dtype == torch.float64 and not interpreted
@@ -63,14 +78,19 @@ def require(a: Tensor) -> None:
 
 
 def _precision(a: Tensor, tail: Tail, scheme: Sequence[SubStep]) -> str:
-    """What products are computed in. The equations of implicit sub-steps are solved to the last digits of float32, which
-    rounded factors do not have: they take three TF32 products where others take one."""
+    """What products are computed in, as Triton calls it, or "bf16".
+
+    Full precision is three TF32 products, of the leading and of the trailing halves of both factors. Their sums over each tile
+    are added up in float32, so that their error is that of multiplications in float32, or less. The equations of implicit
+    sub-steps are solved to the last digits of float32, and take it whatever others take.
+    """
     setting = torch.get_float32_matmul_precision()
     narrow = tail.weights[0].dtype == torch.bfloat16
-    if a.dtype != torch.float32 or (setting == "highest" and not narrow):
+    if a.dtype != torch.float32:
         return "ieee"
-    if any(stage.implicit for stage in scheme):
-        return "tf32x3"
+    if (setting == "highest" and not narrow) or any(stage.implicit for stage in scheme):
+        # TF32 came with capability 8
+        return float32 if not a.is_cuda or torch.cuda.get_device_capability(a.device) >= (8, 0) else "ieee"
     return "bf16" if narrow or setting == "medium" else "tf32"
 
 
@@ -93,9 +113,10 @@ def forward(
 ) -> Rolled:
     """As `backends.torch.forward`; `tail.weights` may be bfloat16 where a and K are float32.
 
-    Products of float32 are IEEE float32, TF32 where `torch.get_float32_matmul_precision()` is "high", and of numbers rounded
-    to bfloat16 where it is "medium" or the weights are bfloat16; sums and states are float32 always. With implicit sub-steps
-    they are IEEE, or three TF32 products each where they would be rounded.
+    Products of float32 are three of TF32 each, as exact as IEEE float32; one where `torch.get_float32_matmul_precision()` is
+    "high"; and of numbers rounded to bfloat16 where it is "medium" or the weights are bfloat16, but with implicit
+    sub-steps three always. Sums and states are float32. HJEPA_FAST_FLOAT32=ieee in the environment multiplies in float32 itself
+    instead of three times in TF32. Activations of rounded products are approximated (see `kernels.activation`).
     """
     require(a)
     if _delegated(a, tail, scheme, n_steps):
@@ -121,8 +142,38 @@ def forward(
             dt.contiguous(), solver.max_evaluations,
         )  # fmt: skip
 
-    prepare(tune.choose("forward", precision, tail.widths, a, prepare))()
+    choice = tune.choose("forward", precision, tail.widths, a, prepare)
+    first = (tuple(scheme), choice, precision, tuple(tail.widths), tail.activation, every_state, with_energy, memory, a.device)
+    if first not in _begun and not tune.compiling.get() and not tune.capturing(a.device):
+        _begun.add(first)
+        jobs: list[tuple[Blocks, Callable[[], object]]] = [(choice, lambda: prepare(choice)())]
+        if memory != "none" and not tune.tune:
+            jobs.append((choice, partial(_expect_backward, a, K, tail, scheme, every_state, memory, solver)))
+        tune.compile_at_once(jobs, ignore_errors=True)
+    prepare(choice)()
     return rolled
+
+
+_begun: set[tuple[object, ...]] = set()
+"""What the kernels have been compiled for."""
+
+
+def _expect_backward(
+    a: Tensor,
+    K: Tensor,
+    tail: Tail,
+    scheme: Sequence[SubStep],
+    every_state: bool,
+    memory: str,
+    solver: Solver,
+) -> None:
+    """Have the backward pass that most likely follows compiled: one of all parameters. Sizes do not matter to the compiler."""
+    n_steps = 1 if every_state else 2
+    la, gsq, tape = a[:1], a[:1, None], a.new_empty(1, n_steps, len(scheme), tape_width(tail.widths, memory))
+    backward(
+        la, la, la, gsq, gsq, a.new_empty(1, n_steps), tape, K, tail, a.new_empty(1, n_steps), scheme, memory,
+        Gradients.zeros(K, tail), solver,
+    )  # fmt: skip
 
 
 def _pack(
@@ -132,9 +183,8 @@ def _pack(
     packed, grid, S = layout.empty(C, K, scheme, dtype, transposed)
     weights, biases = (tuple(x.contiguous() for x in tensors) for tensors in (tail.weights, tail.biases))
     with torch.cuda.device_of(K):
-        _kernels().pack_kernel[grid](
-            *packed, K.contiguous(), weights, biases, solver.tolerance, for_triton(C), for_triton(S)
-        )  # fmt: skip
+        arguments = [*packed, K.contiguous(), weights, biases, solver.tolerance]
+        _start(_kernels().pack_kernel, grid, *arguments, for_triton(C), for_triton(S))
     return packed
 
 
@@ -154,9 +204,9 @@ def _launch_forward(
     history = a.new_empty(rows if C.IMPLICIT else 0, n_sub, len(torch_backend.EXTRAPOLATION) - 1, C.N[0])
     C = C._replace(TAPE=width, STORE=width == C.TAPE and C.L > 1)
     with torch.cuda.device_of(a):
-        _kernels().forward_kernel[(n_programs,)](
-            a, *out, *packed, dt, dt.stride(0) if dt.shape[0] > 1 else 0, work, layers, history, batch, n_steps, n_sub,
-            max_evaluations, for_triton(C), **launch,
+        _start(
+            _kernels().forward_kernel, (n_programs,), a, *out, *packed, dt, dt.stride(0) if dt.shape[0] > 1 else 0, work,
+            layers, history, batch, n_steps, n_sub, max_evaluations, for_triton(C), **launch,
         )  # fmt: skip
 
 
@@ -194,7 +244,7 @@ def backward(
     def prepare(choice: Blocks) -> Callable[[Sequence[Tensor]], Iterator[tuple[Constants, Tensor]]]:
         """A sweep over all steps that fills what `backward` returns, and yields every chunk's factors."""
         plan = layout.layout_of(tuple(tail.widths), choice, precision, tail.activation.layers[0], implicit)
-        C = plan.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state, WITH_ENERGY=gE is not None)
+        C = plan.backward._replace(SUMS=sums is not None, EVERY_STATE=every_state)
         packed = _pack(plan.backward, K, tail, scheme, solver, product_dtype, transposed=False)
         step_bytes = n_sub * (
             (C.FACTORS * product_dtype.itemsize if sums is not None else 0)
@@ -215,11 +265,12 @@ def backward(
                 # the last steps begin from what was given, those before them from what the last ones left
                 begin = given if steps.stop == n_steps else out[:3]
                 with torch.cuda.device_of(la):
-                    _kernels().backward_kernel[(n_programs,)](
-                        *[x[rows] for x in (*begin, *out[:3], gsq, gsp, gE_, *out[3:])], saved, *packed,
+                    by_row = [x[rows] for x in (*begin, *out[:3], gsq, gsp, gE_, *out[3:])]
+                    _start(
+                        _kernels().backward_kernel, (n_programs,), *by_row, saved, *packed,
                         dt[rows] if dt.shape[0] > 1 else dt, n_steps if dt.shape[0] > 1 else 0, work, factors, n, n_steps,
                         saved.shape[1], steps.start, 0 if saved.shape[1] == n_chunk else steps.start, n_chunk, n_sub,
-                        solver.max_evaluations, for_triton(C), **plan.launch,
+                        solver.max_evaluations, int(gE is not None), for_triton(C), **plan.launch,
                     )  # fmt: skip
                 yield C, factors
 
@@ -234,9 +285,9 @@ def backward(
 
     sweep, found = prepare(tune.choose("backward", precision, tail.widths, la, first_chunk)), empty()
     for C, factors in sweep(found):
-        if sums is not None:
+        if sums is not None and not tune.compiling.get():
             _add_gradients(sums, factors, C, scheme)
-    if sums is not None and gE is not None:
+    if sums is not None and gE is not None and not tune.compiling.get():
         sums.biases[-1].add_(gE.sum())
     la, lsq, lsp, gdt, residual = found
     return la, lsq, lsp, gdt, residual

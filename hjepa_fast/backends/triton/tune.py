@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .layout import Blocks, interpreted
 
-# By precision, smallest first: what is timed. Without timing the first is taken of which the chip holds as many programs as the
-# batch needs, else the last. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little
-# until the products do. Of 128 rows, narrow tiles leave enough registers, wide ones read what is between layers half as often.
+# By precision, smallest first. The first is taken of which the chip holds as many programs as the batch needs, else the last;
+# or all are timed. A program reads every matrix from the L2 cache at each gradient, so that more rows cost little until the
+# products do. Of 128 rows, narrower tiles than these read what is between layers twice as often, and cannot win by counting.
 # The tiles fit into 99 KiB of shared memory, what the smallest chips since 2020 have.
 SHAPES: dict[str, tuple[Blocks, ...]] = {
     "ieee": (Blocks(16, 128, 32, 4, 3), Blocks(32, 64, 32, 4, 3), Blocks(64, 64, 32, 8, 3)),
-    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(128, 32, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
-    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 64, 64, 8, 3), Blocks(128, 32, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
+    "tf32": (Blocks(16, 128, 32, 8, 4), Blocks(64, 64, 32, 8, 3), Blocks(128, 64, 32, 8, 3)),
+    "bf16": (Blocks(16, 128, 64, 8, 4), Blocks(64, 64, 64, 8, 3), Blocks(128, 64, 64, 8, 3)),
     "tf32x3": (Blocks(16, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3)),
 }
-tune = os.environ.get("HJEPA_FAST_TUNE", "1") != "0" and not interpreted
-"""Whether the fastest shape is found by timing."""
+tune = os.environ.get("HJEPA_FAST_TUNE") == "1" and not interpreted
+"""Whether the fastest shape is found by timing, which compiles all of them. What it gains has not been measured."""
+
+compiling: ContextVar[Blocks | None] = ContextVar("compiling", default=None)
+"""The shape of a program, where what is launched shall only be compiled."""
 
 # For tests: instead of any choice, and of the chip's number of multiprocessors.
 blocks: Blocks | None = None
@@ -43,8 +49,12 @@ def n_programs(choice: Blocks, batch: int, device: torch.device) -> int:
     return min(_multiprocessors(device), -(-batch // choice.rows))
 
 
+def _launch(prepare: Callable[[Blocks], Callable[[], object]], choice: Blocks) -> None:
+    prepare(choice)()
+
+
 def _seconds(launch: Callable[[], object]) -> float:
-    """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that compiles."""
+    """Of a launch, by events: the shortest of three, or of fewer if they are long, after one that loads the kernel."""
     launch()
     times: list[float] = []
     while len(times) < 3 and sum(times) < 0.1:
@@ -55,6 +65,26 @@ def _seconds(launch: Callable[[], object]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
     return min(times)
+
+
+def compile_at_once(jobs: Sequence[tuple[Blocks, Callable[[], object]]], ignore_errors: bool = False) -> None:
+    """What these launch with this shape, on all processors: most of a compilation is outside of Python."""
+    if interpreted:
+        return
+    from triton import AsyncCompileMode  # type: ignore[import-untyped]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads, ignore_errors=ignore_errors):
+        for shape, launch in jobs:
+            token = compiling.set(shape)
+            try:
+                launch()
+            finally:
+                compiling.reset(token)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is, which may only hold what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _fastest: dict[tuple[object, ...], Blocks] = {}
@@ -68,18 +98,19 @@ def choose(
     Not `triton.autotune`: how the arrays are laid out depends on the shape, and nothing may be timed while a graph is captured.
     """
     batch, device = like.shape[0], like.device
-    if blocks:
-        return blocks
+    if fixed := compiling.get() or blocks:
+        return fixed
     key = (direction, precision, tuple(widths), device, (batch - 1).bit_length())
     if key in _fastest:
         return _fastest[key]
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not tune or capturing:
+    if not tune or capturing(device):
         return _of_table(precision, batch, device)
     smallest, *others = SHAPES[precision]
     candidates = [smallest, *(b for b in others if b.rows < 2 * batch)]
     if len(candidates) > 1:
-        times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
+        compile_at_once([(candidate, partial(_launch, prepare, candidate)) for candidate in candidates])
+        with torch.cuda.device_of(like):  # where events are recorded, too
+            times = {candidate: _seconds(prepare(candidate)) for candidate in candidates}
         _fastest[key] = min(candidates, key=times.__getitem__)
     else:
         _fastest[key] = smallest

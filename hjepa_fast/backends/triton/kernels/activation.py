@@ -127,6 +127,15 @@ def _cos(x):
 
 
 @triton.jit
+def _logistic(x):
+    """sigma(x) = 1 / (1 + exp(-x)), and its derivative, which no difference of almost equal numbers spoils."""
+    u = _exp2(tl.abs(x) * -LOG2_E)
+    large = _reciprocal(1.0 + u)
+    small = u * large
+    return tl.where(x < 0.0, small, large), small * large
+
+
+@triton.jit
 def _fast(a, KIND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
     """As `activation`. The polynomials are of least relative error, by Lawson's method."""
     if KIND == SOFTPLUS:
@@ -157,8 +166,7 @@ def _fast(a, KIND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
         s1 = 1.0 - s * s
         s2 = -2.0 * s * s1
     elif KIND == SILU:
-        sigma = _reciprocal(1.0 + _exp2(a * -LOG2_E))
-        slope = sigma - sigma * sigma
+        sigma, slope = _logistic(a)
         s = a * sigma
         s1 = sigma + a * slope
         s2 = slope * (2.0 + a * (1.0 - 2.0 * sigma))
@@ -182,8 +190,7 @@ def _fast(a, KIND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
         square = a * a
         y = a * (0.7978845608028654 + 0.035677408136300125 * square)
         y1 = 0.7978845608028654 + 0.10703222440890037 * square
-        sigma = _reciprocal(1.0 + _exp2(y * (-2.0 * LOG2_E)))
-        slope = sigma - sigma * sigma
+        sigma, slope = _logistic(2.0 * y)
         s = a * sigma
         s1 = sigma + 2.0 * a * slope * y1
         s2 = slope * (4.0 * y1 + 2.0 * a * (0.21406444881780076 * a - 2.0 * (2.0 * sigma - 1.0) * y1 * y1))

@@ -97,7 +97,18 @@ def _add_to_la(work, before, keep, nu, n):
 
 
 @triton.jit(
-    do_not_specialize=["dt_row", "n_rows", "total", "tape_total", "start", "tape_start", "n_steps", "n_sub", "most"],
+    do_not_specialize=[
+        "dt_row",
+        "n_rows",
+        "total",
+        "tape_total",
+        "start",
+        "tape_start",
+        "n_steps",
+        "n_sub",
+        "most",
+        "energies",
+    ],
     # parts of other tensors, which begin anywhere
     do_not_specialize_on_alignment=["la_in_ptr", "lsq_in_ptr", "lsp_in_ptr", "gsq_ptr", "gsp_ptr", "gE_ptr", "dt_ptr"],
 )
@@ -110,7 +121,7 @@ def backward_kernel(
     lsp_ptr,
     gsq_ptr,  # [rows, total, h]
     gsp_ptr,
-    gE_ptr,  # [rows, total]
+    gE_ptr,  # [rows, total], read if `energies` is not 0
     gdt_ptr,  # [rows, total]
     residual_ptr,  # [rows], in and out
     tape_ptr,  # [rows, tape_total, n_sub, TAPE], with every layer
@@ -128,6 +139,7 @@ def backward_kernel(
     n_steps,
     n_sub,
     most,
+    energies,
     C: tl.constexpr,
 ):
     """Every step of the adjoint, the last one first: `backends.torch.backward`, but for the products of the factors.
@@ -184,10 +196,7 @@ def backward_kernel(
                 stage = numbers + MOVES + 6 * i
                 kick = tl.load(stage)
                 drift = tl.load(stage + 1)
-                if C.WITH_ENERGY:
-                    gE = tl.load(gE_ptr + rows * total + start + t, mask=live & (i == 0), other=0.0)[:, None]
-                else:
-                    gE = tl.zeros((ROWS, 1), WORK)
+                gE = tl.load(gE_ptr + rows * total + start + t, mask=live & (i == 0) & (energies != 0), other=0.0)[:, None]
                 tape = tape_ptr + ((rows[:, None] * tape_total + tape_start + t) * n_sub + i) * C.TAPE
                 factors = first + (i * n_steps + t) * stride
                 factor = factors + in_factors

@@ -46,7 +46,7 @@ def _pack_move(matrices_ptr, K_ptr, tile, i, kick, drift, TILE: tl.constexpr, C:
         tl.store(matrices_ptr + at + row * C.N[0] + column, move.to(matrices_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize_on_alignment=["K_ptr", "weights", "biases"])
+@triton.jit(do_not_specialize_on_alignment=["K_ptr"])
 def pack_kernel(
     matrices_ptr,
     vectors_ptr,
@@ -67,16 +67,16 @@ def pack_kernel(
         n = tile * VECTOR + tl.arange(0, VECTOR)
         values = tl.zeros((VECTOR,), WORK)
         for j in tl.static_range(C.L):
-            i = n - (C.B_AT[j + 1] if j < C.L - 1 else 0)
-            inside = (i >= 0) & (i < (C.WIDTHS[j + 1] if j < C.L - 1 else 1))
-            values += tl.load(biases[j] + i, mask=inside, other=0.0).to(WORK)
-        i = n - C.OUT_AT
-        values += tl.load(weights[C.L - 1] + i, mask=(i >= 0) & (i < C.WIDTHS[C.L - 1]), other=0.0).to(WORK)
+            unit = n - (C.B_AT[j + 1] if j < C.L - 1 else 0)
+            inside = (unit >= 0) & (unit < (C.WIDTHS[j + 1] if j < C.L - 1 else 1))
+            values += tl.load(biases[j] + unit, mask=inside, other=0.0).to(WORK)
+        top = n - C.OUT_AT
+        values += tl.load(weights[C.L - 1] + top, mask=(top >= 0) & (top < C.WIDTHS[C.L - 1]), other=0.0).to(WORK)
         tl.store(vectors_ptr + n, values, mask=n < C.NUMBERS_AT)
         if tile == 0:
             tl.store(vectors_ptr + C.NUMBERS_AT, tolerance)
-            for i in tl.static_range(S.COUNT):
-                tl.store(vectors_ptr + C.NUMBERS_AT + 1 + i, tl.full((), S.VALUES[i], WORK))
+            for k in tl.static_range(S.COUNT):
+                tl.store(vectors_ptr + C.NUMBERS_AT + 1 + k, tl.full((), S.VALUES[k], WORK))
     if piece >= C.L:
         kick = tl.full((), 0.0, WORK)
         drift = tl.full((), 0.0, WORK)
