@@ -10,17 +10,20 @@ FIRST ?= 0
 JOBS ?= 2
 # options of bench.run, such as BENCH=--full
 BENCH ?=
+# options of tests/tools/gpu_day.py, such as GPU_DAY='--minutes 9.5'
+GPU_DAY ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu check-memory fuzz docs lint wheel check-dist clean
+.PHONY: help setup demo test bench bench-gpu gpu-day check-memory fuzz docs lint wheel check-dist clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
 	@echo "make test    install, then every test, by JOBS=$(JOBS) processes"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (five quiet minutes; BENCH=options)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
+	@echo "make gpu-day   what a machine with a GPU has to say: tests, sanitizers, the benchmark's targets (GPU_DAY=options)"
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
 	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
 	@echo "make docs    install Sphinx too, then the documents and an API reference as a site in docs/_build/html"
@@ -53,6 +56,9 @@ bench: setup
 
 bench-gpu: setup
 	$(BIN)/python -m bench.run --device cuda $(BENCH)
+
+gpu-day: setup
+	$(BIN)/python tests/tools/gpu_day.py $(GPU_DAY)
 
 check-memory: setup
 	$(BIN)/python tests/tools/check_memory.py --seconds $(SECONDS) --first $(FIRST)

@@ -86,7 +86,8 @@ def rollout(
     max_evaluations : int
         Of implicit integrators: the most gradients of H that one implicit point may take.
     unconverged : str
-        What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`.
+        What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`. Then a
+        warning tells of inexact gradients on a CPU alone, since on a device the host would wait for what it says.
     omega : float
         Of "tao": how strongly its two copies of the state are coupled.
     control : Tensor [..., m] or [..., n_steps, m], optional
@@ -100,7 +101,7 @@ def rollout(
         autograd, of any module; it knows no `memory`). Whatever the backend, tangents (forward mode) and second derivatives
         run in PyTorch operations, on the states themselves, and not in graphs of torch.compile.
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
-        runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
+        runs "leapfrog" and "euler" as one kernel each way, for at most 400 samples in float32 or bfloat16, and leaves
         everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
         operations: on a GPU, under "tao", and under integrators that stay implicit for it.
 

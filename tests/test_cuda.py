@@ -6,6 +6,7 @@ There the same source is compiled with g++ against a few lines that do what the 
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import os
 import re
@@ -27,7 +28,9 @@ from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.testing import make_hnn, make_states
 from test_cpp import Case, error
+from test_gpu_paths import Watched
 from test_ops import assert_all_close, gradients
+from tools import check_kernel
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 CLUSTER, GRID = 1, 2
@@ -36,6 +39,8 @@ KINDS = tuple(cuda_backend._KINDS)
 VARIANTS = pytest.mark.parametrize("variant", [CLUSTER, GRID], ids=["cluster", "grid"])
 PAPER = (512, 512, 256)
 
+# where another backend runs instead, nothing here would be tested
+pytestmark = pytest.mark.filterwarnings("error:the device does not take a launch")
 on_gpu = pytest.mark.skipif(not cuda_backend.available(), reason=cuda_backend.why_not())
 
 
@@ -337,6 +342,30 @@ def test_through_the_operators(memory, variant, emulator):
     assert_all_close([x.double() for x in found], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_one_call_launches_few_kernels(emulator):
+    """The kernel, the products before and after it, one packing of vectors; no matrix of zeros that nothing reads, no copy."""
+    emulator.set(CLUSTER, team=2, rows=4)
+    hnn, z0 = make_hnn(16, (8, 8, 16)).float(), make_states(3, 16).float()
+    options = {"n_steps": 4, "dt": 0.1, "backend": "cuda"}
+    hf.rollout(hnn.requires_grad_(False), z0, states="final", **options)  # K is remembered on a CPU
+    with Watched() as watched:
+        hf.rollout(hnn, z0, states="final", **options)
+    assert watched.launched == ["full", "addmm", "cat", "forward", "mm", "add", "mm", "add"]
+    with Watched() as watched:
+        out = hf.rollout(hnn.requires_grad_(), z0.requires_grad_(), energy=True, **options)
+    assert len(watched.launched) <= 18
+    assert not {"zeros_like", "new_zeros", "zeros", "clone", "_to_copy"} & set(watched.launched)
+    given = [torch.ones_like(out.states), torch.ones_like(out.energy)]
+    with Watched() as watched:
+        torch.autograd.grad([out.states, out.energy], [z0, *hnn.parameters()], given)
+    launched = collections.Counter(watched.launched)
+    assert launched["backward"] == 1
+    assert launched.total() <= 60
+    assert sum(launched[name] for name in ("zeros_like", "new_zeros", "zeros", "_foreach_zero_")) <= 4
+    assert launched["clone"] <= 4
+    assert launched["_to_copy"] == 0
+
+
 def test_the_backend_is_listed_and_what_it_lacks_is_named():
     state = hf.available_backends()["cuda"]
     if state == "available":
@@ -563,23 +592,20 @@ def test_what_a_gpu_does_not_take_runs_elsewhere(monkeypatch):
     assert error([x.cpu() for x in found], expected) < 3e-6
 
 
-SANITIZED = """
-import torch
-from hjepa_fast.backends import cuda
-from test_cpp import Case
-for cuda.variant in (1, 2) if torch.cuda.get_device_capability()[0] >= 9 else (2,):
-    cuda.team, cuda.rows = 4, 4
-    Case(5, (33, 20, 18), scheme="many", n_steps=1).to(torch.float32).to("cuda").forward(cuda)
-torch.cuda.synchronize()
-"""
-
-
 @on_gpu
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_is_clean_under_the_sanitizer(tool):
-    root = SOURCES.parent.parent
-    path = os.pathsep.join((str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")))
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+    done = check_kernel.check(tool, seconds=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_what_the_sanitizer_runs_is_the_kernels(emulator, monkeypatch):
+    """Its cases are right, so that what it finds is the kernel's."""
+    for team, rows, batch, widths, scheme, low in check_kernel.CASES[:3]:
+        emulator.set(CLUSTER, team, rows)
+        case = Case(batch, widths, scheme=scheme, n_steps=2).to(torch.float32)
+        if low:
+            case.tail = case.tail._replace(weights=[w.bfloat16() for w in case.tail.weights])
+        out = case.forward(cuda_backend)
+        assert all(x.isfinite().all() for x in [*out, *case.backward(cuda_backend, out[-1])])

@@ -56,7 +56,7 @@ class Watched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [x for x in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(x, torch.Tensor)]
         nothing = func.is_view or "empty" in name or name in ("detach", "_unsafe_view")
-        if not nothing and (any(x.numel() for x in tensors) or func.namespace != "aten"):
+        if not nothing and (any(x.numel() for x in tensors) or func.namespace != "aten" or name.startswith("_foreach")):
             self.launched.append(name)
         return found
 
