@@ -16,7 +16,7 @@ GPU_DAY ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: help setup demo test bench bench-gpu gpu-day check-memory fuzz lint wheel check-dist clean
+.PHONY: help setup demo test bench bench-gpu gpu-day check-memory fuzz docs lint wheel check-dist clean
 
 help:
 	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
@@ -26,6 +26,7 @@ help:
 	@echo "make gpu-day   what a machine with a GPU has to say: tests, sanitizers, the benchmark's targets (GPU_DAY=options)"
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
 	@echo "make fuzz    N=$(N) random calls of the public API, valid and invalid, from seed FIRST=$(FIRST) on"
+	@echo "make docs    install Sphinx too, then the documents and an API reference as a site in docs/_build/html"
 	@echo "make lint    install, then ruff, clang-format and mypy"
 	@echo "make wheel   an sdist and, of that, a wheel with a manylinux tag, in dist/; make check-dist tries both as a user has them"
 	@echo "make clean   remove $(VENV) and build products; runs are kept"
@@ -65,6 +66,11 @@ check-memory: setup
 fuzz: setup
 	$(BIN)/python tests/tools/fuzz.py $(N) --first $(FIRST)
 
+docs: setup
+	@$(BIN)/python -c 'import furo, myst_parser' 2>/dev/null || $(PIP) 'sphinx>=8.2' 'myst-parser>=5' 'furo>=2025.9'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "the site is docs/_build/html/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +89,4 @@ check-dist: wheel
 	.ci/check-dist $(PYTHON) '$(PIP_FLAGS)'
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hjepa_fast.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info hjepa_fast.egg-info
