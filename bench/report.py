@@ -6,12 +6,14 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hjepa_fast.errors import HJEPAError
-from hjepa_fast.pipeline import files
+from hjepa_fast.errors import HJEPAError, MissingDependencyError
+from hjepa_fast.pipeline import files, plotting
+from hjepa_fast.pipeline.findings import shown
+from hjepa_fast.schemes import SCHEMES
 
 from . import machine
 from .cases import GRID_PREFIX, MOST_BYTES, MOST_SECONDS, SLOPE_STEPS, WITHOUT_ROLLOUT, Case
@@ -23,6 +25,20 @@ from .rivals import is_ours
 RIVALS = ("eager", "jax", "compiled", "baseline", "manual", "func", "eager-float32")
 Entry = dict[str, Any]
 Curves = dict[str, list[tuple[float, float]]]
+CONTESTANTS = {
+    "torch": plotting.BLUE,
+    "cpp": plotting.GREEN,
+    "triton": plotting.SKY,
+    "cuda": plotting.INDIGO,
+    "eager": plotting.ORANGE,
+    "manual": plotting.VERMILLION,
+    "jax": plotting.PURPLE,
+    "compiled": plotting.WINE,
+    "func": plotting.OLIVE,
+    "baseline": plotting.GREY,
+    "eager-float32": plotting.BLACK,
+}
+"""Colours that are a contestant's wherever it takes part."""
 BARS = ("eager", "manual", "jax")
 """What no cell should lose against."""
 LOST = 1.05
@@ -364,61 +380,151 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def _curves(entries: Iterable[Entry], wanted: Callable[[Entry], bool], x: str, y: Callable[[Entry, Entry], Any]) -> Curves:
-    """Points (case[x], y(entry, fact)) of each contestant over the wanted cases."""
+@dataclass(frozen=True)
+class Plot:
+    """A figure of a results file."""
+
+    x: str
+    y: str
+    finding: str
+    curves: Curves
+    about: str
+
+
+def _curves(entries: Iterable[Entry], wanted: Callable[[str], bool], x: str, y: Callable[[Entry, Entry], Any]) -> Curves:
+    """Points (case[x], y(entry, fact)) of each wanted contestant over the cases."""
     curves: Curves = {}
     for entry in entries:
-        if wanted(entry):
-            for name, fact in entry["contestants"].items():
-                value = y(entry, fact)
-                if value is not None:
-                    curves.setdefault(name, []).append((entry["case"][x], value))
+        for name, fact in entry["contestants"].items():
+            value = y(entry, fact) if wanted(name) else None
+            if value is not None:
+                curves.setdefault(name, []).append((entry["case"][x], value))
     return {name: sorted(points) for name, points in curves.items()}
 
 
 def _slopes(entries: Iterable[Entry]) -> Curves:
-    """Seconds of one step in the middle of a rollout, by latent size: the difference between a long and a short one."""
-    times = [
-        _curves(entries, lambda e, n=n: e["case"]["states"] == "final" and e["case"]["n_steps"] == n,
-                "latent_dim", lambda e, f: f["median_s"])
-        for n in SLOPE_STEPS
-    ]  # fmt: skip
+    """Milliseconds of one step in the middle of a rollout, by latent size: the difference between a long and a short one."""
+    times: list[dict[str, dict[float, float]]] = []
+    for n in SLOPE_STEPS:
+        chosen = [entry for entry in entries if entry["case"]["n_steps"] == n]
+        curves = _curves(chosen, _plain, "latent_dim", lambda e, f: f["median_s"])
+        times.append({name: dict(points) for name, points in curves.items()})
     short, long = times
     between = SLOPE_STEPS[1] - SLOPE_STEPS[0]
     return {
-        name: [(d, (seconds - dict(short[name])[d]) / between) for d, seconds in points if d in dict(short.get(name, []))]
+        name: [(d, 1000 * (seconds - short[name][d]) / between) for d, seconds in points.items() if d in short.get(name, {})]
         for name, points in long.items()
     }
 
 
-def plots(results: dict[str, Any]) -> dict[str, tuple[str, str, Curves]]:
-    """By name: the labels of both axes and the curves; without those that have fewer than two points."""
-    entries = list(results["cases"].values())
+def _plain(name: str) -> bool:
+    """Whether a contestant runs the published step, keeps everything, and is called as it is."""
+    return ":" not in name
 
-    def paper(entry: Entry, kind: str) -> bool:
-        case = entry["case"]
-        single = len(case["memory"]) == 1 == len(case.get("integrators", ("leapfrog",)))
-        full = case["dtype"] == "float32" and case.get("precision", "highest") == "highest"
-        published = not case["name"].startswith(GRID_PREFIX) and not case.get("separable", False)
-        plain = case["states"] == "all" and full and single and published
-        return plain and case["kind"] == kind and case["n_steps"] == 15
+
+def _alike(entries: Iterable[Entry], x: Sequence[str]) -> list[tuple[Case, list[Entry]]]:
+    """Cases that differ in nothing but `x` and in who takes part, and the problem of the first of each such group."""
+    groups: dict[Case, list[Entry]] = {}
+    for entry in entries:
+        case = Case.of(entry["case"])
+        same = replace(case.problem, name="", **{name: getattr(Case, name, 0) for name in x})
+        groups.setdefault(same, []).append(entry)
+    return [(Case.of(group[0]["case"]), group) for group in groups.values()]
+
+
+def plots(results: dict[str, Any]) -> dict[str, Plot]:
+    """By name; one for each Hamiltonian, and none with fewer than two points to a curve.
+
+    Batches are those of 15 steps, all states kept, in float32; "latent-size" is the cost of a further step; "memory" what a
+    training step keeps, for each integrator.
+    """
+    entries = [
+        entry
+        for entry in results["cases"].values()
+        if (case := Case.of(entry["case"])).arithmetic == "float32" and not case.name.startswith(GRID_PREFIX)
+    ]
 
     def step_ms(entry: Entry, fact: Entry) -> float:
-        return fact["median_s"] / entry["case"]["n_steps"] * 1000
+        seconds: float = fact["median_s"]
+        return seconds / entry["case"]["n_steps"] * 1000
 
     def kept_kb(entry: Entry, fact: Entry) -> float | None:
         kept = fact.get("kept_bytes")
         return None if kept is None else kept / entry["case"]["batch"] / 1024
 
-    found = {
-        f"{kind}-batch": ("batch", f"ms per step, {kind}", _curves(entries, lambda e, k=kind: paper(e, k), "batch", step_ms))
-        for kind in ("rollout", "training")
-    }
-    slopes = {name: [(d, 1000 * seconds) for d, seconds in points] for name, points in _slopes(entries).items()}
-    found["latent-size"] = ("latent size", "ms per further step, final state only, batch 32", slopes)
-    memory = _curves(entries, lambda e: len(e["case"]["memory"]) > 1, "n_steps", kept_kb)
-    found["memory"] = ("steps", "KB kept per sample for the backward pass", memory)
-    return {name: plot for name, plot in found.items() if any(len(points) > 1 for points in plot[2].values())}
+    found: dict[str, Plot] = {}
+
+    def add(name: str, case: Case, x: str, y: str, curves: Curves, finding: Callable[[Curves], str], about: str) -> None:
+        curves = {contestant: points for contestant, points in curves.items() if len({at for at, _ in points}) > 1}
+        if curves:
+            name += "".join(f"-{kind}" for kind in ("separable", "quadratic", "mechanical") if getattr(case, kind))
+            while name in found:  # another network
+                name += "-other"
+            layers = f"hidden layers {'-'.join(map(str, case.hidden_dims))}, {case.activation}"
+            network = layers if x.startswith("latent size") else _network(case)
+            found[name] = Plot(x, y, finding(curves), curves, f"{about}; H: {network}")
+
+    single = [entry for entry in entries if len(entry["case"]["memory"]) == len(entry["case"].get("integrators", "1")) == 1]
+    for kind in ("rollout", "training"):
+        for case, group in _alike((entry for entry in single if entry["case"]["kind"] == kind), ("batch",)):
+            if case.states == "all" and case.n_steps == 15:
+                times = _curves(group, _plain, "batch", step_ms)
+                about = f"{case.n_steps} steps, {case.latent_dim} dimensions, float32; baseline: an MLP without a Hamiltonian"
+                add(f"{kind}-batch", case, "batch size", f"ms per step of a {kind} call", times, _fastest_at, about)
+    for case, group in _alike((entry for entry in single if entry["case"]["states"] == "final"), ("latent_dim", "n_steps")):
+        add("latent-size", case, "latent size (dimensions)", "ms per further step", _slopes(group), _growth,
+            f"rollouts of which the final state alone is kept, batch {case.batch}, float32")  # fmt: skip
+    kept = [entry for entry in entries if len(entry["case"]["memory"]) > 1]
+    for case, group in _alike(kept, ("n_steps", "states")):
+        for integrator in sorted({_integrator(name) for entry in group for name in entry["contestants"]}):
+            curves = _curves(group, lambda name, i=integrator: _integrator(name) == i, "n_steps", kept_kb)
+            curves = {name.replace(f":{integrator}", ""): points for name, points in curves.items()}
+            add("memory" if integrator == "leapfrog" else f"memory-{integrator}", case, "steps", "KB kept per sample", curves,
+                _saving, f"a training step under {integrator}, batch {case.batch}, {case.latent_dim} dimensions")  # fmt: skip
+    return found
+
+
+def _integrator(name: str) -> str:
+    """What a contestant runs: "leapfrog" where its name does not say."""
+    return next((part for part in name.split(":") if part in SCHEMES), "leapfrog")
+
+
+def _fastest_at(curves: Curves) -> str:
+    """At how many sizes ours is the fastest of those that compute gradients of H, and by how much."""
+    sizes = sorted({x for points in curves.values() for x, _ in points})
+    ratios = []
+    for size in sizes:
+        times = {name: dict(points)[size] for name, points in curves.items() if size in dict(points)}
+        mine = [time for name, time in times.items() if is_ours(name)]
+        rivals = [time for name, time in times.items() if not is_ours(name) and not name.startswith("baseline")]
+        if mine and rivals:
+            ratios.append(min(rivals) / min(mine))
+    if not ratios:
+        return "No rival was timed beside ours"
+    won = sum(ratio > 1 for ratio in ratios)
+    where = "at every batch size" if won == len(ratios) else f"at {won} of {len(ratios)} batch sizes" if won else "nowhere"
+    spread = f"{shown(min(ratios))} to {shown(max(ratios))}" if len(ratios) > 1 else shown(ratios[0])
+    return f"Ours is the fastest {where}: the best rival that computes gradients of H takes {spread} times as long"
+
+
+def _growth(curves: Curves) -> str:
+    """How many times as long a further step takes at the largest size as at the smallest, ours and the others."""
+    parts = []
+    for name, points in curves.items():
+        (first, start), (last, end) = points[0], points[-1]
+        if start > 0:
+            parts.append(f"{name} {shown(end / start)}")
+    return f"From {first:,} to {last:,} dimensions a further step takes this many times as long: {', '.join(parts)}"
+
+
+def _saving(curves: Curves) -> str:
+    """What keeps most and what keeps least at the largest number of steps that both have."""
+    last = max(points[-1][0] for points in curves.values())
+    kept = {name: points[-1][1] for name, points in curves.items() if points[-1][0] == last and points[-1][1] > 0}
+    if len(kept) < 2:
+        return f"Kept for the backward pass of {last:,} steps"
+    most, least = max(kept, key=lambda name: kept[name]), min(kept, key=lambda name: kept[name])
+    return f"Over {last:,} steps {most} keeps {shown(kept[most] / kept[least])} times as much for the backward pass as {least}"
 
 
 def write(path: Path, results: dict[str, Any], beside: dict[str, Beside] | None = None) -> str:
@@ -427,28 +533,47 @@ def write(path: Path, results: dict[str, Any], beside: dict[str, Beside] | None 
     try:
         for name, plot in plots(results).items():
             image = path.with_name(f"{path.stem}-{name}.png")
-            _draw(image, *plot)
-            text += f"\n![{plot[1]} against {plot[0]}]({image.name})\n"
-    except HJEPAError:
-        raise
+            _draw(image, plot, machine.described(results["environment"]))
+            text += f"\n![{plot.y} against {plot.x}]({image.name})\n"
+    except HJEPAError as error:
+        if not isinstance(error, MissingDependencyError):
+            raise
+        print(f"no plots: {error}", file=sys.stderr)
     except Exception as error:  # matplotlib is optional, and what it reads of its surroundings may be broken
         print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     files.write_text(path.with_suffix(".md"), text)
     return shown
 
 
-def _draw(image: Path, x: str, y: str, curves: Curves) -> None:
-    from matplotlib.figure import Figure
+def colors_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each contestant, none twice: its own, or one that is left; only as many as there are colours."""
+    names = sorted(names, key=lambda name: (not is_ours(name), RIVALS.index(name) if name in RIVALS else len(RIVALS), name))
+    colors = {name: CONTESTANTS[name] for name in names if name in CONTESTANTS}
+    left = [color for color in (*plotting.PALETTE, plotting.BLACK) if color not in colors.values()]
+    return colors | dict(zip((name for name in names if name not in colors), left, strict=False))
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for contestant, points in curves.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=contestant)
-    axes.set(xlabel=x, ylabel=y)
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    with files.atomic_path(image) as temporary:
-        figure.savefig(temporary, dpi=150)
+
+def _draw(image: Path, plot: Plot, environment: str) -> None:
+    with plotting.defaults():
+        colors = colors_of(plot.curves)
+        missing = [name for name in plot.curves if name not in colors]
+        about = f"{plot.about}\n{environment}" + (f"\nnot drawn: {', '.join(missing)}" if missing else "")
+        figure, axes = plotting.new_figure(plot.finding, about)
+        axis = axes[0, 0]
+        lines: dict[tuple[tuple[float, float], ...], list[str]] = {}
+        for name in colors:
+            lines.setdefault(tuple(plot.curves[name]), []).append(name)
+        for points, names in lines.items():  # what is equal is one line
+            style = "o-" if is_ours(names[0]) else "s--"
+            axis.loglog(*zip(*points, strict=True), style, color=colors[names[0]], label=", ".join(names), lw=1.6, ms=5)
+        sizes = sorted({x for points in lines for x, _ in points})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.set(xlabel=plot.x, ylabel=plot.y)
+        axis.grid(color="#EEEEEE")
+        plotting.legend(figure, 4)
+        with files.atomic_path(image) as temporary:
+            figure.savefig(temporary, dpi=plotting.DPI)
 
 
 def beside_of(path: Path, results: dict[str, Any], wanted: Iterable[Case] | None = None) -> dict[str, Beside]:

@@ -430,7 +430,7 @@ class TestLatents:
         files.save_tensors(path, tensors, known | metadata)
         with pytest.raises(LatentError, match=message):
             read_latents(path)
-        assert not latents._is_current(path, {"model": "other", "source_frames": "shown"}, path)
+        assert not latents.is_current(path, {"model": "other", "source_frames": "shown"}, path)
 
     @pytest.mark.parametrize("starts", [torch.tensor([0.0, 4.0, 8.0]), torch.tensor([-1, 4, 8]), torch.tensor([0, 4, 10**9])])
     def test_clips_that_start_nowhere_are_refused(self, tmp_path, starts):

@@ -18,8 +18,20 @@ from ..errors import LatentError, UsageError
 from ..integrators import SymplecticIntegrator
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
-from .figures import COLORS, check_available, new_figure, own_style, save
 from .latents import read_latents
+from .plotting import (
+    INTEGRATOR_COLORS,
+    LARGEST,
+    PALETTE,
+    Curve,
+    check_available,
+    curve,
+    in_view,
+    legend,
+    new_figure,
+    own_style,
+    save,
+)
 from .run_folder import output
 from .train import how_trained, load_identified
 
@@ -175,47 +187,64 @@ def summary(reports: Sequence[Report]) -> dict[str, Any]:
 @own_style
 def check_figure(reports: Sequence[Report], title: str) -> Figure:
     """Energy drift against steps, errors against step size with their slopes, and the defects beside what is let pass."""
-    figure, axes = new_figure(title, 1, 3, 14, 4.2)
-    palette = list(COLORS.values())
+    figure, axes = new_figure(_finding(reports), title, 1, 3)
+    others = [color for color in PALETTE if color not in INTEGRATOR_COLORS.values()]
+    drifts: list[Curve] = []
+    found = 0  # integrators without a colour of their own
     for i, report in enumerate(reports):
-        color = palette[i % len(palette)]
-        style = ("-", "--", ":")[i // len(palette) % 3]
-        _drift_panel(axes[0, 0], report, color, style)
+        color, style = INTEGRATOR_COLORS.get(report.integrator), "-"
+        if color is None:
+            color, style = others[found % len(others)], ("-", "--", ":")[found // len(others) % 3]
+            found += 1
+        drifts += _drift_panel(axes[0, 0], report, color, style)
         _order_panel(axes[0, 1], report, color, style)
         _defect_panel(axes[0, 2], report, color, (i + 0.5) / len(reports) - 0.5, label_limits=i == 0)
-    axes[0, 0].set(xlabel="step", ylabel="mean |H(z(t)) - H(z(0))|", yscale="log", title="energy drift")
+    axes[0, 0].set(xlabel="step", ylabel="mean |H(z(t)) - H(z(0))| (units of H)", title="energy drift")
+    in_view(axes[0, 0], drifts, scale="log", always=1.0)
     axes[0, 1].set(xlabel="dt", ylabel="relative error", xscale="log", yscale="log", title="order")
-    axes[0, 2].set(ylabel="defect", yscale="log", title="structure and gradients (bars: what is let pass)")
-    axes[0, 2].set_xticks(range(len(_DEFECTS)), [_COLUMNS[name] for name in _DEFECTS])
+    axes[0, 2].set(ylabel="defect (bars: what is let pass)", yscale="log", title="structure and gradients")
+    axes[0, 2].set_xticks(range(len(_DEFECTS)), [_COLUMNS[name] for name in _DEFECTS], rotation=15)
     sizes = sorted({size for report in reports if report.order for size in report.order.step_sizes.tolist()})
     axes[0, 1].set_xticks(sizes, [f"{size:.2g}" for size in sizes])
     axes[0, 1].minorticks_off()
-    for axis in axes[0, :2]:  # the colours are the same in the third
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False)
+    legend(figure, 4)
     return figure
+
+
+def _finding(reports: Sequence[Report]) -> str:
+    """What of the claims does not hold, in a sentence."""
+    failed = [f"{report.integrator}: {', '.join(_COLUMNS[verdict.name] for verdict in report.failed)}"
+              for report in reports if report.failed]  # fmt: skip
+    if failed:
+        return f"Claimed, and does not hold: {'; '.join(failed)}"
+    names = ", ".join(report.integrator for report in reports)
+    unmeasured = any(verdict.outcome == "not measured" for report in reports for verdict in report.verdicts)
+    return f"All holds that is claimed of {names}{', as far as it could be measured' if unmeasured else ''}"
 
 
 _DEFECTS = ("symplectic", "volume", "reversible", "gradients")
 _SMALLEST = 1e-18
 """Where an exact zero is drawn on an axis of logarithms."""
-_LARGEST = 1e50
-"""From where on a rollout that diverges is not drawn."""
 
 
-def _drift_panel(axis: Axes, report: Report, color: str, style: str) -> None:
-    if report.drift is not None:
-        mean = report.drift.mean[1:].numpy()
-        shown = np.where(mean < _LARGEST, np.maximum(mean, _SMALLEST), np.nan)
-        axis.plot(np.arange(1, len(mean) + 1), shown, style, color=color, label=report.integrator, lw=1.2)
+def _label(report: Report) -> str:
+    if report.order is None or math.isnan(report.order.slope):
+        return report.integrator
+    return f"{report.integrator} (order {report.order.slope:.2f})"
+
+
+def _drift_panel(axis: Axes, report: Report, color: str, style: str) -> list[Curve]:
+    if report.drift is None:
+        return []
+    mean = report.drift.mean[1:].numpy()
+    shown = np.where(mean < LARGEST, np.maximum(mean, _SMALLEST), np.inf)
+    return [curve(axis, np.arange(1, len(mean) + 1), shown, color, _label(report), style, lw=1.2)]
 
 
 def _order_panel(axis: Axes, report: Report, color: str, style: str) -> None:
-    if report.order is not None and (report.order.errors < _LARGEST).all():
-        slope = report.order.slope
-        label = f"{report.integrator}: {'-' if math.isnan(slope) else f'{slope:.2f}'}"
+    if report.order is not None and (report.order.errors < LARGEST).all():
         errors = report.order.errors.clamp(min=_SMALLEST).numpy()
-        axis.plot(report.order.step_sizes.numpy(), errors, f"o{style}", color=color, label=label, lw=1.2, ms=4)
+        axis.plot(report.order.step_sizes.numpy(), errors, f"o{style}", color=color, label=_label(report), lw=1.2, ms=4)
 
 
 def _defect_panel(axis: Axes, report: Report, color: str, offset: float, label_limits: bool) -> None:

@@ -19,6 +19,7 @@ from ..schemes import SCHEMES
 
 PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
 OFFLINE_ENCODER = "offline"
+STATE_ENCODER = "state"
 OWN_INTEGRATOR = "auto"
 
 
@@ -38,6 +39,9 @@ def _option(default: Any, help: str, most: float = math.inf) -> Any:
 class VideoConfig:
     """Synthetic clips of balls in a square box (the published setting is the default)."""
 
+    scene: Literal["collisions", "pendulum", "springs", "orbit"] = _option(
+        "collisions", "what moves: balls that collide in a box, as published, or one of the smooth scenes"
+    )
     n_videos: int = _option(50, "number of videos", most=MANY)
     n_frames: int = _option(150, "frames per video", most=MANY)
     n_balls: int = _option(2, "balls per video; the published videos have 2", most=1000)
@@ -61,10 +65,12 @@ class EncodeConfig:
     """Clips of consecutive frames to one latent each."""
 
     encoder: str = _option(
-        PUBLISHED_ENCODER, "hub name or folder of a V-JEPA 2 checkpoint, or 'offline' for the small untrained one shipped here"
+        PUBLISHED_ENCODER,
+        "hub name or folder of a V-JEPA 2 checkpoint, 'offline' for the small untrained one shipped here, or 'state' for the "
+        "true states (q, p) of generated videos instead",
     )
     revision: str = _option("main", "revision of a hub checkpoint")
-    clip_frames: int = _option(16, "consecutive frames in a clip", most=4096)
+    clip_frames: int = _option(16, "consecutive frames in a clip; 'state' takes one, the clip's first", most=4096)
     clip_stride: int = _option(4, "frames between the starts of two clips", most=MANY)
     encode_batch: int = _option(8, "clips encoded at once", most=4096)
     encode_dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
@@ -83,7 +89,9 @@ class DataConfig:
     test_fraction: float = _option(0.2, "share of videos or windows held out")
     split_seed: int = _option(42, "seed of the split", most=SEEDS)
     standardize: bool = _option(
-        True, "standardise each latent dimension with training statistics, and scale controls (published: off)"
+        True,
+        "standardise each latent dimension with training statistics, of true states all q alike and all p alike, and scale "
+        "controls (published: off)",
     )
     control: Literal["none", "recorded"] = _option(
         "none", "control of the models with a Hamiltonian: none, or what is recorded beside each video as NAME.control.json"

@@ -17,7 +17,7 @@ from ..integrators import SymplecticIntegrator
 from ..ports import PortHNN
 from . import checkpoints, controls, encoder_files, files, zoo
 from .checkpoints import Checkpoint
-from .config import OFFLINE_ENCODER, EncodeConfig, shown
+from .config import OFFLINE_ENCODER, STATE_ENCODER, EncodeConfig, shown
 from .encoders import resolve_device
 from .figures import check_available, dream_figure, save
 from .latents import Latents, encode_videos, read_latents
@@ -178,7 +178,7 @@ def _encode_one(video: Path, encoding: dict[str, Any] | None, encoder: str | Non
     if encoding is None or encoding.get("clip_stride") is None:
         raise CheckpointError(f"{checkpoint} does not say how its latents were encoded; start from a file of --latents")
     recorded = encoding["model"]
-    if encoder is None:
+    if encoder is None and recorded != STATE_ENCODER:
         _check_local(recorded, encoding, checkpoint)
     same = encoder in (None, recorded)
     config = EncodeConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import EncoderError, HJEPAError
 from . import files, offline_encoder, untrusted
-from .config import OFFLINE_ENCODER, shown
+from .config import OFFLINE_ENCODER, STATE_ENCODER, shown
 
 HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
@@ -26,6 +26,8 @@ def local_folder(name: str) -> Path | None:
     """
     if name == OFFLINE_ENCODER:
         return offline_encoder.FOLDER
+    if name == STATE_ENCODER:
+        raise EncoderError(f"{name!r} stands for the true states of generated videos and no encoder; a folder is ./{name}")
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()

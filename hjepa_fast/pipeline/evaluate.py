@@ -28,6 +28,7 @@ from ..models import SeparableHNN
 from ..schemes import SCHEMES
 from . import zoo
 from .config import EvaluateConfig
+from .latents import Latents
 from .windows import Dataset
 
 PERSISTENCE = "persistence"
@@ -95,71 +96,104 @@ def evaluate(
         `<name>/change_true` [n, T + 1], H(z_t) - H(z_0) of the predictions and along the true latents.
     """
     check_config(config)
-    windows = dataset.test.to(device)
-    control = None if dataset.test_control is None else dataset.test_control.to(device)
-    starts = windows[_spread(len(windows), EXTENDED_WINDOWS), 0]
     full = models.get(zoo.FULL_MODEL)
-    n_steps = windows.shape[1] - 1
-    longest = max(config.dream_steps, n_steps)
+    setting = Setting.of(dataset, config, full if isinstance(full, SymplecticIntegrator) else None, device)
     arrays = {"true/example": dataset.test[EXAMPLE]}
     rows = []
     entries: list[tuple[str, zoo.Model | None]] = [(PERSISTENCE, None), *models.items()]
     compared = integrators_of(full) if isinstance(full, SymplecticIntegrator) else ()
     total = len(entries) + len(compared)
     for done, (name, model) in enumerate(entries, start=1):
-        predictor = _Predictor(model)
-        owner = model if isinstance(model, SymplecticIntegrator) else full
-        meter = owner if isinstance(owner, SymplecticIntegrator) else None
-        extended = None
-        with torch.no_grad():
-            step_mse, found, true = _measure(predictor, meter, windows, control)
-            if meter is not None:
-                extended = predictor.energies(meter, starts, config.extended_steps)
-            known = None if control is None else control[EXAMPLE : EXAMPLE + 1]
-            example = predictor.states(windows[EXAMPLE : EXAMPLE + 1, 0], longest, _continued(known, longest))[0]
-        arrays[f"{name}/step_mse"] = step_mse
-        arrays[f"{name}/example"] = example
-        port = None
-        if meter is not None and found is not None and true is not None and extended is not None:
-            arrays[f"{name}/energy"], arrays[f"{name}/energy_true"] = found.kept, true.kept
-            arrays[f"{name}/energy_extended"] = extended
-            if meter is model and found.balance is not None and true.balance is not None:
-                arrays[f"{name}/change"], arrays[f"{name}/change_true"] = found.balance.change, true.balance.change
-                port = _port(meter, starts, n_steps, found.balance, true.balance)
-        mse = step_mse.mean(dim=1)
-        title = "Persistence" if model is None else zoo.title(name, model)
-        timed = functools.partial(predictor.states, control=None if control is None else control[:1])
-        _warn_unsolved(title, predictor)
-        row: dict[str, Any] = {
-            "name": name,
-            "title": title,
-            "integrator": model.integrator if isinstance(model, SymplecticIntegrator) else None,
-            "mse_mean": mse.mean().item(),
-            "mse_std": mse.std(correction=0).item(),
-            "mse_relative": mse.mean().item() / dataset.variance,
-            "mse_per_step": step_mse.mean(dim=0).tolist(),
-            **_drift(found, true, extended),
-            "step_length": example[: config.dream_steps + 1].diff(dim=0).norm(dim=1).mean().item(),
-            "params": 0 if model is None else _count_parameters(model),
-            "dt": model.step_size.item() if isinstance(model, SymplecticIntegrator) else None,
-            "converged": predictor.converged,
-            "ms_per_step": None if model is None else time_per_step(timed, windows[:1, 0], n_steps, config) * 1e3,
-        }
-        if port is not None:
-            row["port"] = {key: _finite(value) for key, value in port.items()}
-        rows.append({key: _finite(value) for key, value in row.items()})
+        row, found = evaluate_model(name, model, setting)
+        rows.append(row)
+        arrays |= found
         if progress:
             progress(done, total)
     comparison: list[dict[str, Any]] = []
     if isinstance(full, SymplecticIntegrator):
-        for done, (row, H) in enumerate(compare_integrators(full, starts, n_steps, config), start=len(entries) + 1):
+        for done, (row, H) in enumerate(
+            compare_integrators(full, setting.starts, setting.n_steps, config), start=len(entries) + 1
+        ):
             arrays[f"integrators/{row['integrator']}/energy"] = H
             reference = comparison[0] if comparison else row  # the published step comes first
             ratio = _ratio(row["drift_extended_mean"], reference["drift_extended_mean"])
             comparison.append({key: _finite(value) for key, value in (row | {"drift_ratio": ratio}).items()})
             if progress:
                 progress(done, total)
-    return Evaluation(rows, comparison, {name: tensor.cpu() for name, tensor in arrays.items()}, len(starts))
+    return Evaluation(rows, comparison, {name: tensor.cpu() for name, tensor in arrays.items()}, len(setting.starts))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every model is measured on."""
+
+    dataset: Dataset
+    config: EvaluateConfig
+    full: SymplecticIntegrator | None
+    """The full model, whose H measures what has none."""
+    windows: Tensor
+    """The test windows [n, T + 1, d], on the models' device, as all that follows."""
+    control: Tensor | None
+    starts: Tensor
+    """Where extended rollouts start from, [m, d]."""
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, config: EvaluateConfig, full: SymplecticIntegrator | None, device: torch.device | str = "cpu"
+    ) -> Setting:
+        windows = dataset.test.to(device)
+        control = None if dataset.test_control is None else dataset.test_control.to(device)
+        return cls(dataset, config, full, windows, control, windows[_spread(len(windows), EXTENDED_WINDOWS), 0])
+
+    @property
+    def n_steps(self) -> int:
+        return self.windows.shape[1] - 1
+
+
+def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model's row of the table and its arrays, or those of persistence (None); see `evaluate`."""
+    dataset, config, windows, control = setting.dataset, setting.config, setting.windows, setting.control
+    n_steps, starts = setting.n_steps, setting.starts
+    predictor = _Predictor(model)
+    meter = model if isinstance(model, SymplecticIntegrator) else setting.full
+    longest = max(config.dream_steps, n_steps)
+    extended = None
+    with torch.no_grad():
+        step_mse, found, true = _measure(predictor, meter, windows, control)
+        if meter is not None:
+            extended = predictor.energies(meter, starts, config.extended_steps)
+        known = None if control is None else control[EXAMPLE : EXAMPLE + 1]
+        example = predictor.states(windows[EXAMPLE : EXAMPLE + 1, 0], longest, _continued(known, longest))[0]
+    arrays = {f"{name}/step_mse": step_mse, f"{name}/example": example}
+    port = None
+    if meter is not None and found is not None and true is not None and extended is not None:
+        arrays[f"{name}/energy"], arrays[f"{name}/energy_true"] = found.kept, true.kept
+        arrays[f"{name}/energy_extended"] = extended
+        if meter is model and found.balance is not None and true.balance is not None:
+            arrays[f"{name}/change"], arrays[f"{name}/change_true"] = found.balance.change, true.balance.change
+            port = _port(meter, starts, n_steps, found.balance, true.balance)
+    mse = step_mse.mean(dim=1)
+    title = "Persistence" if model is None else zoo.title(name, model)
+    timed = functools.partial(predictor.states, control=None if control is None else control[:1])
+    _warn_unsolved(title, predictor)
+    row: dict[str, Any] = {
+        "name": name,
+        "title": title,
+        "integrator": model.integrator if isinstance(model, SymplecticIntegrator) else None,
+        "mse_mean": mse.mean().item(),
+        "mse_std": mse.std(correction=0).item(),
+        "mse_relative": mse.mean().item() / dataset.variance,
+        "mse_per_step": step_mse.mean(dim=0).tolist(),
+        **_drift(found, true, extended),
+        "step_length": example[: config.dream_steps + 1].diff(dim=0).norm(dim=1).mean().item(),
+        "params": 0 if model is None else _count_parameters(model),
+        "dt": model.step_size.item() if isinstance(model, SymplecticIntegrator) else None,
+        "converged": predictor.converged,
+        "ms_per_step": None if model is None else time_per_step(timed, windows[:1, 0], n_steps, config) * 1e3,
+    }
+    if port is not None:
+        row["port"] = {key: _finite(value) for key, value in port.items()}
+    return {key: _finite(value) for key, value in row.items()}, arrays
 
 
 def integrators_of(full: SymplecticIntegrator) -> tuple[str, ...]:
@@ -241,6 +275,14 @@ def time_per_step(rollout: Rollout, z0: Tensor, n_steps: int, config: EvaluateCo
             if run >= config.timing_warmup:
                 times.append(_now(z0.device) - started)
     return statistics.median(times) / n_steps
+
+
+def step_units(latents: Sequence[Latents]) -> dict[str, float | int | None]:
+    """How long a latent step is: `frames` from clip to clip, `fps` and `seconds`; None for what is unknown or differs."""
+    frames = latents[0].metadata["provenance"].get("clip_stride")
+    rates = {item.metadata["fps"] for item in latents}
+    fps = rates.pop() if len(rates) == 1 else None
+    return {"frames": frames, "fps": fps, "seconds": frames / fps if frames and fps else None}
 
 
 def hardware(device: torch.device | str) -> dict[str, Any]:

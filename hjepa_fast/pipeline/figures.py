@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import HJEPAError, MissingDependencyError
-from . import checkpoints, files, zoo
+from ..errors import HJEPAError
+from . import checkpoints, files, findings, zoo
 from .encoder_files import file_sha256
-from .evaluate import PERSISTENCE
-from .latents import load_latents
+from .evaluate import PERSISTENCE, step_units
+from .latents import Latents, load_latents
+from .plotting import (
+    BLUE,
+    COLORS,
+    GREY,
+    INTEGRATOR_COLORS,
+    OTHER_INTEGRATOR,
+    PALETTE,
+    TRUE,
+    Curve,
+    around,
+    band,
+    check_available,
+    curve,
+    in_view,
+    legend,
+    new_figure,
+    own_style,
+    reach,
+    save,
+    style_of,
+)
 from .tables import unfinished
 from .train import standing
 from .videos import find_videos, load_ground_truth, middle_frame
@@ -29,94 +49,7 @@ if TYPE_CHECKING:
 
     from .run_folder import Run
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-# Okabe and Ito's palette, distinguishable with any colour vision, and two of Tol's
-COLORS = {
-    "hnn": "#0072B2",
-    "hnn-no-energy": "#009E73",
-    "hnn-euler": "#D55E00",
-    "hnn-implicit": "#56B4E9",
-    "hnn-separable": "#F0E442",
-    "baseline": "#CC79A7",
-    "baseline-residual": "#E69F00",
-    "hnn-no-friction": "#882255",
-    "hnn-no-control": "#332288",
-    PERSISTENCE: "#999999",
-}
-TRUE = "#000000"
-INTEGRATOR_COLORS = {
-    "leapfrog": "#0072B2",
-    "euler": "#D55E00",
-    "implicit-leapfrog": "#56B4E9",
-    "implicit-midpoint": "#009E73",
-}
-OTHER_INTEGRATOR = "#CC79A7"
-LARGEST = 1e30
-"""What a rollout that diverges goes on to is not drawn."""
-
-
-def check_available() -> None:
-    """Refuse at once what would fail when figures are drawn, perhaps after hours.
-
-    Raises
-    ------
-    MissingDependencyError
-        Matplotlib is not installed.
-    HJEPAError
-        It cannot be imported.
-    """
-    _matplotlib()
-
-
-def _matplotlib() -> Any:
-    """Matplotlib, whatever backend the environment names; for the rest of the process that backend stays."""
-    backend = os.environ.get("MPLBACKEND")
-    first = "matplotlib" not in sys.modules
-    try:
-        with _without("MPLBACKEND"):  # the import fails with a name that it does not know
-            import matplotlib
-            from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401  what savefig would import
-    except ImportError as error:
-        raise MissingDependencyError("figures need matplotlib: pip install 'hjepa_fast[pipeline]'") from error
-    except Exception as error:  # such as a matplotlibrc that cannot be read
-        raise HJEPAError(f"matplotlib cannot be imported: {type(error).__name__}: {error}") from error
-    if first and backend is not None:
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
-    return matplotlib
-
-
-@contextlib.contextmanager
-def _without(variable: str) -> Iterator[None]:
-    """The environment without a variable."""
-    value = os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[variable] = value
-
-
-@contextlib.contextmanager
-def _defaults() -> Iterator[None]:
-    matplotlib = _matplotlib()
-    # the date is left out, and one that is no number is an error
-    with matplotlib.rc_context(), _without("SOURCE_DATE_EPOCH"):
-        matplotlib.rcdefaults()
-        yield
-
-
-def own_style(function: Callable[P, T]) -> Callable[P, T]:
-    """Let `function` draw with matplotlib's own defaults: a user's matplotlibrc changes no figure, nor does it see a change."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _defaults():
-            return function(*args, **kwargs)
-
-    return wrapped
+__all__ = ["check_available", "draw", "draw_locked", "dream_figure", "read_summary", "save"]
 
 
 def draw(run: Run) -> list[Path]:
@@ -182,276 +115,362 @@ def draw_locked(run: Run) -> list[Path]:
         row["name"]: row | {"title": row["title"] + ("" if row.get("finished", True) else f" ({row['epochs_done']} epochs)")}
         for row in summary["models"]
     }
-    arrays = {name: torch.where(values.abs() < LARGEST, values, torch.nan) for name, values in arrays.items()}
+    folder = run.read_inputs()["latents"]
+    assert folder is not None
+    latents = load_latents(folder)
+    view = View(summary, rows, arrays, step_label(summary.get("step") or step_units(latents)))
     written = []
     for name, figure in (
-        ("energy", _energy(summary, rows, arrays)),
-        ("drift_by_integrator", _drift_by_integrator(summary, arrays)),
-        ("dissipation", _dissipation(summary, arrays, rows)),
-        ("phase", _phase(rows, arrays)),
-        ("comparison", _comparison(run, rows, arrays)),
-        ("ablation", _ablation(rows)),
-        ("dataset", _dataset(run)),
+        ("energy", _energy(view)),
+        ("drift_by_integrator", _drift_by_integrator(view)),
+        ("dissipation", _dissipation(view)),
+        ("phase", _phase(view)),
+        ("comparison", _comparison(run, view)),
+        ("ablation", _ablation(view)),
+        ("dataset", _dataset(run, view, latents)),
     ):
         if figure is not None:
-            figure.suptitle(f"{figure.get_suptitle()}\n{_caption(summary)}", fontsize=10, parse_math=False)
             written += save(figure, run.figures / name)
     return written
 
 
+@dataclass(frozen=True)
+class View:
+    """What the figures of a run are drawn from."""
+
+    summary: dict[str, Any]
+    rows: dict[str, Any]
+    """The summary's rows by the models' names."""
+    arrays: dict[str, Tensor]
+    """Of the evaluation; what diverged is not finite, or absurdly large."""
+    step: str
+    """A label for axes of steps."""
+
+    def figure(self, finding: str, n_rows: int = 1, n_columns: int = 1, about: str = "", **grid: Any) -> tuple[Figure, Any]:
+        """A new figure that says what it was drawn from, `about` first, and, if it did not end, how far training got."""
+        open_ended = unfinished(self.summary)
+        finding = (f"TRAINING IS NOT FINISHED: {'; '.join(open_ended)}\n" if open_ended else "") + finding
+        return new_figure(finding, f"{about}{_caption(self.summary)}", n_rows, n_columns, **grid)
+
+    def measured(self, key: str) -> list[str]:
+        """The models that have an array of this name."""
+        return [name for name in self.rows if f"{name}/{key}" in self.arrays and name != PERSISTENCE]
+
+    def band(self, axis: Axes, name: str, x: np.ndarray, values: Tensor, shaded: bool = True) -> Curve:
+        """A model's median and percentiles in its colour."""
+        return band(axis, x, values, COLORS[name], self.rows[name]["title"], style_of(name), shaded)
+
+
+def step_label(step: Mapping[str, Any]) -> str:
+    """How long a step is, for an axis: "step (4 frames, 0.13 s)"; what is not known of it is left out."""
+    frames, seconds = step.get("frames"), step.get("seconds")
+    known = [f"{frames} frame{'s' if frames > 1 else ''}"] if frames else []
+    known += [f"{seconds:.2g} s"] if seconds else []
+    return f"step ({', '.join(known)})" if known else "step"
+
+
 @own_style
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as PNG and PDF, atomically."""
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".pdf")]
-    for path in paths:
-        with files.atomic_path(path) as temporary:
-            pdf = path.suffix == ".pdf"
-            # no creation date: the same run gives the same file
-            metadata = {"CreationDate": None} if pdf else None
-            figure.savefig(temporary, dpi=130, metadata=metadata, backend="pdf" if pdf else "agg")
-    return paths
-
-
-def new_figure(title: str, n_rows: int, n_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure without pyplot's global state, and its axes [n_rows, n_columns]; for a function with `own_style`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-        axis.title.set_fontsize(9)
-    figure.suptitle(title, parse_math=False)  # a file's name may hold dollar signs
-    return figure, axes
-
-
-@own_style
-def dream_figure(states: Tensor, energy: Tensor | None, title: str, kept: bool = True) -> Figure:
+def dream_figure(states: Tensor, energy: Tensor | None, title: str, kept: bool = True, step: str = "step") -> Figure:
     """A free rollout [n + 1, d]: its path in the plane of its two largest components, step lengths, energy [n + 1].
 
-    `kept` says whether exact solutions keep that energy.
+    `title` says what was rolled out, `kept` whether exact solutions keep that energy, and `step` labels the axes.
     """
-    figure, axes = new_figure(title, 1, 2 if energy is None else 3, 10.5, 3.6)
-    path = _principal_plane(states, states)
-    axes[0, 0].plot(*path.T, "-", color=COLORS["hnn"], lw=1)
+    lengths = states.diff(dim=0).norm(dim=1)
+    finding = findings.dream(lengths.tolist(), None if energy is None else energy.tolist(), kept)
+    figure, axes = new_figure(finding, title, 1, 2 if energy is None else 3)
+    path = _principal_plane(states)
+    axes[0, 0].plot(*path.T, "-", color=GREY, lw=1)
     axes[0, 0].scatter(*path.T, c=np.arange(len(path)), cmap="viridis", s=18, zorder=3)
-    axes[0, 0].set(xlabel="first component", ylabel="second component", title="path (dark to bright)")
-    axes[0, 1].plot(np.arange(1, len(states)), states.diff(dim=0).norm(dim=1), ".-", color=COLORS["hnn"])
-    axes[0, 1].set(xlabel="step", ylabel="|z(t+1) - z(t)|", title="step length", ylim=(0, None))
+    axes[0, 0].set(xlabel="first component (latent units)", ylabel="second component (latent units)")
+    axes[0, 0].set_title("path in its largest plane (dark to bright)")
+    axes[0, 1].plot(np.arange(1, len(states)), lengths, ".-", color=BLUE)
+    axes[0, 1].set(xlabel=step, ylabel="|z(t+1) - z(t)| (standardised)", ylim=(0, None))
+    axes[0, 1].set_title("length of a step")
     if energy is not None:
-        axes[0, 2].plot(energy - energy[0], ".-", color=COLORS["hnn"])
-        axes[0, 2].set(xlabel="step", ylabel="H(z(t)) - H(z(0))", title="energy drift" if kept else "energy")
+        axes[0, 2].plot(energy - energy[0], ".-", color=BLUE)
+        axes[0, 2].set(xlabel=step, ylabel="H(z(t)) - H(z(0)) (units of H)")
+        axes[0, 2].set_title("energy drift" if kept else "energy")
     return figure
 
 
 def _caption(summary: dict[str, Any]) -> str:
     scale = "standardised" if summary["standardized"] else "raw"
-    about = f"encoder: {summary['encoder']}; {scale} latents; split by {summary['split']}; {summary['n_test']} test windows"
-    open_ended = unfinished(summary)
-    return about + (f"\nTRAINING IS NOT FINISHED: {'; '.join(open_ended)}" if open_ended else "")
+    return f"encoder: {summary['encoder']}; {scale} latents; split by {summary['split']}; {summary['n_test']} test windows"
 
 
-def _band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-") -> None:
-    """Median and 10th to 90th percentile over the first dimension of values [n, T], without what is not finite."""
-    low, middle, high = torch.nanquantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0).numpy()
-    axis.plot(x, middle, style, color=color, label=label, lw=1.6)
-    if style == "-":
-        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+USUAL = 10.0
+"""What relative errors and drifts are drawn up to, however small those of other models are."""
+_SHADED = "lines: median over test windows, shaded: 10th to 90th percentile; dashed: models without a Hamiltonian; "
 
 
-def _drift_panel(axis: Axes, drawn: Iterable[tuple[Tensor, str, str]], formula: str = "|H(z(t)) - H(z(0))|") -> None:
-    """Each of: energies [n, T + 1], a colour, a label."""
-    some = False
-    for H, color, label in drawn:
-        drift = (H[:, 1:] - H[:, :1]).abs()
-        _band(axis, np.arange(1, H.shape[1]), drift, color, label)
-        some |= bool((drift > 0).any())
-    axis.set(xlabel="step", ylabel=formula)
-    if some:  # nothing but zeros and what is not finite has no logarithms
-        axis.set_yscale("log")
-
-
-def _drift_of(rows: dict[str, Any]) -> tuple[str, str]:
+def _drift_of(rows: Mapping[str, Any]) -> tuple[str, str]:
     """What the drift of energies is, in words and as a formula: friction and control change H as well."""
     if any(row.get("port") for row in rows.values()):
         return "Error of the energy balance", "|H(z(t)) - H(z(0)) - supplied + lost|"
     return "Energy drift", "|H(z(t)) - H(z(0))|"
 
 
-def _energy(summary: dict[str, Any], rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
-    names = [name for name in rows if f"{name}/energy" in arrays and name != PERSISTENCE]
-    if not names:
+def _drift_panel(axis: Axes, view: View, key: str, curves: list[Curve]) -> None:
+    """Drift of the energies `<name>/<key>` over the standard deviation of each model's H, without those whose H is constant.
+
+    `curves` are on the axis already.
+    """
+    for name in view.measured(key):
+        H, scale = view.arrays[f"{name}/{key}"].double(), view.rows[name]["energy_std"]
+        if scale:
+            drift = (H[:, 1:] - H[:, :1]).abs() / scale
+            curves.append(view.band(axis, name, np.arange(1, H.shape[1]), drift))
+    axis.set(xlabel=view.step, ylabel=f"{_drift_of(view.rows)[1]} / std of H")
+    in_view(axis, curves, scale="log", always=USUAL)
+
+
+def _energy(view: View) -> Figure | None:
+    if not view.measured("energy"):
         return None
-    words, formula = _drift_of(rows)
-    figure, axes = new_figure(f"{words} of predictions (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
-    for axis, key in zip(axes.flat, ("energy", "energy_extended"), strict=True):
-        _drift_panel(axis, ((arrays[f"{name}/{key}"], COLORS[name], rows[name]["title"]) for name in names), formula)
-    axes[0, 0].set_title(f"{summary['n_steps']} steps", fontsize=9)
-    axes[0, 1].set_title(f"{summary['extended_steps']} steps, {summary['extended_windows']} test windows", fontsize=9)
-    if zoo.FULL_MODEL in names:
-        H = arrays[f"{zoo.FULL_MODEL}/energy_true"]
-        _band(axes[0, 0], np.arange(1, H.shape[1]), (H[:, 1:] - H[:, :1]).abs(), TRUE, "full model's H on true latents", "--")
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    summary = view.summary
+    finding = findings.energy(summary["models"], summary["extended_steps"], _drift_of(view.rows)[0])
+    figure, axes = view.figure(finding, 1, 2, f"each model by its own H, those without one by the full model's; {_SHADED}")
+    curves = []
+    full = view.rows.get(zoo.FULL_MODEL)
+    if full is not None and full["energy_std"]:
+        H = view.arrays[f"{zoo.FULL_MODEL}/energy_true"].double()
+        true = (H[:, 1:] - H[:, :1]).abs().quantile(0.5, dim=0) / full["energy_std"]
+        curves.append(
+            curve(axes[0, 0], np.arange(1, H.shape[1]), true.numpy(), TRUE, "full model's H along the true latents", ":")
+        )
+    _drift_panel(axes[0, 0], view, "energy", curves)
+    _drift_panel(axes[0, 1], view, "energy_extended", [])
+    axes[0, 0].set_title(f"{summary['n_steps']} steps, all {summary['n_test']} test windows")
+    axes[0, 1].set_title(f"{summary['extended_steps']:,} steps from {summary['extended_windows']} test windows")
+    axes[0, 1].set(xscale="log", xlim=(1, None))
+    legend(figure, 4)
     return figure
 
 
-def _dissipation(summary: dict[str, Any], arrays: dict[str, Tensor], rows: dict[str, Any]) -> Figure | None:
+def _dissipation(view: View) -> Figure | None:
     """How H changes where friction or a control changes it."""
-    names = [name for name in rows if f"{name}/change" in arrays]
+    names, arrays = view.measured("change"), view.arrays
     if not names:
         return None
-    figure, axes = new_figure("H of models with friction or a control (median, 10th to 90th percentile)", 1, 2, 10, 4.4)
+    finding = findings.dissipation(view.summary["models"], view.summary["n_steps"])
+    figure, axes = view.figure(finding, 1, 2, f"models with friction or a control; {_SHADED}", sharey=True)
     for axis, key, title in ((axes[0, 0], "change", "predictions"), (axes[0, 1], "change_true", "the true latents")):
         for name in names:
             change = arrays[f"{name}/{key}"]
-            _band(axis, np.arange(change.shape[1]), change, COLORS[name], rows[name]["title"])
+            view.band(axis, name, np.arange(change.shape[1]), change)
         axis.axhline(0, color=TRUE, lw=0.6)
-        axis.set(xlabel="step", ylabel="H(z(t)) - H(z(0))")
-        axis.set_title(f"{title}, {summary['n_steps']} steps", fontsize=9)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+        axis.set(xlabel=view.step, ylabel="H(z(t)) - H(z(0)) (units of H)")
+        axis.set_title(f"along {title}, {view.summary['n_steps']} steps")
+    legend(figure, 4)
     return figure
 
 
-def _drift_by_integrator(summary: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
-    compared = summary["integrators"]
+def _drift_by_integrator(view: View) -> Figure | None:
+    compared, summary = view.summary["integrators"], view.summary
     if not compared:
         return None
-    alone = ", without friction and control," if f"{zoo.FULL_MODEL}/change" in arrays else ""
-    title = f"Energy drift of the full model's network{alone} by integrator (median, 10th to 90th percentile)"
-    figure, axes = new_figure(title, 1, 1, 7.5, 4.8)
+    alone = "without its friction and control; " if f"{zoo.FULL_MODEL}/change" in view.arrays else ""
     trained = next(row["integrator"] for row in compared if row["trained"])
-    names = [row["integrator"] for row in compared]
-    _drift_panel(
-        axes[0, 0],
-        (
-            (
-                arrays[f"integrators/{name}/energy"],
-                INTEGRATOR_COLORS.get(name, OTHER_INTEGRATOR),
-                f"{name} (trained with)" if name == trained else name,
-            )
-            for name in names
-        ),
+    about = (
+        f"the full model's network, trained with {trained}, {alone}its dt; float64; {summary['extended_windows']} windows; "
+        "lines: median, shaded: 10th to 90th percentile; "
     )
-    axes[0, 0].set_title(f"{summary['extended_steps']} steps, {summary['extended_windows']} test windows, float64", fontsize=9)
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    figure, axes = view.figure(findings.integrators(compared, summary["extended_steps"]), about=about)
+    curves = []
+    for name in (row["integrator"] for row in compared):
+        H = view.arrays[f"integrators/{name}/energy"].double()
+        label = f"{name} (trained with)" if name == trained else name
+        color = INTEGRATOR_COLORS.get(name, OTHER_INTEGRATOR)
+        curves.append(band(axes[0, 0], np.arange(1, H.shape[1]), (H[:, 1:] - H[:, :1]).abs(), color, label))
+    axes[0, 0].set(xlabel=view.step, ylabel="|H(z(t)) - H(z(0))| (units of H)", xscale="log", xlim=(1, None))
+    full = view.rows.get(zoo.FULL_MODEL, {})
+    in_view(axes[0, 0], curves, scale="log", always=USUAL * (full.get("energy_std") or 0.0))
+    legend(figure)
     return figure
 
 
-def _phase(rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure | None:
-    if zoo.FULL_MODEL not in rows:
+def _phase(view: View) -> Figure | None:
+    if zoo.FULL_MODEL not in view.rows:
         return None
-    true = arrays["true/example"]
+    true = view.arrays["true/example"]
     d = true.shape[1] // 2
-    pairs = min(4, d)
-    predicted = arrays[f"{zoo.FULL_MODEL}/example"][: len(true)]
-    figure, axes = new_figure("One test window: phase portraits and time series", 2, pairs, 2.9 * pairs, 5.6)
+    pairs = min(3, d)
+    title, color = view.rows[zoo.FULL_MODEL]["title"], COLORS[zoo.FULL_MODEL]
+    predicted = view.arrays[f"{zoo.FULL_MODEL}/example"][: len(true)]
+    variance = _variance(view.rows)
+    error, standing_still = ((states - true)[1:].double().square().mean().item() / variance for states in (predicted, true[:1]))
+    finding = findings.window(title, error, standing_still, len(true) - 1)
+    about = f"one test window; the first {pairs} of {d} pairs (q, p); circles: where both start; "
+    figure, axes = view.figure(finding, 2, pairs, about)
+    steps = np.arange(len(true))
     for i in range(pairs):
-        for states, color, label in ((true, TRUE, "true"), (predicted, COLORS["hnn"], rows[zoo.FULL_MODEL]["title"])):
-            q, p = states[:, i], states[:, d + i]
-            axes[0, i].plot(q, p, ".-", color=color, label=label, lw=1, ms=3)
-            axes[0, i].plot(q[:1], p[:1], "o", color=color, ms=6, mfc="none")
-            axes[1, i].plot(q, "-", color=color, lw=1.4, label=f"q, {label}")
-            axes[1, i].plot(p, "--", color=color, lw=1.4, label=f"p, {label}")
-        axes[0, i].set(xlabel=f"q{i + 1}", ylabel=f"p{i + 1}")
-        axes[1, i].set(xlabel="step", ylabel=f"q{i + 1}, p{i + 1}")
-    axes[0, 0].legend(fontsize=7, frameon=False)
-    axes[1, 0].legend(fontsize=7, frameon=False)
+        paths = [np.stack([states[:, i], states[:, d + i]], axis=1) for states in (true, predicted)]
+        for path, tone, label in zip(paths, (TRUE, color), ("true", title), strict=True):
+            axes[0, i].plot(*path.T, ".-", color=tone, label=label, lw=1, ms=3)
+            axes[0, i].plot(*path[0], "o", color=tone, ms=7, mfc="none")
+            axes[1, i].plot(steps, path[:, 0], "-", color=tone, lw=1.4)
+        around(axes[0, i], paths[0], [(paths[1], color, title)])
+        courses = [np.stack([steps, path[:, 0]], axis=1) for path in paths]
+        around(axes[1, i], courses[0], [(courses[1], color, title)])
+        axes[0, i].set(xlabel=f"q{i + 1} (latent units)", ylabel=f"p{i + 1} (latent units)")
+        axes[1, i].set(xlabel=view.step, ylabel=f"q{i + 1} (latent units)")
+    legend(figure)
     return figure
 
 
-def _comparison(run: Run, rows: dict[str, Any], arrays: dict[str, Tensor]) -> Figure:
-    figure, axes = new_figure("HNN and baseline", 2, 2, 10, 7.4)
-    compared = ("hnn", "hnn-no-friction", "hnn-no-control", "baseline", "baseline-residual", PERSISTENCE)
-    names = [name for name in rows if name in compared] or list(rows)
+def _variance(rows: Mapping[str, Any]) -> float:
+    """The variance of the data that relative errors are relative to; not a number where no row says."""
+    return next(
+        (row["mse_mean"] / row["mse_relative"] for row in rows.values() if row["mse_mean"] and row["mse_relative"]), math.nan
+    )
+
+
+def _comparison(run: Run, view: View) -> Figure:
+    """Errors step by step, their course in training, a path, and the drift of energies over a window."""
+    rows, arrays = view.rows, view.arrays
+    names = [name for name in (PERSISTENCE, _best_hamiltonian(rows), "baseline", "baseline-residual") if name in rows]
+    finding = findings.prediction(view.summary["models"], view.summary["n_steps"])
+    figure, axes = view.figure(finding, 1, 3, _SHADED)
+    variance, curves = _variance(rows), []
     for name in names:
-        errors = arrays[f"{name}/step_mse"]
-        _band(axes[0, 0], np.arange(1, errors.shape[1] + 1), errors, COLORS[name], rows[name]["title"])
-    axes[0, 0].set(xlabel="step", ylabel="MSE", title="error at each step (median, 10th to 90th percentile)")
-    axes[0, 0].legend(fontsize=7, frameon=False)
-    with_energy = [name for name in names if f"{name}/energy" in arrays and name != PERSISTENCE]
-    if with_energy:
-        words, formula = _drift_of(rows)
-        drawn = ((arrays[f"{name}/energy"], COLORS[name], rows[name]["title"]) for name in with_energy)
-        _drift_panel(axes[0, 1], drawn, formula)
-        axes[0, 1].set_title(words.lower())
-    true = arrays["true/example"]
-    axes[1, 0].plot(*true[:, :2].T, ".-", color=TRUE, label="true", lw=1.2)
+        errors = arrays[f"{name}/step_mse"].double() / variance
+        curves.append(view.band(axes[0, 0], name, np.arange(1, errors.shape[1] + 1), errors, name != PERSISTENCE))
+    axes[0, 0].axhline(1, color=TRUE, lw=0.6, ls=":")
+    axes[0, 0].set(xlabel=view.step, ylabel="MSE / variance of the data")
+    axes[0, 0].set_title("error (dotted: the data's mean)")
+    in_view(axes[0, 0], curves)
+    true = arrays["true/example"][:, :2].numpy()
+    axes[0, 1].plot(*true.T, ".-", color=TRUE, label="true", lw=1.2)
+    others = []
     for name in names:
         if name != PERSISTENCE:
-            axes[1, 0].plot(
-                *arrays[f"{name}/example"][: len(true), :2].T, ".-", color=COLORS[name], label=rows[name]["title"], lw=1.2
+            path = arrays[f"{name}/example"][: len(true), :2].numpy()
+            axes[0, 1].plot(*path.T, f".{style_of(name)}", color=COLORS[name], label=rows[name]["title"], lw=1.2)
+            others.append((path, COLORS[name], rows[name]["title"]))
+    around(axes[0, 1], true, others)
+    axes[0, 1].set(xlabel="latent dimension 1 (latent units)", ylabel="latent dimension 2 (latent units)")
+    axes[0, 1].set_title("one test window")
+    curves = []
+    for name, best in run.trained().items():
+        last = best.with_name("last.safetensors")
+        history = checkpoints.load(last if last.exists() else best).facts["history"]
+        if history and name in rows:
+            epochs, tested = (np.array([row[key] for row in history]) for key in ("epoch", "test_mse"))
+            curves.append(
+                curve(axes[0, 2], epochs, tested / variance, COLORS[name], rows[name]["title"], style_of(name), marker=".")
             )
-    axes[1, 0].set(xlabel="latent dimension 0", ylabel="latent dimension 1", title="one test window")
-    axes[1, 0].legend(fontsize=7, frameon=False)
-    for name, path in run.trained().items():
-        last = path.with_name("last.safetensors")
-        history = checkpoints.load(last if last.exists() else path).facts["history"]
-        epochs = [row["epoch"] for row in history]
-        title = rows[name]["title"]
-        axes[1, 1].semilogy(epochs, [row["test_mse"] for row in history], color=COLORS[name], label=title, lw=1.4)
-        axes[1, 1].semilogy(epochs, [row["train_mse"] for row in history], ":", color=COLORS[name], lw=1)
-    axes[1, 1].set(xlabel="epoch", ylabel="MSE", title="training (dotted) and test error")
-    axes[1, 1].legend(fontsize=7, frameon=False)
+    axes[0, 2].set(xlabel="epoch", ylabel="test MSE / variance of the data")
+    axes[0, 2].set_title("in training, all models")
+    in_view(axes[0, 2], curves, "epoch", scale="log", always=1.0)
+    legend(figure, 4)
     return figure
 
 
-def _ablation(rows: dict[str, Any]) -> Figure:
-    figure, axes = new_figure("Ablation (mean and standard deviation over test windows)", 1, 2, 10, 4.2)
-    for axis, key, label in ((axes[0, 0], "mse", "MSE"), (axes[0, 1], "drift", f"max {_drift_of(rows)[1]}")):
-        shown = [name for name in rows if rows[name][f"{key}_mean"] is not None]
-        for position, name in enumerate(shown):
-            mean, std = rows[name][f"{key}_mean"], rows[name][f"{key}_std"] or 0.0
-            # a bar of a positive quantity does not reach below zero
-            axis.bar(position, mean, color=COLORS[name], yerr=[[min(std, mean)], [std]], capsize=4, error_kw={"lw": 1})
-        axis.set_xticks(range(len(shown)), [rows[name]["title"] for name in shown], rotation=20, ha="right", fontsize=8)
-        axis.set_ylabel(label)
+def _best_hamiltonian(rows: Mapping[str, Any]) -> str:
+    """The Hamiltonian model of the least error; the full model where all diverge."""
+    found = findings.least([row for row in rows.values() if findings.has_hamiltonian(row)], lambda row: row["mse_relative"])
+    return zoo.FULL_MODEL if found is None else found[0]["name"]
+
+
+def _ablation(view: View) -> Figure:
+    """Error and drift of every model, each with its number."""
+    words = _drift_of(view.rows)[0].lower()
+    finding = findings.ablation(view.summary["models"], view.summary["n_steps"], words)
+    about = "points: mean over test windows, lines: standard deviation over windows; "
+    figure, axes = view.figure(finding, 1, 2, about, sharey=True)
+    rows = [row for row in view.rows.values() if row["name"] != PERSISTENCE]
+    for axis, key, label, scale in (
+        (axes[0, 0], "mse", "MSE / variance of the data", "linear"),
+        (axes[0, 1], "drift", f"{words} / std of H", "log"),
+    ):
+        units = [_variance(view.rows) if key == "mse" else row["energy_std"] for row in rows]
+        _dots(axis, rows, key, units, scale)
+        axis.set_xlabel(f"{label}, over {view.summary['n_steps']} steps")
+    axes[0, 0].set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 
-def _dataset(run: Run) -> Figure | None:
-    inputs = run.read_inputs()
-    videos, folder = inputs["videos"], inputs["latents"]
-    assert folder is not None
-    latents = load_latents(folder)
+def _dots(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, units: Sequence[float | None], scale: str) -> None:
+    """`<key>_mean` and `<key>_std` of each row in its units; the axis shows what lies near the middle one, all are written."""
+    numbers = []
+    for row, unit in zip(rows, units, strict=True):
+        mean, std = row[f"{key}_mean"], row[f"{key}_std"]
+        numbers.append((math.nan if mean is None or not unit else mean / unit, (std or 0.0) / (unit or 1.0)))
+    means = sorted(mean for mean, _ in numbers if math.isfinite(mean) and (mean > 0 or scale == "linear"))
+    limit = reach(means, scale, USUAL)
+    inside = [mean for mean in means if mean <= limit] or [1.0]
+    if scale == "log":
+        axis.set_xscale("log")
+    left, right = (0.0, 1.5 * max(inside)) if scale == "linear" else (min(inside) / 3, max(inside) * 3)
+    axis.set_xlim(left, right or 1.0)
+    for place, (row, unit, (mean, std)) in enumerate(zip(rows, units, numbers, strict=True)):
+        color = COLORS[row["name"]]
+        text = findings.shown(mean) if math.isfinite(mean) else "diverged" if unit else "-"
+        if math.isfinite(mean) and mean <= limit and (mean > 0 or scale == "linear"):
+            axis.plot([max(mean - std, left), min(mean + std, right)], [place] * 2, color=color, lw=2, alpha=0.5)
+            axis.plot(mean, place, "o" if findings.has_hamiltonian(row) else "s", color=color, ms=7)
+        elif math.isfinite(mean) and mean > limit:
+            text += " (off the axis)"
+        axis.text(1.01, place, text, va="center", fontsize=8, transform=axis.get_yaxis_transform())
+    axis.grid(axis="y", color="#EEEEEE")
+
+
+def _dataset(run: Run, view: View, latents: Sequence[Latents]) -> Figure:
+    videos = run.read_inputs()["videos"]
     try:
         paths = find_videos(videos) if videos is not None else []
     except HJEPAError:
         paths = []  # the videos may have been deleted since; the latents still show the data's diversity
+    everything = torch.cat([item.latents for item in latents])
+    lengths = torch.cat([item.latents.diff(dim=0).norm(dim=1) for item in latents])
+    truths = [truth for truth in map(load_ground_truth, paths) if truth is not None]
     shown = [paths[i] for i in np.linspace(0, len(paths) - 1, min(4, len(paths))).round().astype(int)]
-    figure, axes = new_figure("Dataset diversity", 2 if shown else 1, max(len(shown), 2), 11, 5.8 if shown else 3.4)
+    spread = (everything - everything.mean(dim=0)).double().square().sum(dim=1).mean().sqrt().item()
+    centre, components, shares = _components(everything)
+    plane = [((item.latents - centre).double() @ components.T).numpy() for item in latents]
+    step = float(lengths.median()) if len(lengths) else None
+    finding = findings.dataset(len(latents), len(everything), step, spread, shares[:2].sum().item())
+    figure, axes = view.figure(finding, 2 if shown else 1, 4)
     for axis, path in zip(axes[0], shown, strict=False):
         axis.imshow(middle_frame(path))  # synthetic videos all start alike
-        axis.set_title(path.stem, fontsize=8, parse_math=False)
+        axis.set_title(path.stem, parse_math=False)
+    for axis in axes[0] if shown else ():
         axis.set_axis_off()
-    below = axes[-1]
-    truths = [truth for truth in map(load_ground_truth, paths) if truth is not None]
+    motion, plot, histogram, variances = axes[-1]
     if truths:
         for truth in truths:
             for ball in range(truth.positions.shape[1]):
-                below[0].plot(*truth.positions[:, ball].T, color=f"C{ball}", lw=0.5, alpha=0.5)
-        below[0].invert_yaxis()
-        below[0].set_aspect("equal")
-        below[0].set_title("ball centres, all videos", fontsize=8)
-    everything = torch.cat([item.latents for item in latents])
-    step_lengths = torch.cat([item.latents.diff(dim=0).norm(dim=1) for item in latents])
-    plane = below[1] if truths else below[0]
-    for item in latents:
-        plane.plot(*_principal_plane(item.latents, everything).T, lw=0.6, alpha=0.7)
-    plane.set_title("latents, two largest components", fontsize=8)
-    rest = list(below[2:]) if truths else list(below[1:])
-    if rest:
-        # in float32, forty bins do not fit between lengths that are almost equal
-        rest[0].hist(step_lengths.double(), bins=40, color=COLORS["hnn"])
-        rest[0].set_title("distance between neighbouring latents", fontsize=8)
-    for axis in rest[1:]:
-        axis.set_axis_off()
+                motion.plot(*truth.positions[:, ball].T, color=PALETTE[ball % len(PALETTE)], lw=0.5, alpha=0.5)
+        motion.invert_yaxis()
+        motion.set_aspect("equal")
+        motion.set(xlabel="x (pixels)", ylabel="y (pixels)")
+        motion.set_title("bodies' centres, all videos")
+    else:
+        motion.set_axis_off()
+    for points in plane:
+        plot.plot(*points.T, lw=0.6, alpha=0.7, color=BLUE)
+    plot.set(xlabel="first component (latent units)", ylabel="second component")
+    plot.set_title("latents, largest plane")
+    # in float32, forty bins do not fit between lengths that are almost equal
+    histogram.hist(lengths.double(), bins=40, color=BLUE)
+    histogram.set(xlabel="|z(t+1) - z(t)| (latent units)", ylabel="steps")
+    histogram.set_title("length of a step")
+    variances.plot(np.arange(1, 1 + len(shares[:20])), 100 * shares[:20].cumsum(dim=0), ".-", color=BLUE)
+    variances.set(xlabel="principal components", ylabel="variance held (%)", ylim=(0, 102))
+    variances.set_title("variance")
     return figure
 
 
-def _principal_plane(states: Tensor, basis_of: Tensor) -> np.ndarray:
-    """States [n, d] in the two largest principal components of `basis_of` [m, d]: [n, 2]."""
-    centre = basis_of.mean(dim=0)
-    _, _, components = torch.linalg.svd((basis_of - centre).double(), full_matrices=False)
-    plane = ((states - centre).double() @ components[:2].T).numpy()
-    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+def _components(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of states [n, d]: the mean [d], the two largest principal components [2, d], each one's share of variance [k]."""
+    centre = states.mean(dim=0)
+    _, sizes, components = torch.linalg.svd((states - centre).double(), full_matrices=False)
+    shares = sizes.square() / sizes.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return centre, F.pad(components[:2], (0, 0, 0, 2 - len(components[:2]))), shares
+
+
+def _principal_plane(states: Tensor) -> np.ndarray:
+    """States [n, d] in their two largest principal components: [n, 2]."""
+    centre, components, _ = _components(states)
+    return ((states - centre).double() @ components.T).numpy()

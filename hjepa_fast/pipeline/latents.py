@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..errors import HJEPAError, LatentError, UsageError, VideoError
 from . import files, preprocess, untrusted
-from .config import EncodeConfig
+from .config import STATE_ENCODER, EncodeConfig
 from .encoder_files import file_sha256
 from .encoders import Encoder, encoder_provenance, load_encoder
 from .videos import Trajectories, VideoReader, check_regular
 
 SUFFIX = ".safetensors"
 RIDGE_STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_SOURCE_KEYS = ("source", "source_sha256", "source_frames")
+_SOURCE_KEYS = ("source", "source_sha256", "source_frames", "source_state_sha256")
 FRAMES = "turned and mirrored as the display matrix says, square pixels"
 """How a video's frames are shown; recorded beside every latent."""
 _PUBLISHED = EncodeConfig()
@@ -60,6 +60,7 @@ def encode_videos(
     made by the same encoder from the same video are kept, so an interrupted run is resumed by running it again; the
     encoder is loaded only if something is left to do. Clips are encoded while the video is decoded, so memory does not
     grow with its length: two batches of clips are held. What a user should know of a video (`VideoReader.notes`) is warned of.
+    With the encoder "state" nothing is decoded, see `states`.
 
     Parameters
     ----------
@@ -95,9 +96,13 @@ def encode_videos(
     for video in videos:
         check_regular(video)
     hashes = {video: file_sha256(video) for video in videos}
+    if encoder is None and config.encoder == STATE_ENCODER:
+        from . import states
+
+        return states.encode(targets, hashes, config, progress)
 
     def outdated(recipe: dict[str, Any]) -> list[Path]:
-        return [video for video in videos if not _is_current(targets[video], recipe | _source(video, hashes[video]), video)]
+        return [video for video in videos if not is_current(targets[video], recipe | _source(video, hashes[video]), video)]
 
     if encoder is None:
         recipe = _recipe(config, encoder_provenance(config.encoder, config.revision, device, config.encode_dtype))
@@ -162,10 +167,10 @@ def _recipe(config: EncodeConfig, encoder: dict[str, str | None]) -> dict[str, A
 
 
 def _source(video: Path, digest: str) -> dict[str, str]:
-    return dict(zip(_SOURCE_KEYS, (video.name, digest, FRAMES), strict=True))
+    return dict(zip(_SOURCE_KEYS[:3], (video.name, digest, FRAMES), strict=True))
 
 
-def _is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
+def is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
     """Whether `target` was made of `video` as `wanted`; what is unknown (None, a commit outside the cache) is not compared."""
     try:
         found = untrusted.parse_json((files.read_metadata(target) or {}).get("provenance", "{}"), str(target))
@@ -173,7 +178,7 @@ def _is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
         return False
     if not isinstance(found, dict):
         return False
-    if "source_frames" not in found:
+    if "source_frames" not in found and "source_frames" in wanted:
         # Made of frames that were turned, but neither mirrored nor stretched: as good where neither is called for.
         found["source_frames"] = wanted["source_frames"]
         return _matches(found, wanted) and not _is_altered(video)

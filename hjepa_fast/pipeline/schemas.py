@@ -47,6 +47,7 @@ class Encoding(_Schema):
     dtype: Line | None = None
     weights_sha256: Line | None = None
     config_sha256: Line | None = None
+    scene: dict[str, Any] | None = None  # of the encoder "state", read by `scenes.read`
     source: Annotated[str, Field(max_length=1000)] | None = None  # a file's name, whatever its characters
     source_sha256: Line | None = None
 
@@ -67,6 +68,13 @@ class Control(_Schema):
     control: Annotated[
         list[Annotated[list[Number], Field(min_length=1, max_length=1000)]], Field(min_length=1, max_length=10**6)
     ]
+
+
+class VideoSettings(_Schema):
+    """What a generated video was made with, as far as it is used again."""
+
+    size: Annotated[int, Field(ge=2, le=8192)]
+    fps: Annotated[int, Field(ge=1, le=1000)]
 
 
 class Epoch(_Schema):
@@ -117,6 +125,9 @@ class SummaryRow(_Schema):
     mse_std: Number | None
     drift_mean: Number | None
     drift_std: Number | None
+    mse_relative: Number | None
+    energy_std: Number | None
+    drift_extended_mean: Number | None
     epochs_done: Annotated[int, Field(ge=0, le=10**9)] | None = None
     epochs_asked: Positive | None = None
     finished: bool = True

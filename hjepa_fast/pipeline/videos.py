@@ -1,4 +1,4 @@
-"""Videos: synthetic bouncing balls with their ground truth, and reading anybody's videos."""
+"""Videos: synthetic ones with their ground truth, colliding balls and the smooth scenes, and reading anybody's videos."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from ..errors import MissingDependencyError, UsageError, VideoError
-from . import controls, files
+from . import controls, drawing, files, scenes, untrusted
 from .config import VideoConfig
+from .scenes import Scene
 
 USUAL_SUFFIXES = (".mp4", ".avi", ".mov")
 SUFFIXES = (
@@ -41,14 +42,13 @@ MAX_PIXELS = 2**27
 """Pixels of the largest frame that is decoded: 16384 x 8192, 400 MB as RGB."""
 ATTACHED_PICTURE = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 PQ, HLG = 16, 18  # FFmpeg's AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67
-CYAN, RED = (0, 255, 255), (255, 0, 0)
 MOST_BYTES = 2**34
 """Of the frames of a synthetic video, which is made in memory."""
-PALETTE = np.array([CYAN, RED, (255, 255, 0), (0, 255, 0), (255, 0, 255), (255, 128, 0), (255, 255, 255), (128, 128, 255)])
 SOURCE = "synthetic: bouncing balls"
-FORCE = "force per mass on every ball in x and y, pixels per frame^2"
 TRUTH = ("positions", "velocities", "radii")
 """What is written of a video's `Trajectories` beside it."""
+STATE = ("q", "p")
+"""What is written besides of a smooth scene."""
 TOUCHING = 1e-9  # overlap in pixels that counts as none; halving at a wall gets below it in 35 passes
 PASSES = 100
 LEAST_DRAG = 1e-6  # below it, the share of a force that drag leaves is lost in rounding
@@ -59,20 +59,29 @@ LAYOUTS, TRIES = 20, 500
 class Trajectories:
     """Motion of the balls; x grows to the right, y down, and pixel (0, 0) has its centre at the origin.
 
+    Of a smooth scene they are what the canonical state looks like; the pendulum's one ball is its bob.
+
     Attributes
     ----------
     positions : float64 [T, balls, 2], (x, y) in pixels
     velocities : float64 [T, balls, 2], pixels per frame
     radii : float64 [balls], pixels
-    force : float64 [T, 2] or None
-        Force per mass on every ball in pixels per frame^2, held from each frame to the next. None where there is none, and
-        of a video that was read back, whose control file has it (`controls`).
+    force : float64 [T, m] or None
+        What pushes, held from each frame to the next, in the units of `scenes.PUSHES`. None where there is none, and of a
+        video that was read back, whose control file has it (`controls`).
+    q, p : float64 [T, n] or None
+        Canonical coordinates and momenta of a smooth scene, in the units of `scene`.
+    scene : Scene or None
+        None of collisions.
     """
 
     positions: np.ndarray
     velocities: np.ndarray
     radii: np.ndarray
     force: np.ndarray | None = None
+    q: np.ndarray | None = None
+    p: np.ndarray | None = None
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,9 @@ class Video:
 
 
 def simulate(config: VideoConfig, rng: np.random.Generator) -> Trajectories:
-    """Balls in a box: collisions (mass ~ radius^2), overlap split evenly, walls reflect.
+    """The motion of one video: of a smooth scene as `scenes` says, or of balls in a box.
+
+    In the box: collisions (mass ~ radius^2), overlap split evenly, walls reflect.
 
     Two equal balls start as published, scaled to the frame: (64, 128) moving right and (192, 128) moving left of 256,
     horizontal speeds 2 + U(0, 1), vertical U(-1, 1). Any others start at random places without overlap, with speed
@@ -102,6 +113,8 @@ def simulate(config: VideoConfig, rng: np.random.Generator) -> Trajectories:
         The configuration cannot be used, or the balls do not fit in the box.
     """
     radii = _check(config)
+    if (scene := scenes.of(config)) is not None:
+        return _move(scene, config, rng)
     positions = np.empty((config.n_frames, len(radii), 2))
     velocities = np.empty_like(positions)
     if _published_start(radii):
@@ -124,6 +137,13 @@ def simulate(config: VideoConfig, rng: np.random.Generator) -> Trajectories:
     return Trajectories(positions, velocities, radii, force)
 
 
+def _move(scene: Scene, config: VideoConfig, rng: np.random.Generator) -> Trajectories:
+    """A random motion of a smooth scene; the pendulum's torque is the horizontal part of a force of random direction."""
+    push = _draw_force(config, rng)[:, : scene.push_dim] * (scene.push / config.force) if config.force else None
+    q, p = scene.draw(rng, config.n_frames, push)
+    return Trajectories(scene.positions(q), scene.velocities(q, p), np.array(scene.radii), push, q, p, scene)
+
+
 def _check(config: VideoConfig) -> np.ndarray:
     """Refuse what cannot be simulated; return one radius per ball."""
     for name, least in (
@@ -137,19 +157,21 @@ def _check(config: VideoConfig) -> np.ndarray:
         raise UsageError(f"restitution is {config.restitution}, expected at most 1: collisions make no energy")
     if 0 < config.drag < LEAST_DRAG:
         raise UsageError(f"drag is {config.drag}, expected 0 or at least {LEAST_DRAG}")
-    if len(config.radius) not in (1, config.n_balls):
+    scene = scenes.of(config)
+    if scene is None and len(config.radius) not in (1, config.n_balls):
         raise UsageError(f"radius has {len(config.radius)} values, expected 1 or one per ball (n_balls is {config.n_balls})")
     if config.background not in ("black", "gradient"):
         raise UsageError(f"background is {config.background!r}, expected 'black' or 'gradient'")
-    radii = np.broadcast_to(np.asarray(config.radius, dtype=np.float64), (config.n_balls,)).copy()
+    n_balls = config.n_balls if scene is None else len(scene.radii)
+    radii = np.broadcast_to(np.asarray(config.radius, dtype=np.float64), (n_balls,)).copy()
     if not (np.isfinite(radii).all() and (radii >= 1).all()):
         raise UsageError(f"radius is {_text(config.radius)}, expected at least 1 pixel")
     # the published start needs the balls clear of the walls and of each other at a quarter and three quarters of the box
-    least = math.ceil(4 * radii.max() if _published_start(radii) else 2 * radii.max() + 2)
+    least = math.ceil(4 * radii.max() if scene is None and _published_start(radii) else 2 * radii.max() + 2)
     if config.size % 2 or config.size < least:
         raise UsageError(
             f"size is {config.size}, expected an even number of at least {least + least % 2} "
-            f"for {config.n_balls} ball(s) of radius {_text(config.radius)}"
+            f"for {n_balls} ball(s) of radius {_text(config.radius)}"
         )
     size = config.n_frames * config.size**2 * 3
     if size > MOST_BYTES:
@@ -248,12 +270,16 @@ def background(config: VideoConfig) -> np.ndarray:
 
 
 def render(trajectories: Trajectories, config: VideoConfig) -> np.ndarray:
-    """Filled discs on the background, uint8 [T, size, size, 3] RGB: ball 1 cyan, ball 2 red, then other colours."""
+    """Filled discs on the background, uint8 [T, size, size, 3] RGB: ball 1 cyan, ball 2 red, then other colours.
+
+    A smooth scene's discs have smooth rims, and rods and springs are drawn, see `drawing`.
+    """
+    if trajectories.scene is not None:
+        return drawing.draw(trajectories.scene, trajectories.positions, background(config))
     frames = np.repeat(background(config)[None], len(trajectories.positions), axis=0)
     y, x = np.ogrid[: config.size, : config.size]
     for ball, radius in enumerate(trajectories.radii):
-        # more balls than colours: the next round is darker
-        colour = (PALETTE[ball % len(PALETTE)] * 0.7 ** (ball // len(PALETTE))).astype(np.uint8)
+        colour = drawing.colour(ball)
         for frame, (cx, cy) in zip(frames, trajectories.positions[:, ball], strict=True):
             frame[(x - cx) ** 2 + (y - cy) ** 2 <= radius**2] = colour
     return frames
@@ -646,8 +672,9 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
     """Write video_000.mp4, ... and their ground truth; finished videos of the same settings are left alone.
 
     Video i is drawn from the seed [video_seed, i], whatever n_videos is. Beside it, video_i.safetensors holds the
-    trajectories (float64) and, as metadata, `settings` (JSON) and `source`; with a force, video_i.control.json holds that
-    (see `controls`). `progress(done, total)` is called after each video.
+    trajectories (float64), of a smooth scene with q and p, and, as metadata, `settings` (JSON; their `scene` has all constants
+    of a smooth one) and `source`; with a force, video_i.control.json holds that (see `controls`).
+    `progress(done, total)` is called after each video.
 
     Raises
     ------
@@ -660,7 +687,7 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
     """
     radii = _check(config)
     folder = Path(folder)
-    label = _label(config, radii)
+    label, source = _label(config, radii), SOURCE if config.scene == "collisions" else f"synthetic: {config.scene}"
     wanted = [folder / f"video_{index:03d}.mp4" for index in range(config.n_videos)]
     finished = _finished(folder, wanted, label)
     if config.force:
@@ -674,10 +701,12 @@ def generate(folder: Path, config: VideoConfig, progress: Callable[[int, int], N
             with files.atomic_path(path) as temporary:
                 temporary.write_bytes(data)
             if trajectories.force is not None:
-                controls.write(controls.path_of(path), torch.from_numpy(trajectories.force), FORCE)
+                force = torch.from_numpy(trajectories.force)
+                controls.write(controls.path_of(path), force, scenes.PUSHES[force.shape[1]])
             # last: its presence says that the video is complete
-            tensors = {name: torch.from_numpy(getattr(trajectories, name)) for name in TRUTH}
-            files.save_tensors(path.with_suffix(".safetensors"), tensors, {"settings": label, "source": SOURCE})
+            written = TRUTH if trajectories.scene is None else TRUTH + STATE
+            tensors = {name: torch.from_numpy(getattr(trajectories, name)) for name in written}
+            files.save_tensors(path.with_suffix(".safetensors"), tensors, {"settings": label, "source": source})
         if progress is not None:
             progress(index + 1, len(wanted))
     return wanted
@@ -692,6 +721,9 @@ def _label(config: VideoConfig, radii: np.ndarray) -> str:
             del settings[field.name]
     if not config.force:
         del settings["force_frames"]
+    del settings["scene"]
+    if (scene := scenes.of(config)) is not None:
+        settings |= {"scene": scene.to_dict(), "n_balls": len(radii)}
     return json.dumps(settings, sort_keys=True)
 
 
@@ -722,7 +754,7 @@ def load_ground_truth(video_path: Path) -> Trajectories | None:
     path = Path(video_path).with_suffix(".safetensors")
     if not path.exists():
         return None
-    tensors, _ = files.load_tensors(path, "ground truth")
+    tensors, metadata = files.load_tensors(path, "ground truth")
     if missing := [name for name in TRUTH if name not in tensors]:
         raise VideoError(f"{path} is not the ground truth of a video: it has no {', '.join(missing)}")
     positions, velocities, radii = (tensors[name] for name in TRUTH)
@@ -732,4 +764,44 @@ def load_ground_truth(video_path: Path) -> Trajectories | None:
         raise VideoError(f"{path} is not the ground truth of a video: expected [T, n, 2], [T, n, 2], [n], found {shapes}")
     if not all(tensors[name].is_floating_point() and tensors[name].isfinite().all() for name in TRUTH):
         raise VideoError(f"{path} is not the ground truth of a video: its numbers must be finite floating-point ones")
-    return Trajectories(**{name: tensors[name].numpy() for name in TRUTH})
+    found: dict[str, Any] = {name: tensors[name].numpy() for name in TRUTH}
+    settings = _settings(metadata, path) if any(name in tensors for name in STATE) else {}
+    return Trajectories(**found, **(_state(tensors, settings.get("scene"), found, path) if settings else {}))
+
+
+def read_settings(video_path: Path) -> dict[str, Any]:
+    """The settings that a generated video was made with, of which `size` and `fps` are checked.
+
+    Raises
+    ------
+    HJEPAError
+        There is no ground truth beside the video, or it has no such settings.
+    """
+    path = Path(video_path).with_suffix(".safetensors")
+    return _settings(files.load_tensors(path, "ground truth")[1], path)
+
+
+def _settings(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    from . import schemas
+
+    settings = untrusted.parse_json(metadata.get("settings", "null"), f"{path}: settings")
+    return schemas.check(schemas.VideoSettings, settings, f"{path}: settings", VideoError)
+
+
+def _state(tensors: dict[str, torch.Tensor], scene: Any, found: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """The canonical state in a file of ground truth, which must be what its positions and velocities show."""
+    known = scenes.read(scene, str(path), VideoError)
+    frames = len(found["positions"])
+    for name in STATE:
+        x = tensors.get(name)
+        if x is None or x.dtype != torch.float64 or x.shape != (frames, known.n) or not x.isfinite().all():
+            what = "nothing" if x is None else f"{x.dtype} {list(x.shape)}"
+            raise VideoError(f"{path}: expected {name} of {known.name}, finite float64 [{frames}, {known.n}], found {what}")
+    q, p = (tensors[name].numpy() for name in STATE)
+    same = found["radii"].tolist() == list(known.radii)
+    if not same or any(
+        found[name].shape != shown.shape or np.abs(found[name] - shown).max() > 1e-6 * known.size
+        for name, shown in (("positions", known.positions(q)), ("velocities", known.velocities(q, p)))
+    ):
+        raise VideoError(f"{path}: q and p are not the states of scene {known.name} that its positions and velocities show")
+    return {"q": q, "p": p, "scene": known}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LatentError, UsageError
-from . import controls
+from . import controls, truth
 from .config import DataConfig
 from .latents import Latents
+from .truth import Truth
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Dataset:
     """[n_test, window - 1, m] float32."""
     control_scale: Tensor | None = None
     """[m]: recorded controls = controls here * scale; ones without standardisation."""
+    truth: Truth | None = None
+    """The true energy, motion and picture of latents here; None where they are not the canonical states of a smooth scene."""
 
     @property
     def latent_dim(self) -> int:
@@ -75,6 +78,9 @@ def prepare(latents: Sequence[Latents], config: DataConfig, videos: Path | None 
 
     Controls are cut with them (see `controls.of_steps`). Standardised, they are divided by their root mean square over the
     training windows, so that no control stays 0.
+
+    True states (encoder "state") are divided by the root mean square of all q and of all p, whose mean stays, so that they are
+    canonical in the new units too.
 
     A split by video keeps a video's windows on one side. A split by window is the published one: neighbouring windows
     share all but one latent, so the test set is not new to the model.
@@ -126,7 +132,12 @@ def prepare(latents: Sequence[Latents], config: DataConfig, videos: Path | None 
 
     train, test = windows[~is_test], windows[is_test]
     mean, std = torch.zeros(windows.shape[-1]), torch.ones(windows.shape[-1])
-    if config.standardize:
+    encoding = {key: value for key, value in long_enough[0].metadata["provenance"].items() if not key.startswith("source")}
+    if config.standardize and encoding.get("scene") is not None:
+        # one scale for q and one for p: the structure is canonical in any other units only if these are alike in all dimensions
+        std = train.square().unflatten(-1, (2, -1)).mean(dim=(0, 1, 3)).sqrt().repeat_interleave(train.shape[-1] // 2)
+        std = torch.where(std > 0, std, torch.ones_like(std))
+    elif config.standardize:
         mean, std = train.mean(dim=(0, 1)), train.std(dim=(0, 1))
         # a dimension that never changes carries nothing; dividing by its rounding noise would make it carry a lot
         std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
@@ -145,10 +156,11 @@ def prepare(latents: Sequence[Latents], config: DataConfig, videos: Path | None 
         test_videos=tuple(long_enough[i].name for i in video_of[is_test].tolist()),
         test_starts=tuple(start_of[is_test].tolist()),
         label=long_enough[0].metadata["label"],
-        encoding={key: value for key, value in long_enough[0].metadata["provenance"].items() if not key.startswith("source")},
+        encoding=encoding,
         train_control=None if control is None else control[~is_test].contiguous(),
         test_control=None if control is None else control[is_test].contiguous(),
         control_scale=scale,
+        truth=truth.of(encoding, mean, std, str(long_enough[0].path)),
     )
 
 
