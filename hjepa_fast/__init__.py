@@ -8,6 +8,7 @@ from .matching import gradient, step_residual, vector_field
 from .mechanical import Cholesky, Diagonal, MechanicalHNN
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 from .ports import PortHNN
+from .sharding import replicated_scalars
 from .terms import Hamiltonian, Held, Quadratic, Separable, SumHNN, Term
 from .times import odeint
 
@@ -37,6 +38,7 @@ __all__ = [
     "gradient",
     "leapfrog",
     "odeint",
+    "replicated_scalars",
     "rollout",
     "step_residual",
     "vector_field",

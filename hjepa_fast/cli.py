@@ -6,10 +6,12 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
 import threading
+import traceback
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +22,14 @@ from typing import Any, Literal, TextIO
 from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
-from .pipeline import files
+from .pipeline import distributed, files
 from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
+ON_MANY = ("encode", "train", "evaluate", "reproduce")
+"""Commands that processes started by torchrun do together."""
 GOES_ON = "the same command goes on from here"
 
 
@@ -50,18 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
     except KeyboardInterrupt as end:  # between the command and here
         code = _interrupted(end)
+    except Exception:  # --debug
+        if distributed.size() == 1:
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILURE
     _print("")  # help, which argparse left unwritten
     if _lost and not code:
         _complain(f"error: standard output cannot be written: {_lost[0]}; all files are")
         code = EXIT_FAILURE
     _write(sys.stderr, "")
+    distributed.end(code)
     return code
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        options = parser.parse_args(arguments)
+        with _silent(not distributed.is_first()):
+            options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed its message, or the help
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     try:
@@ -69,25 +80,50 @@ def _run(arguments: Sequence[str] | None) -> int:
             if any(action == "error" for action, *_ in warnings.filters):  # PYTHONWARNINGS; a warning ends no training
                 warnings.simplefilter("default")
             warnings.showwarning = _show_warning
-            options.command(options)
+            _run_command(options)
     except HJEPAError as error:
         if options.debug:
             raise
-        _complain(f"error: {error}")
+        _complain_once(f"error: {error}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
     except KeyboardInterrupt as end:
         return _interrupted(end)
     except Exception as error:
+        if distributed.is_lost(error):
+            _complain_once(f"error: another process has ended; {GOES_ON}, and so does torchrun with --max-restarts")
+            return EXIT_FAILURE
         if options.debug:
             raise
-        _complain(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
+        _complain_once(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
         return EXIT_FAILURE
     return 0
 
 
+def _run_command(options: argparse.Namespace) -> None:
+    """Together with the other processes if torchrun started some."""
+    device = "cpu"
+    if distributed.launched():
+        if not options.on_many:
+            distributed.refuse(options.name)
+        device = options.device = distributed.device(options.device)
+        options.quiet |= not distributed.is_first()
+    with distributed.joined(device):
+        options.command(options)
+
+
+@contextlib.contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    nowhere = io.StringIO()
+    with (
+        contextlib.redirect_stderr(nowhere if silent else sys.stderr),
+        contextlib.redirect_stdout(nowhere if silent else sys.stdout),
+    ):
+        yield
+
+
 def _interrupted(end: KeyboardInterrupt) -> int:
     number = end.args[0] if isinstance(end, Ended) else signal.SIGINT
-    _complain(f"{f'ended by {signal.Signals(number).name}' if isinstance(end, Ended) else 'interrupted'}; {GOES_ON}")
+    _complain_once(f"{f'ended by {signal.Signals(number).name}' if isinstance(end, Ended) else 'interrupted'}; {GOES_ON}")
     return EXIT_SIGNAL + number
 
 
@@ -139,7 +175,8 @@ def _prepare_streams() -> None:
 
 def _say(text: object = "") -> None:
     """Print a result."""
-    _print(f"{text}\n")
+    if distributed.is_first():
+        _print(f"{text}\n")
 
 
 def _print(text: str) -> None:
@@ -149,6 +186,12 @@ def _print(text: str) -> None:
 
 def _complain(text: str) -> None:
     _write(sys.stderr, f"hjepa-fast: {text}\n")
+
+
+def _complain_once(text: str) -> None:
+    """Why the command ends, which one of its processes says, the first to know."""
+    if distributed.once("the end"):
+        _complain(text)
 
 
 def _write(stream: TextIO, text: str) -> OSError | ValueError | None:
@@ -270,7 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, help: str, run: Any, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, name=name, on_many=name in ON_MANY)
     command.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     command.add_argument("--quiet", action="store_true", help="no progress, only results and warnings")
     if sections:
@@ -410,7 +453,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    with inside(options.out):
+    with distributed.by_first(inside(options.out)):
         paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     _say(f"latents of {len(paths)} videos in {options.out}")
 
@@ -425,10 +468,10 @@ def _train(options: argparse.Namespace) -> None:
     names = chosen(options.models, config.train, config.data)
     check_settings(config, names)
     resolve_device(options.device)
-    files.refuse_if_locked(options.latents)
+    distributed.on_first(lambda: files.refuse_if_locked(options.latents))
     dataset = prepare(load_latents(options.latents), config.data, options.videos)
-    with run.locked():
-        run.start(config, options.videos, options.latents, names)
+    with distributed.by_first(run.locked()):
+        distributed.on_first(lambda: run.start(config, options.videos, options.latents, names))
         train_models(run, names, dataset, config, options.device, not options.quiet, _say)
 
 
@@ -516,7 +559,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and distributed.once(str(message)):
         _complain(f"warning: {message}")
 
 

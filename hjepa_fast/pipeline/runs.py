@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HJEPAError, UsageError
-from . import checkpoints, controls, evaluate, figures, files, zoo
+from . import checkpoints, controls, distributed, evaluate, figures, files, zoo
 from .config import OFFLINE_ENCODER, Config
 from .encoder_files import file_sha256
 from .encoders import resolve_device
@@ -40,8 +40,11 @@ def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
 def encode(videos: Path, latents: Path, config: Config, device: str, show: bool, fetch: bool = True) -> list[Path]:
     """Encode a folder of videos; what is already there with the same provenance is kept. `fetch`: see `load_encoder`."""
     paths = find_videos(videos)
-    files.refuse_if_locked(videos)
-    with files.locked(latents, needed=False), Progress("latents", 0, unit="clip", enabled=show) as progress:
+    distributed.on_first(lambda: files.refuse_if_locked(videos))
+    with (
+        distributed.by_first(files.locked(latents, needed=False)),
+        Progress("latents", 0, unit="clip", enabled=show) as progress,
+    ):
         return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
@@ -98,7 +101,7 @@ def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
         writes into it.
     """
     run.read_config()  # a folder that is no run is left as it is
-    with run.locked():
+    with distributed.by_first(run.locked()):
         return _evaluate(run, device, show)
 
 
@@ -107,13 +110,11 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     latents, videos = inputs["latents"], inputs["videos"]
     assert latents is not None
     asked = run.asked()
-    for name in asked:
-        if (run.model(name) / "last.safetensors").exists():
-            settle(run.model(name))  # a kill may have come between an epoch and what follows from it
+    distributed.on_first(lambda: _settle(run, asked))
     trained = run.trained()
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
-    files.refuse_if_locked(latents)
+    distributed.on_first(lambda: files.refuse_if_locked(latents))
     dataset = prepare(load_latents(latents), config.data, videos)
     resolved = resolve_device(device)
     models, standings = {}, {}
@@ -126,6 +127,8 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         models[name] = checkpoints.restore(checkpoint, path).to(resolved).eval()
     with Progress("evaluation", len(models) + 1, unit="model", enabled=show) as progress:
         evaluation = evaluate.evaluate(models, dataset, config.evaluate, resolved, progress.callback)
+    if not distributed.is_first():
+        return distributed.broadcast({})
     summary = {
         "encoder": dataset.label,
         "split": config.data.split,
@@ -151,7 +154,14 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     run.table.unlink(missing_ok=True)  # the table of an earlier summary never stands beside a new one
     files.write_json(run.summary, summary)
     files.write_text(run.table, summary_table(summary))
-    return summary
+    return distributed.broadcast(summary)
+
+
+def _settle(run: Run, names: Sequence[str]) -> None:
+    """A kill may have come between an epoch and what follows from it."""
+    for name in names:
+        if (run.model(name) / "last.safetensors").exists():
+            settle(run.model(name))
 
 
 def _probe(videos: Path | None, latents: Path) -> dict[str, Any] | None:
@@ -196,7 +206,7 @@ def reproduce(
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
     run = Run(out)
-    with run.locked():
+    with distributed.by_first(run.locked()):
         return _reproduce(run, config, videos, names, device, show, say, fetch)
 
 
@@ -218,15 +228,15 @@ def _reproduce(
     run: Run, config: Config, videos: Path | None, names: Sequence[str], device: str, show: bool, say: Say, fetch: bool
 ) -> dict[str, Any]:
     out, latents = run.root, run.own(run.root / "latents")
-    run.start(config, videos or out / "videos", latents, names)
+    distributed.on_first(lambda: run.start(config, videos or out / "videos", latents, names))
     if videos is None:
         videos = run.own(out / "videos")
-        make_videos(videos, config, show)
+        distributed.on_first(lambda: make_videos(videos, config, show))
     encode(videos, latents, config, device, show, fetch)
     dataset = prepare(load_latents(latents), config.data, videos)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     train_models(run, names, dataset, config, device, show, say)
     summary = _evaluate(run, device, show)
     say(f"\n{summary_table(summary)}")  # before a figure can fail
-    figures.draw_locked(run)
+    distributed.on_first(lambda: figures.draw_locked(run))
     return summary
