@@ -24,6 +24,7 @@ from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import distributed, files
 from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig
+from .pipeline.places import place
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
@@ -221,12 +222,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
     command.add_argument("videos", type=Path, help="folder of videos (mp4, mov, avi, mkv, webm, ...)")
     command.add_argument(
-        "--out", type=Path, default=Path("latents"), metavar="DIR", help="folder of latents (default: latents)"
+        "--out", default="latents", metavar="DIR", help="folder of latents, or an address such as s3://... (default: latents)"
     )
     _add_device(command)
 
     command = _command(commands, "train", "train models on a folder of latents", _train, ("data", "train", "evaluate"))
-    command.add_argument("latents", type=Path, help="folder made by 'encode'")
+    command.add_argument("latents", help="folder made by 'encode', or an address such as s3://...")
     command.add_argument(
         "--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe, figures and recorded controls"
     )
@@ -453,25 +454,26 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    with distributed.by_first(inside(options.out)):
-        paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
+    out = place(options.out)
+    with distributed.by_first(inside(out)):
+        paths = encode(options.videos, out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     _say(f"latents of {len(paths)} videos in {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .pipeline.encoders import resolve_device
-    from .pipeline.latents import load_latents
     from .pipeline.runs import check_settings, train_models
-    from .pipeline.windows import prepare
+    from .pipeline.windows import read
 
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
     check_settings(config, names)
     resolve_device(options.device)
-    distributed.on_first(lambda: files.refuse_if_locked(options.latents))
-    dataset = prepare(load_latents(options.latents), config.data, options.videos)
+    latents = place(options.latents)
+    distributed.on_first(lambda: files.refuse_if_locked(latents))
+    dataset = read(latents, config.data, options.videos)
     with distributed.by_first(run.locked()):
-        distributed.on_first(lambda: run.start(config, options.videos, options.latents, names))
+        distributed.on_first(lambda: run.start(config, options.videos, latents, names))
         train_models(run, names, dataset, config, options.device, not options.quiet, _say)
 
 
