@@ -155,6 +155,21 @@ WORLDS = {
     "driven": _world(control="recorded", force=0.1),
 }
 """Settings of `--world`: what the synthetic balls live in, and the friction and control of models for it."""
+_SMOOTH = {
+    "pendulum": {"drag": 0.01, "force": 0.1},
+    "springs": {"drag": 0.01, "force": 0.03},
+    "orbit": {"drag": 0.001, "force": 0.02},
+}
+"""Drag and force of the smooth scenes' damped and driven worlds, with which they stay inside the frame."""
+
+
+def world(name: str, scene: str) -> dict[str, dict[str, Any]]:
+    """The settings of `WORLDS` for a scene: in a smooth one nothing collides, and drag and force have values of their own."""
+    settings = WORLDS[name]
+    if scene not in _SMOOTH:
+        return settings
+    own = {key: value if settings["videos"][key] else 0.0 for key, value in _SMOOTH[scene].items()}
+    return settings | {"videos": {"restitution": 1.0, **own}}
 
 
 @dataclass(frozen=True)

@@ -386,9 +386,8 @@ def of(config: VideoConfig) -> Scene | None:
     """
     if config.scene == "collisions":
         return None
-    size, balls = config.size, 1 if config.scene == "pendulum" else config.n_balls
-    default = VideoConfig()
-    if config.scene != "springs" and config.n_balls not in (balls, default.n_balls):
+    size, balls = config.size, {"pendulum": 1, "orbit": 2}.get(config.scene, config.n_balls)
+    if config.n_balls not in (balls, VideoConfig().n_balls):
         raise UsageError(f"n_balls is {config.n_balls}, expected {balls} in scene {config.scene}")
     if config.restitution != 1:
         raise UsageError(

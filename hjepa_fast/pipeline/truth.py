@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError, UsageError
-from . import scenes
+from . import drawing, scenes
 from .scenes import Scene
 
 
@@ -80,6 +80,11 @@ class Truth:
         """Centres (x, y) in pixels of the balls that are drawn for latents, [..., d] to [..., n_points, 2]."""
         with np.errstate(all="ignore"):
             return torch.from_numpy(np.asarray(self.scene.positions(self.states(z)[0])))
+
+    def frames(self, z: Tensor) -> np.ndarray:
+        """What states look like in a video, [T, d] to uint8 [T, size, size, 3] RGB; black where a state is not finite."""
+        with np.errstate(all="ignore"):
+            return drawing.draw(self.scene, self.positions(z).numpy())
 
 
 def of(encoding: Mapping[str, Any], mean: Tensor, std: Tensor, source: str) -> Truth | None:
