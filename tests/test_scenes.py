@@ -62,10 +62,11 @@ def test_pull_is_minus_the_gradient_of_the_potential(name, changes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_energy_is_kept_over_a_thousand_steps(name):
+def test_energy_is_kept(name):
+    """To 1e-11 of itself over 1,000 steps of the pendulum and 250 of the others, whose pull is slower to compute."""
     scene = scene_of(name)
     q, p = scene.start(np.random.default_rng(3))
-    H = scene.energy(*scene.path(np.stack([q, 0.9 * q]), np.stack([p, p]), 4001))
+    H = scene.energy(*scene.path(np.stack([q, 0.9 * q]), np.stack([p, p]), 1001 if name == "pendulum" else 251, stride=4))
     assert np.abs(H / H[0] - 1).max() < 1e-11
 
 
@@ -132,6 +133,7 @@ def test_truth_in_the_units_of_latents(name):
     torch.testing.assert_close(path[1], z[4:44:4], rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(truth.positions(z), scene.positions(q))
     assert truth.conservative
+    assert truth.rollout(z[:0], 2).shape == (0, 3, 2 * scene.n)
     assert truth.energy(z.reshape(1, 41, -1).float()).shape == (1, 41)
     assert truth.energy(torch.full((3, 2 * scene.n), math.nan)).isnan().all()
     with pytest.raises(UsageError, match=f"have {2 * scene.n} numbers, found"):
@@ -186,14 +188,13 @@ def test_each_world_of_each_scene_stays_in_the_frame(name, of):
         ({"scene": "pendulum", "radius": (9.0, 9.0)}, "radius has 2 values, expected 1"),
         ({"scene": "springs", "n_balls": 1}, "scene springs has 1 ball, expected at least 2"),
         ({"scene": "springs", "n_balls": 9}, "springs of 19.2 pixels between balls of radius 20: expected fewer or smaller"),
-        ({"scene": "orbit", "force": 50.0}, "none of 3 random motions of scene orbit can be shown.* or force \\(50\\)"),
+        ({"scene": "orbit", "force": 50.0}, "none of 192 random motions of scene orbit can be shown.* or force \\(50\\)"),
         ({"scene": "pendulum", "drag": 5.0}, "drag is 5 per frame, expected at most 4"),
-        ({"scene": "pendulum", "radius": (60.0,)}, "none of 3 random motions"),
+        ({"scene": "pendulum", "radius": (60.0,)}, "none of 192 random motions"),
         ({"scene": "pendulum", "size": 63}, "size is 63, expected an even number"),
     ],
 )
-def test_what_a_scene_cannot_be_is_refused(monkeypatch, changes, message):
-    monkeypatch.setattr(scenes, "TRIES", 3)
+def test_what_a_scene_cannot_be_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         simulate(VideoConfig(n_frames=20, **changes), np.random.default_rng(0))
 
@@ -356,7 +357,7 @@ def test_latents_are_the_states_of_every_fourth_frame(name, tmp_path):
 
 
 def test_a_driven_pendulums_control_is_what_acted_between_two_states(tmp_path):
-    """Without gravity a pendulum's rate changes by just the sum of the torques: the recorded mean times the frames."""
+    """Without gravity, the rate of a pendulum changes by just the sum of the torques: the recorded mean times the frames."""
     config = VideoConfig(scene="pendulum", n_videos=3, n_frames=30, size=64, radius=(4.0,), force=0.1, force_frames=7)
     videos = generate(tmp_path / "v", config)
     encode_videos(videos, tmp_path / "l", STATES)

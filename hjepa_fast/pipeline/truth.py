@@ -72,8 +72,9 @@ class Truth:
         if n_steps < 0:
             raise UsageError(f"a rollout has at least 0 steps, found {n_steps}")
         with np.errstate(all="ignore"):
-            q, p = self.scene.path(*self.states(z0), n_steps * self.frames_per_step + 1)
-        path = torch.from_numpy(np.concatenate([x[:: self.frames_per_step] for x in (q, p)], axis=-1))
+            path = torch.from_numpy(
+                np.concatenate(self.scene.path(*self.states(z0), n_steps + 1, stride=self.frames_per_step), axis=-1)
+            )
         return ((path - self.mean.cpu().double()) / self.std.cpu().double()).movedim(0, -2)
 
     def positions(self, z: Tensor) -> Tensor:
