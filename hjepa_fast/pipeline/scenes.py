@@ -184,7 +184,7 @@ class Scene:
                 if self.fits(q[:, i]):
                     return q[:, i].copy(), p[:, i].copy()
         raise UsageError(
-            f"none of {ROUNDS * TRIES} random motions of scene {self.name} can be shown, inside the frame and nothing touching: "
+            f"none of {ROUNDS * TRIES} random motions of scene {self.name} can be shown inside the frame, nothing touching: "
             f"expected smaller balls, less drag ({self.drag:g}) or force ({self.push:g}), or shorter videos"
         )
 
