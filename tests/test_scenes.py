@@ -188,7 +188,7 @@ def test_each_world_of_each_scene_stays_in_the_frame(name, of):
         ({"scene": "pendulum", "radius": (9.0, 9.0)}, "radius has 2 values, expected 1"),
         ({"scene": "springs", "n_balls": 1}, "scene springs has 1 ball, expected at least 2"),
         ({"scene": "springs", "n_balls": 9}, "springs of 19.2 pixels between balls of radius 20: expected fewer or smaller"),
-        ({"scene": "orbit", "force": 50.0}, "none of 192 random motions of scene orbit can be shown* or force \\(50\\)"),
+        ({"scene": "orbit", "force": 50.0}, "none of 192 random motions of scene orbit can be shown.* or force \\(50\\)"),
         ({"scene": "pendulum", "drag": 5.0}, "drag is 5 per frame, expected at most 4"),
         ({"scene": "pendulum", "radius": (60.0,)}, "none of 192 random motions"),
         ({"scene": "pendulum", "size": 63}, "size is 63, expected an even number"),
@@ -420,7 +420,7 @@ def test_the_command_line_from_scene_to_dream(tmp_path, capsys):
     command = ["reproduce", "--scene", "pendulum", "--world", "damped", "--encoder", "state", *small, "--out", str(run)]
     assert main([*command, "--quiet", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "encoder: state, the true states of the videos, and none" in printed
+    assert "encoder: none, the latents are the true states of the videos (state)" in printed
     assert "state (ground truth, no encoder)" in printed
     assert json.loads((run / "summary.json").read_text())["probe"] is None
     config = json.loads((run / "config.json").read_text())

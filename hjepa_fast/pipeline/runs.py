@@ -197,7 +197,7 @@ def reproduce(
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
     if config.encode.encoder == STATE_ENCODER:
-        say(f"encoder: {STATE_ENCODER}, the true states of the videos, and none; its results say nothing of one")
+        say(f"encoder: none, the latents are the true states of the videos ({STATE_ENCODER}); results are of the models alone")
     run = Run(out)
     with run.locked():
         return _reproduce(run, config, videos, names, device, show, say, fetch)
