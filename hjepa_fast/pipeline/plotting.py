@@ -153,16 +153,21 @@ def new_figure(finding: str, about: str = "", n_rows: int = 1, n_columns: int = 
 
     `finding` is its title; `about`, what it was drawn from, stands small below it. `grid`: see `Figure.subplots`.
     """
+    figure = titled(finding, about)
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False, **grid)
+
+
+def titled(finding: str, about: str = "") -> Figure:
+    """`new_figure` without its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, **grid)
     # a file's name may hold dollar signs
     figure.suptitle(_wrapped(finding, _TITLE), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
     text = _wrapped(about, _ABOUT)
     figure.text(0.01, 0.008, text, fontsize=7.5, color="#555555", parse_math=False, in_layout=False)
     _keep_free(figure, 0.01 + 0.023 * len(text.splitlines()))
-    return figure, axes
+    return figure
 
 
 def _keep_free(figure: Figure, bottom: float) -> None:
