@@ -21,7 +21,7 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import files
-from .pipeline.config import WORLDS, Config, EncodeConfig
+from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
@@ -188,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe, figures and recorded controls"
     )
     _add_run(command)
+    _add_recipe(command)
     _add_models(command)
     _add_device(command)
 
@@ -257,6 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(command)
     command.add_argument("--videos", type=Path, metavar="DIR", help="use this folder of videos instead of synthetic ones")
     _add_world(command)
+    _add_recipe(command)
     command.add_argument(
         "--quick",
         action="store_true",
@@ -299,7 +301,9 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
     elif type(None) in typing.get_args(hint):
-        options |= {"action": _NumbersOrNone, "nargs": "+", "metavar": ("LOW", "HIGH")}
+        kind = typing.get_args(typing.get_args(hint)[0])
+        metavar: Any = "N" if Ellipsis in kind else ("LOW", "HIGH")
+        options |= {"action": _NumbersOrNone, "type": str, "nargs": "+", "metavar": metavar, "const": kind[0]}
     elif typing.get_origin(hint) is tuple:
         options |= {"type": _numbers, "metavar": "X,X"}
     else:
@@ -308,18 +312,19 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
 
 
 class _NumbersOrNone(argparse.Action):
-    """`LOW HIGH`, `LOW,HIGH` or `none`."""
+    """`LOW HIGH`, `LOW,HIGH` or `none`, numbers of the type `const`."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         text = ",".join(values)
         try:
-            setattr(namespace, self.dest, None if text == "none" else _numbers(text))
+            setattr(namespace, self.dest, None if text == "none" else _numbers(text, self.const))
         except ValueError as error:
-            raise argparse.ArgumentError(self, f"expected two numbers or none, found {' '.join(values)!r}") from error
+            what = "integers" if self.const is int else "two numbers"
+            raise argparse.ArgumentError(self, f"expected {what} or none, found {' '.join(values)!r}") from error
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+def _numbers(text: str, kind: type = float) -> tuple[Any, ...]:
+    return tuple(kind(part) for part in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -333,6 +338,16 @@ def _add_world(command: argparse.ArgumentParser) -> None:
         help="what the synthetic balls live in: elastic, as published; damped, with drag and losses at collisions, and models "
         "with conformal friction; driven, by a recorded force, which is the models' control. Sets --restitution, --drag, "
         "--force, --friction and --control, also those of a --config; these options override it",
+    )
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    fields = ", ".join(f"--{name.replace('_', '-')}" for name in RECIPES["published"]["train"])
+    command.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="how models are trained: published, as H-JEPA's; smooth, for latents that are canonical states of a smooth "
+        f"motion. Sets {fields}, also those of a --config; these options override it",
     )
 
 
@@ -364,13 +379,13 @@ def _add_models(command: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Defaults, then the preset, then the file of --config, then what --world sets, then options."""
+    """Defaults, then the preset, then the file of --config, then what --world and --recipe set, then options."""
     values: dict[str, dict[str, Any]] = {section: dict(fields) for section, fields in (preset or {}).items()}
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
-    if getattr(options, "world", None):
-        for section, fields in WORLDS[options.world].items():
+    for named, chosen_name in ((WORLDS, getattr(options, "world", None)), (RECIPES, getattr(options, "recipe", None))):
+        for section, fields in named[chosen_name].items() if chosen_name else ():
             values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .api import INTEGRATORS, Rollout, rollout
+from .api import INTEGRATORS, Rollout, Solve, rollout
 from .schemes import SCHEMES
 
 DT_BOUNDS = (0.1, 2.0)
@@ -63,10 +63,16 @@ def _within(dt: Tensor, bounds: Bounds) -> bool:
     return low <= dt.item() <= high
 
 
-class SymplecticIntegrator(nn.Module):
-    """Rolls a Hamiltonian forward with a learnable step size.
+def _of_whole_steps(solve: Solve, n_steps: int, k: int) -> Solve:
+    """How well n_steps steps of k sub-steps each were solved."""
+    converged, residual, evaluations = (x.unflatten(-1, (n_steps, k)) for x in solve)
+    return Solve(converged.all(-1), residual.amax(-1), evaluations.sum(-1, dtype=evaluations.dtype))
 
-    The default step, "leapfrog", is the published one: it is symplectic only for a separable H.
+
+class SymplecticIntegrator(nn.Module):
+    """Rolls a Hamiltonian forward with a learnable step size; the default step is symplectic only for a separable H.
+
+    That step, "leapfrog", is the published one. `hjepa_fast.rollout` names those that are symplectic for any H.
 
     State-dict keys are `dt` and `hnn.*`, as in published checkpoints.
 
@@ -87,16 +93,21 @@ class SymplecticIntegrator(nn.Module):
         Name of the scheme, see `hjepa_fast.rollout`.
     backend : str
         See `hjepa_fast.rollout`.
+    sub_steps : int
+        Steps of the scheme, each by dt / sub_steps, that one step of this module is made of, >= 1.
 
     Raises
     ------
     TypeError
-        dt is not a number.
+        dt is not a number, or sub_steps no integer.
     ValueError
-        An unknown integrator, a dt that is not finite or lies outside `dt_bounds`, or bounds that are not low < high.
+        An unknown integrator, a dt that is not finite or lies outside `dt_bounds`, bounds that are not low < high, or less
+        than one sub-step.
     """
 
-    dt_bounds: Bounds | None = DT_BOUNDS  # of instances that were pickled before they had bounds of their own
+    # of instances that were pickled before they had their own
+    dt_bounds: Bounds | None = DT_BOUNDS
+    sub_steps: int = 1
 
     def __init__(
         self,
@@ -106,6 +117,7 @@ class SymplecticIntegrator(nn.Module):
         dt_bounds: Bounds | None = DT_BOUNDS,
         integrator: str = "leapfrog",
         backend: str = "auto",
+        sub_steps: int = 1,
     ) -> None:
         super().__init__()
         validation.check_choice(integrator, INTEGRATORS, "integrator")
@@ -114,6 +126,7 @@ class SymplecticIntegrator(nn.Module):
         self.hnn = hnn
         self.integrator = integrator
         self.backend = backend
+        self.sub_steps = validation.as_count(sub_steps, "sub_steps", 1)
         like = next(hnn.parameters(), torch.empty(0))
         if not like.is_floating_point():
             raise TypeError(f"hnn must have floating-point parameters, found {like.dtype}")
@@ -126,9 +139,30 @@ class SymplecticIntegrator(nn.Module):
         """dt as it is used: clamped to `dt_bounds`, 0-d, differentiable."""
         return self.dt if self.dt_bounds is None else self.dt.clamp(*self.dt_bounds)
 
-    def trajectory(self, z0: Tensor, n_steps: int, **options: Any) -> Rollout:
-        """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others."""
-        return rollout(self.hnn, z0, self.step_size, n_steps, integrator=self.integrator, backend=self.backend, **options)
+    def trajectory(self, z0: Tensor, n_steps: int, *, integrator: str | None = None, **options: Any) -> Rollout:
+        """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others.
+
+        What is returned is of whole steps: with sub-steps, the states, energies and distances at their ends, the largest
+        residual and all the evaluations of each.
+
+        Parameters
+        ----------
+        integrator : str, optional
+            Another scheme than the module's.
+        """
+        options |= {"integrator": integrator or self.integrator, "backend": self.backend}
+        k = self.sub_steps
+        if k == 1:
+            return rollout(self.hnn, z0, self.step_size, n_steps, **options)
+        n_steps = validation.as_count(n_steps, "n_steps")
+        control = options.get("control")
+        if isinstance(control, Tensor) and control.ndim > z0.ndim:  # of each step
+            options["control"] = control.repeat_interleave(k, dim=-2)
+        fine = rollout(self.hnn, z0, self.step_size / k, n_steps * k, **options)
+        states = fine.states if options.get("states") == "final" else fine.states[..., ::k, :]
+        energy = None if fine.energy is None else fine.energy[..., ::k]
+        distance = None if fine.distance is None else fine.distance[..., k - 1 :: k]
+        return Rollout(states, energy, None if fine.solve is None else _of_whole_steps(fine.solve, n_steps, k), distance)
 
     def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
         """States [..., n_steps + 1, 2d] from z0 [..., 2d], z0 first."""
@@ -147,7 +181,8 @@ class SymplecticIntegrator(nn.Module):
         note = ""
         if not scheme.general.symplectic:
             note = " (symplectic only for a separable H)" if scheme.separable.symplectic else " (not symplectic)"
-        return f"integrator={self.integrator!r}{note}, dt_bounds={self.dt_bounds}, backend={self.backend!r}"
+        sub_steps = "" if self.sub_steps == 1 else f", sub_steps={self.sub_steps}"
+        return f"integrator={self.integrator!r}{note}, dt_bounds={self.dt_bounds}, backend={self.backend!r}{sub_steps}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -165,5 +200,13 @@ class SymplecticIntegrator(nn.Module):
 class EulerIntegrator(SymplecticIntegrator):
     """Forward Euler, z + dt J grad H, the published ablation: one gradient a step, not symplectic."""
 
-    def __init__(self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: str = "auto") -> None:
-        super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend)
+    def __init__(
+        self,
+        hnn: nn.Module,
+        dt: float = 1.0,
+        *,
+        dt_bounds: Bounds | None = DT_BOUNDS,
+        backend: str = "auto",
+        sub_steps: int = 1,
+    ) -> None:
+        super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend, sub_steps=sub_steps)

@@ -392,7 +392,8 @@ class _Predictor:
         if self.steps:
             return self.evaluations / self.steps
         # Tao's method has no stages: it moves two copies in turn, with four gradients
-        return None if self.integrator is None else float(len(SCHEMES[self.integrator].stages) or 4)
+        sub_steps = self.model.sub_steps if isinstance(self.model, SymplecticIntegrator) else 1
+        return None if self.integrator is None else float(sub_steps * (len(SCHEMES[self.integrator].stages) or 4))
 
     def states(self, z0: Tensor, n_steps: int, control: Tensor | None = None) -> Tensor:
         """[B, n_steps + 1, d] from z0 [B, d], under a control [B, n_steps, m] if the model has a port for it."""
@@ -426,10 +427,7 @@ class _Predictor:
 
     def _trajectory(self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, **options: Any) -> api.Rollout:
         assert self.integrator is not None
-        out = api.rollout(
-            model.hnn, z0, model.step_size, n_steps,
-            integrator=self.integrator, backend=model.backend, unconverged="flag", **options,
-        )  # fmt: skip
+        out = model.trajectory(z0, n_steps, integrator=self.integrator, unconverged="flag", **options)
         if out.solve is not None:
             self.steps += out.solve.converged.numel()
             self.solved += int(out.solve.converged.sum())
