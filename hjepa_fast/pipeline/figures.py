@@ -262,7 +262,7 @@ def _motion(view: View) -> Figure | None:
         axis.plot(*true[:, pair].T, "o", color=TRUE, ms=3.5, mew=0, alpha=0.35)
         axis.plot(*path[:, pair].T, "o", color=COLORS[name], ms=2, mew=0)
         axis.set(xlabel="q1 (standardised)", ylabel="p1 (standardised)", title=f"{title}, {len(true) - 1:,} steps")
-        around(axis, true[:, pair], [(path[:, pair], COLORS[name], "model")])
+        around(axis, true[:, pair], [(path[:, pair], COLORS[name], title)])
     if len(best) == 1:
         axes["b"].set_axis_off()
     steps = np.arange(min(COURSE, len(true) - 1) + 1)
