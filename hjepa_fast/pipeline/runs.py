@@ -149,6 +149,8 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
         "probe": _probe(videos, latents, None if config.data.stream == "off" else streaming.HELD),
+        "step": evaluate.step_units(streaming.open_latents(latents)),
+        "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),
         "checkpoints": {name: file_sha256(path) for name, path in trained.items()},
         "models": [row | standings.get(row["name"], {}) for row in evaluation.rows],
