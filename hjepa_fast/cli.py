@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        with _silent(not distributed.is_first()):
+        with _silent(not distributed.speaks()):
             options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed its message, or the help
         return end.code if isinstance(end.code, int) else EXIT_USAGE
@@ -107,8 +107,8 @@ def _run_command(options: argparse.Namespace) -> None:
         if not options.on_many:
             distributed.refuse(options.name)
         device = options.device = distributed.device(options.device)
-        options.quiet |= not distributed.is_first()
     with distributed.joined(device):
+        options.quiet |= not distributed.is_first()
         options.command(options)
 
 
@@ -176,7 +176,7 @@ def _prepare_streams() -> None:
 
 def _say(text: object = "") -> None:
     """Print a result."""
-    if distributed.is_first():
+    if distributed.speaks():
         _print(f"{text}\n")
 
 

@@ -22,7 +22,7 @@ from hjepa_fast.errors import HJEPAError, UsageError
 from hjepa_fast.pipeline import checkpoints, distributed, evaluate, files, latents, runs, train
 from hjepa_fast.pipeline.config import DataConfig, EncodeConfig, EvaluateConfig, TrainConfig
 from hjepa_fast.pipeline.videos import write_video
-from hjepa_fast.pipeline.windows import prepare
+from hjepa_fast.pipeline.windows import prepare, read
 from synthetic import write_latents
 
 av = pytest.importorskip("av")
@@ -111,6 +111,7 @@ def _work(rank, folder, port):
         found |= {"written": written, "progress": progress[-1]}
         files.save_tensors = save
 
+        found["fingerprint"] = read(folder / "latents", dataclasses.replace(DATA, stream="windows")).fingerprint()
         data = dataset(folder)
         models = {}
         for name in TRAINED:
@@ -266,6 +267,11 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(together):
     assert said[1] == f"hjepa-fast: error: {MISFORTUNE}\n"
 
 
+def test_streamed_latents_are_known_to_all(together, found):
+    alone = read(together / "latents", dataclasses.replace(DATA, stream="windows")).fingerprint()
+    assert [f["fingerprint"] for f in found] == [alone] * 2
+
+
 def test_fsdp_trains_as_one_process_does(together):
     expected = sharded_steps().state_dict()
     state = torch.load(together / "state0.pt")
@@ -350,6 +356,13 @@ def test_each_process_has_the_gpu_of_its_number(launched):
         distributed.device("auto")
 
 
+def test_a_process_that_has_not_joined_works_for_itself(launched, tmp_path):
+    """A script of a user's own, which torchrun started, may train something else in each process."""
+    write_latents(tmp_path / "latents")
+    path = train.train("baseline", dataset(tmp_path), tmp_path / "m", dataclasses.replace(CONFIG, epochs=1), DATA)
+    assert checkpoints.load(path).facts["epoch"] == 1
+
+
 def test_without_a_gpu_all_have_the_cpu(launched):
     launched.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.device("auto") == "cpu"
@@ -362,6 +375,7 @@ def test_what_one_process_does_is_refused_and_only_the_first_says_what_is_wrong(
         said = []
         for number in ("0", "1"):
             launched.setenv("RANK", number)
+            launched.setenv("LOCAL_RANK", number)
             assert cli.main(arguments) == cli.EXIT_USAGE
             said.append("".join(capfd.readouterr()))
         assert said[0]
