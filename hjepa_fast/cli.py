@@ -23,7 +23,8 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import distributed, files
-from .pipeline.config import WORLDS, Config, EncodeConfig
+from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig, VideoConfig, world
+from .pipeline.places import place
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        with _silent(not distributed.is_first()):
+        with _silent(not distributed.speaks()):
             options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed its message, or the help
         return end.code if isinstance(end.code, int) else EXIT_USAGE
@@ -106,8 +107,8 @@ def _run_command(options: argparse.Namespace) -> None:
         if not options.on_many:
             distributed.refuse(options.name)
         device = options.device = distributed.device(options.device)
-        options.quiet |= not distributed.is_first()
     with distributed.joined(device):
+        options.quiet |= not distributed.is_first()
         options.command(options)
 
 
@@ -175,7 +176,7 @@ def _prepare_streams() -> None:
 
 def _say(text: object = "") -> None:
     """Print a result."""
-    if distributed.is_first():
+    if distributed.speaks():
         _print(f"{text}\n")
 
 
@@ -214,23 +215,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "generate", "generate synthetic videos of colliding balls", _generate, ("videos",))
+    command = _command(commands, "generate", "generate synthetic videos with their ground truth", _generate, ("videos",))
     _add_world(command)
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
     command.add_argument("videos", type=Path, help="folder of videos (mp4, mov, avi, mkv, webm, ...)")
     command.add_argument(
-        "--out", type=Path, default=Path("latents"), metavar="DIR", help="folder of latents (default: latents)"
+        "--out", default="latents", metavar="DIR", help="folder of latents, or an address such as s3://... (default: latents)"
     )
     _add_device(command)
 
     command = _command(commands, "train", "train models on a folder of latents", _train, ("data", "train", "evaluate"))
-    command.add_argument("latents", type=Path, help="folder made by 'encode'")
+    command.add_argument("latents", help="folder made by 'encode', or an address such as s3://...")
     command.add_argument(
         "--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe, figures and recorded controls"
     )
     _add_run(command)
+    _add_recipe(command)
     _add_models(command)
     _add_device(command)
 
@@ -262,7 +264,10 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("dream"),
         metavar="STEM",
-        help="writes STEM.safetensors, STEM.png and STEM.pdf (default: dream)",
+        help="writes STEM.safetensors, STEM.png, STEM.pdf, STEM.mp4 and STEM.gif (default: dream)",
+    )
+    command.add_argument(
+        "--animation", action=argparse.BooleanOptionalAction, default=True, help="write STEM.mp4 and STEM.gif (default: yes)"
     )
     _add_device(command)
 
@@ -297,6 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(command)
     command.add_argument("--videos", type=Path, metavar="DIR", help="use this folder of videos instead of synthetic ones")
     _add_world(command)
+    _add_recipe(command)
     command.add_argument(
         "--quick",
         action="store_true",
@@ -339,7 +345,9 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
     elif type(None) in typing.get_args(hint):
-        options |= {"action": _NumbersOrNone, "nargs": "+", "metavar": ("LOW", "HIGH")}
+        kind = typing.get_args(typing.get_args(hint)[0])
+        metavar: Any = "N" if Ellipsis in kind else ("LOW", "HIGH")
+        options |= {"action": _NumbersOrNone, "type": str, "nargs": "+", "metavar": metavar, "const": kind[0]}
     elif typing.get_origin(hint) is tuple:
         options |= {"type": _numbers, "metavar": "X,X"}
     else:
@@ -348,18 +356,19 @@ def _add_field(group: Any, section: str, field: dataclasses.Field[Any], hint: An
 
 
 class _NumbersOrNone(argparse.Action):
-    """`LOW HIGH`, `LOW,HIGH` or `none`."""
+    """`LOW HIGH`, `LOW,HIGH` or `none`, numbers of the type `const`."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         text = ",".join(values)
         try:
-            setattr(namespace, self.dest, None if text == "none" else _numbers(text))
+            setattr(namespace, self.dest, None if text == "none" else _numbers(text, self.const))
         except ValueError as error:
-            raise argparse.ArgumentError(self, f"expected two numbers or none, found {' '.join(values)!r}") from error
+            what = "integers" if self.const is int else "two numbers"
+            raise argparse.ArgumentError(self, f"expected {what} or none, found {' '.join(values)!r}") from error
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+def _numbers(text: str, kind: type = float) -> tuple[Any, ...]:
+    return tuple(kind(part) for part in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -370,9 +379,19 @@ def _add_world(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--world",
         choices=tuple(WORLDS),
-        help="what the synthetic balls live in: elastic, as published; damped, with drag and losses at collisions, and models "
-        "with conformal friction; driven, by a recorded force, which is the models' control. Sets --restitution, --drag, "
-        "--force, --friction and --control, also those of a --config; these options override it",
+        help="what the synthetic scene lives in: elastic, as published; damped, with drag and losses at collisions, and models "
+        "with conformal friction; driven, by a recorded force or torque, which is the models' control. Sets --restitution, "
+        "--drag, --force, --friction and --control, also those of a --config; these options override it",
+    )
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    fields = ", ".join(f"--{name.replace('_', '-')}" for name in RECIPES["published"]["train"])
+    command.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="how models are trained: published, as H-JEPA's; smooth, for latents that are canonical states of a smooth "
+        f"motion. Sets {fields}, also those of a --config; these options override it",
     )
 
 
@@ -404,13 +423,19 @@ def _add_models(command: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Defaults, then the preset, then the file of --config, then what --world sets, then options."""
+    """Defaults, then the preset, then the file of --config, then what --world and --recipe set, then options."""
     values: dict[str, dict[str, Any]] = {section: dict(fields) for section, fields in (preset or {}).items()}
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
+    presets = []
     if getattr(options, "world", None):
-        for section, fields in WORLDS[options.world].items():
+        recorded_scene = values.get("videos", {}).get("scene", VideoConfig().scene)
+        presets.append(world(options.world, vars(options).get("videos.scene", recorded_scene)))
+    if getattr(options, "recipe", None):
+        presets.append(RECIPES[options.recipe])
+    for named in presets:
+        for section, fields in named.items():
             values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")
@@ -438,25 +463,26 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    with distributed.by_first(inside(options.out)):
-        paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
+    out = place(options.out)
+    with distributed.by_first(inside(out)):
+        paths = encode(options.videos, out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     _say(f"latents of {len(paths)} videos in {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .pipeline.encoders import resolve_device
-    from .pipeline.latents import load_latents
     from .pipeline.runs import check_settings, train_models
-    from .pipeline.windows import prepare
+    from .pipeline.windows import read
 
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
     check_settings(config, names)
     resolve_device(options.device)
-    distributed.on_first(lambda: files.refuse_if_locked(options.latents))
-    dataset = prepare(load_latents(options.latents), config.data, options.videos)
+    latents = place(options.latents)
+    distributed.on_first(lambda: files.refuse_if_locked(latents))
+    dataset = read(latents, config.data, options.videos)
     with distributed.by_first(run.locked()):
-        distributed.on_first(lambda: run.start(config, options.videos, options.latents, names))
+        distributed.on_first(lambda: run.start(config, options.videos, latents, names))
         train_models(run, names, dataset, config, options.device, not options.quiet, _say)
 
 
@@ -502,6 +528,7 @@ def _dream(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         device=options.device,
         control=options.control,
+        animate=options.animation,
     )
     _say(result.text)
     for path in result.paths:

@@ -568,7 +568,7 @@ def check(
     z0 : Tensor [n, 2d]
         States; for a model of standardised latents without data, standard normal ones will do.
     dt : float, optional
-        Step size; by default the `SymplecticIntegrator`'s.
+        Step size; by default that of the `SymplecticIntegrator`'s sub-steps.
     integrators : sequence of str, optional
         By default the `SymplecticIntegrator`'s own ("leapfrog" for a bare Hamiltonian), then "implicit-leapfrog".
     n_steps : int
@@ -584,7 +584,7 @@ def check(
     own: Integrator = "leapfrog"
     if isinstance(hnn, SymplecticIntegrator):
         own = hnn.integrator
-        dt = hnn.step_size.item() if dt is None else dt
+        dt = hnn.step_size.item() / hnn.sub_steps if dt is None else dt
         hnn = hnn.hnn
     if dt is None:
         raise ValueError("dt is needed: only a SymplecticIntegrator has a step size of its own")

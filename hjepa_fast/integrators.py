@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .api import INTEGRATORS, Rollout, rollout
+from .api import INTEGRATORS, Rollout, Solve, rollout
 from .names import Backend, Integrator, TrajectoryOptions
 from .schemes import SCHEMES
 
@@ -64,10 +64,16 @@ def _within(dt: Tensor, bounds: Bounds) -> bool:
     return low <= dt.item() <= high
 
 
-class SymplecticIntegrator(nn.Module):
-    """Rolls a Hamiltonian forward with a learnable step size.
+def _of_whole_steps(solve: Solve, n_steps: int, k: int) -> Solve:
+    """How well n_steps steps of k sub-steps each were solved."""
+    converged, residual, evaluations = (x.unflatten(-1, (n_steps, k)) for x in solve)
+    return Solve(converged.all(-1), residual.amax(-1), evaluations.sum(-1, dtype=evaluations.dtype))
 
-    The default step, "leapfrog", is the published one: it is symplectic only for a separable H.
+
+class SymplecticIntegrator(nn.Module):
+    """Rolls a Hamiltonian forward with a learnable step size; the default step is symplectic only for a separable H.
+
+    That step, "leapfrog", is the published one. `hjepa_fast.rollout` names those that are symplectic for any H.
 
     State-dict keys are `dt` and `hnn.*`, as in published checkpoints.
 
@@ -88,16 +94,21 @@ class SymplecticIntegrator(nn.Module):
         Name of the scheme, see `hjepa_fast.rollout`.
     backend : str
         See `hjepa_fast.rollout`.
+    sub_steps : int
+        Steps of the scheme, each by dt / sub_steps, that one step of this module is made of, >= 1.
 
     Raises
     ------
     TypeError
-        dt is not a number.
+        dt is not a number, or sub_steps no integer.
     ValueError
-        An unknown integrator, a dt that is not finite or lies outside `dt_bounds`, or bounds that are not low < high.
+        An unknown integrator, a dt that is not finite or lies outside `dt_bounds`, bounds that are not low < high, or less
+        than one sub-step.
     """
 
-    dt_bounds: Bounds | None = DT_BOUNDS  # of instances that were pickled before they had bounds of their own
+    # of instances that were pickled before they had their own
+    dt_bounds: Bounds | None = DT_BOUNDS
+    sub_steps: int = 1
 
     def __init__(
         self,
@@ -107,6 +118,7 @@ class SymplecticIntegrator(nn.Module):
         dt_bounds: Bounds | None = DT_BOUNDS,
         integrator: Integrator = "leapfrog",
         backend: Backend = "auto",
+        sub_steps: int = 1,
     ) -> None:
         super().__init__()
         validation.check_choice(integrator, INTEGRATORS, "integrator")
@@ -115,6 +127,7 @@ class SymplecticIntegrator(nn.Module):
         self.hnn = hnn
         self.integrator: Integrator = integrator
         self.backend: Backend = backend
+        self.sub_steps = validation.as_count(sub_steps, "sub_steps", 1)
         like = next(hnn.parameters(), torch.empty(0))
         if not like.is_floating_point():
             raise TypeError(f"hnn must have floating-point parameters, found {like.dtype}")
@@ -129,21 +142,54 @@ class SymplecticIntegrator(nn.Module):
 
     @overload
     def trajectory(
-        self, z0: Tensor, n_steps: int, *, energy: Literal[True], **options: Unpack[TrajectoryOptions]
-    ) -> Rollout[Tensor]: ...
+        self, z0: Tensor, n_steps: int, *, energy: Literal[True], integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[Tensor]: ...  # fmt: skip
     @overload
     def trajectory(
-        self, z0: Tensor, n_steps: int, *, energy: Literal[False] = False, **options: Unpack[TrajectoryOptions]
-    ) -> Rollout[None]: ...
+        self, z0: Tensor, n_steps: int, *, energy: Literal[False] = False, integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[None]: ...  # fmt: skip
     @overload
-    def trajectory(self, z0: Tensor, n_steps: int, *, energy: bool, **options: Unpack[TrajectoryOptions]) -> Rollout: ...
     def trajectory(
-        self, z0: Tensor, n_steps: int, *, energy: bool = False, **options: Unpack[TrajectoryOptions]
-    ) -> Rollout[Any]:
-        """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others."""
-        return rollout(
-            self.hnn, z0, self.step_size, n_steps, energy=energy, integrator=self.integrator, backend=self.backend, **options
+        self,
+        z0: Tensor,
+        n_steps: int,
+        *,
+        energy: bool,
+        integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout: ...
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: bool = False, integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[Any]:  # fmt: skip
+        """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others.
+
+        What is returned is of whole steps: with sub-steps, the states, energies and distances at their ends, the largest
+        residual and all the evaluations of each.
+
+        Parameters
+        ----------
+        integrator : str, optional
+            Another scheme than the module's.
+        """
+        scheme, k = integrator or self.integrator, self.sub_steps
+        if k == 1:
+            return rollout(
+                self.hnn, z0, self.step_size, n_steps, energy=energy, integrator=scheme, backend=self.backend, **options
+            )
+        n_steps = validation.as_count(n_steps, "n_steps")
+        control = options.get("control")
+        if isinstance(control, Tensor) and control.ndim > z0.ndim:  # of each step
+            options["control"] = control.repeat_interleave(k, dim=-2)
+        fine = rollout(
+            self.hnn, z0, self.step_size / k, n_steps * k, energy=energy, integrator=scheme, backend=self.backend, **options
         )
+        states = fine.states if options.get("states") == "final" else fine.states[..., ::k, :]
+        energies = None if fine.energy is None else fine.energy[..., ::k]
+        distance = None if fine.distance is None else fine.distance[..., k - 1 :: k]
+        return Rollout(states, energies, None if fine.solve is None else _of_whole_steps(fine.solve, n_steps, k), distance)
 
     def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
         """States [..., n_steps + 1, 2d] from z0 [..., 2d], z0 first."""
@@ -162,7 +208,8 @@ class SymplecticIntegrator(nn.Module):
         note = ""
         if not scheme.general.symplectic:
             note = " (symplectic only for a separable H)" if scheme.separable.symplectic else " (not symplectic)"
-        return f"integrator={self.integrator!r}{note}, dt_bounds={self.dt_bounds}, backend={self.backend!r}"
+        sub_steps = "" if self.sub_steps == 1 else f", sub_steps={self.sub_steps}"
+        return f"integrator={self.integrator!r}{note}, dt_bounds={self.dt_bounds}, backend={self.backend!r}{sub_steps}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -181,6 +228,12 @@ class EulerIntegrator(SymplecticIntegrator):
     """Forward Euler, z + dt J grad H, the published ablation: one gradient a step, not symplectic."""
 
     def __init__(
-        self, hnn: nn.Module, dt: float = 1.0, *, dt_bounds: Bounds | None = DT_BOUNDS, backend: Backend = "auto"
+        self,
+        hnn: nn.Module,
+        dt: float = 1.0,
+        *,
+        dt_bounds: Bounds | None = DT_BOUNDS,
+        backend: Backend = "auto",
+        sub_steps: int = 1,
     ) -> None:
-        super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend)
+        super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend, sub_steps=sub_steps)

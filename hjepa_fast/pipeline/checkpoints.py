@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from ..integrators import DT_BOUNDS, Bounds, SymplecticIntegrator
 from ..models import LatentHNN
 from ..names import Integrator
 from . import files, untrusted, zoo
-from .config import shown
+from .config import TrainConfig, shown
 
 FORMAT = 1
 
@@ -144,15 +145,27 @@ def restore(checkpoint: Checkpoint, source: Path) -> zoo.Model:
         kind = {key: facts.get(key, getattr(own, key)) for key in ("hamiltonian", "integrator")}
         if (kind["integrator"] is None) != (own.integrator is None):
             raise UsageError(f"{facts['model']} has integrator {kind['integrator']!r}")
-        bounds = facts.get("train", {}).get("dt_bounds", DT_BOUNDS)
-        per_dimension = facts.get("train", {}).get("friction_per_dimension", False)
-        port = facts.get("friction"), per_dimension, facts.get("control_dim", 0)
-        spec = zoo.with_port(dataclasses.replace(own, **kind), *port)
+        recorded = facts.get("train", {})
+        settings = TrainConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(TrainConfig) if f.name in recorded})
+        _refuse_more_than_is_there(settings, checkpoint)
+        port = facts.get("friction"), settings.friction_per_dimension, facts.get("control_dim", 0)
+        spec = zoo.with_port(zoo.with_network(dataclasses.replace(own, **kind), settings), *port)
+        bounds = settings.dt_bounds
         model = zoo.assemble(spec, facts["latent_dim"], _inside(bounds), seed=0, dt_bounds=bounds)
     except (UsageError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error
     load_state(model, checkpoint.model, source)
     return model
+
+
+def _refuse_more_than_is_there(settings: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Widths that a file names are not built where it holds no such network: they may be as large as it likes."""
+    if settings.widths is None:
+        return
+    needed = sum(a * b for a, b in itertools.pairwise((checkpoint.facts["latent_dim"] // 2, *settings.widths)))
+    found = sum(tensor.numel() for tensor in checkpoint.model.values())
+    if needed > found:
+        raise UsageError(f"widths {shown(settings.widths)} need at least {needed:,} weights, found {found:,}")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

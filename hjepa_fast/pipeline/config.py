@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..api import Backend
 from ..errors import UsageError
 from ..integrators import DT_BOUNDS
+from ..models import GAIN
 from ..schemes import SCHEMES
 
 PUBLISHED_ENCODER = "facebook/vjepa2-vitl-fpc16-256-ssv2"
@@ -36,14 +37,14 @@ def _option(default: Any, help: str, most: float = math.inf) -> Any:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Synthetic clips of balls in a square box (the published setting is the default)."""
+    """Synthetic clips of balls in a square frame (the published setting is the default)."""
 
     scene: Literal["collisions", "pendulum", "springs", "orbit"] = _option(
         "collisions", "what moves: balls that collide in a box, as published, or one of the smooth scenes"
     )
     n_videos: int = _option(50, "number of videos", most=MANY)
     n_frames: int = _option(150, "frames per video", most=MANY)
-    n_balls: int = _option(2, "balls per video; the published videos have 2", most=1000)
+    n_balls: int = _option(2, "balls of collisions and springs; the published videos have 2", most=1000)
     radius: tuple[float, ...] = _option((20.0,), "ball radius in pixels: one value, or one per ball", most=4096)
     size: int = _option(256, "side of the square frame in pixels, even", most=8192)
     fps: int = _option(30, "frames per second", most=1000)
@@ -54,7 +55,10 @@ class VideoConfig:
     )
     drag: float = _option(0.0, "linear drag: the rate, per frame, at which every ball's velocity decays", most=10)
     force: float = _option(
-        0.0, "size of the force per mass that pushes all balls alike, in pixels per frame^2; its direction is random", most=100
+        0.0,
+        "size of the force per mass that pushes all balls alike, in pixels per frame^2; its direction is random, and the "
+        "pendulum's torque is its horizontal part",
+        most=100,
     )
     force_frames: int = _option(15, "frames for which the direction of the force is held", most=MANY)
 
@@ -92,6 +96,11 @@ class DataConfig:
         "standardise each latent dimension with training statistics, of true states all q alike and all p alike, and scale "
         "controls (published: off)",
     )
+    stream: Literal["off", "windows", "blocks"] = _option(
+        "off",
+        "off reads all latents into memory; windows reads each batch from its files, in the same order; blocks reads parts of "
+        "videos in a random order and shuffles within as many as fit into memory, for storage that is slow at single windows",
+    )
     control: Literal["none", "recorded"] = _option(
         "none", "control of the models with a Hamiltonian: none, or what is recorded beside each video as NAME.control.json"
     )
@@ -104,7 +113,31 @@ class TrainConfig:
     epochs: int = _option(50, "passes over the training windows", most=50_000)
     batch_size: int = _option(32, "windows per step; the last incomplete batch is dropped", most=MANY)
     lr: float = _option(1e-3, "AdamW's learning rate at the start")
-    lr_end: float = _option(1e-5, "learning rate that the cosine annealing ends at")
+    lr_end: float = _option(1e-5, "learning rate that the schedule ends at")
+    lr_schedule: Literal["cosine", "constant", "one-cycle"] = _option(
+        "cosine",
+        "learning rate of the epochs: cosine annealing from --lr to --lr-end, as published; constant; or one-cycle, which "
+        "rises to --lr over the first three tenths of the epochs, from a 25th of it",
+    )
+    warmup_epochs: int = _option(
+        0, "epochs at the start over which the learning rate of a cosine or constant schedule rises linearly", most=50_000
+    )
+    matching_epochs: int = _option(
+        0,
+        "epochs at the start that match the single steps between all consecutive states of the windows; rollouts follow "
+        "(published: none)",
+        most=50_000,
+    )
+    horizon_curriculum: float = _option(
+        0.0,
+        "share of the epochs, after those of matching, over which the loss's rollouts grow from one step to the window's; "
+        "0, as published: the window's from the start",
+    )
+    starts: Literal["first", "all"] = _option(
+        "first",
+        "where a window's rollouts start while they are shorter than it: at its first state, or one after the other until "
+        "its end",
+    )
     weight_decay: float = _option(1e-5, "AdamW's weight decay")
     grad_clip: float = _option(1.0, "largest gradient norm, for the network and for dt separately")
     energy_weight_start: float = _option(0.1, "weight lambda of the energy loss in the first epoch")
@@ -121,7 +154,20 @@ class TrainConfig:
         "none", "learnable friction g >= 0 of the models with a Hamiltonian: none, conformal (g p) or rayleigh (g Hp)"
     )
     friction_per_dimension: bool = _option(False, "a coefficient of friction for each momentum, not one for all")
-    dt: float = _option(1.0, "initial step size, learnable")
+    widths: tuple[int, ...] | None = _option(
+        None,
+        "widths of the hidden layers (of T and of V in a separable H), or none: each model's published ones",
+        most=MANY,
+    )
+    activation: Literal["published", "softplus", "tanh", "silu", "gelu", "elu", "sin", "sigmoid"] = _option(
+        "published", "of the hidden layers: published is softplus in a Hamiltonian and ReLU in the other models"
+    )
+    gain: float = _option(GAIN, "gain of the Xavier-normal initial weights of the models with a Hamiltonian", most=1000)
+    sub_steps: int = _option(
+        1, "steps of the integrator, each by dt over this number, in a step from one latent to the next", most=1000
+    )
+    dt: float = _option(1.0, "initial step size")
+    learn_dt: bool = _option(True, "learn the step size, as published, or keep it")
     dt_bounds: tuple[float, float] | None = _option(
         DT_BOUNDS, "smallest and largest step size that is used, which dt is clamped to, or none for no clamp"
     )
@@ -149,12 +195,68 @@ def _world(friction: str = "none", control: str = "none", **videos: float) -> di
     return {"videos": published | videos, "data": {"control": control}, "train": {"friction": friction}}
 
 
+def _recipe(**settings: Any) -> dict[str, dict[str, Any]]:
+    published = {name: getattr(TrainConfig(), name) for name in _RECIPE_FIELDS}
+    assert settings.keys() <= published.keys()
+    return {"train": published | settings}
+
+
+_RECIPE_FIELDS = (
+    "lr", "lr_end", "lr_schedule", "warmup_epochs", "weight_decay", "energy_weight_start", "energy_weight_end",
+    "matching_epochs", "horizon_curriculum", "starts", "widths", "activation", "gain", "sub_steps", "dt", "learn_dt",
+    "integrator", "epochs", "batch_size",
+)  # fmt: skip
+"""Settings of TrainConfig that make a recipe."""
+
+RECIPES = {
+    "published": _recipe(),
+    "smooth": _recipe(
+        epochs=60,
+        batch_size=64,
+        lr=1e-2,
+        lr_end=1e-5,
+        warmup_epochs=3,
+        energy_weight_start=0.0,
+        energy_weight_end=0.0,
+        matching_epochs=30,
+        horizon_curriculum=0.3,
+        widths=(128, 128),
+        activation="silu",
+        gain=2.0,
+        learn_dt=False,
+        integrator="implicit-midpoint",
+    ),
+}
+"""Settings of `--recipe`: how models are trained. published is H-JEPA's; smooth is for latents that are canonical states."""
+
+
+def recipe_of(train: TrainConfig) -> str:
+    """The recipe that a training's settings are, or "own" if they are none's."""
+    found = {name: getattr(train, name) for name in _RECIPE_FIELDS}
+    return next((name for name, recipe in RECIPES.items() if recipe["train"] == found), "own")
+
+
 WORLDS = {
     "elastic": _world(),
     "damped": _world("conformal", restitution=0.9, drag=0.01),
     "driven": _world(control="recorded", force=0.1),
 }
 """Settings of `--world`: what the synthetic balls live in, and the friction and control of models for it."""
+_SMOOTH = {
+    "pendulum": {"drag": 0.01, "force": 0.1},
+    "springs": {"drag": 0.01, "force": 0.03},
+    "orbit": {"drag": 0.001, "force": 0.02},
+}
+"""Drag and force of the smooth scenes' damped and driven worlds, with which they stay inside the frame."""
+
+
+def world(name: str, scene: str) -> dict[str, dict[str, Any]]:
+    """The settings of `WORLDS` for a scene: in a smooth one nothing collides, and drag and force have values of their own."""
+    settings = WORLDS[name]
+    if scene not in _SMOOTH:
+        return settings
+    own = {key: value if settings["videos"][key] else 0.0 for key, value in _SMOOTH[scene].items()}
+    return settings | {"videos": {"restitution": 1.0, **own}}
 
 
 @dataclass(frozen=True)

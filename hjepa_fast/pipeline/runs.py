@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HJEPAError, UsageError
-from . import checkpoints, controls, distributed, evaluate, figures, files, zoo
-from .config import OFFLINE_ENCODER, Config
+from . import checkpoints, controls, distributed, evaluate, figures, files, streaming, zoo
+from .config import OFFLINE_ENCODER, STATE_ENCODER, Config
 from .encoder_files import file_sha256
 from .encoders import resolve_device
 from .latents import encode_videos, load_latents, probe
+from .places import Place
 from .progress import Progress
 from .run_folder import Run
 from .tables import summary_table
 from .train import check_numbers, refuse_other_settings, settle, standing, train
 from .videos import find_videos, generate, load_ground_truth
-from .windows import Dataset, prepare
+from .windows import Dataset, read
 
 Say = Callable[[str], None]
 
@@ -37,7 +38,7 @@ def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
         return generate(folder, config.videos, progress.callback)
 
 
-def encode(videos: Path, latents: Path, config: Config, device: str, show: bool, fetch: bool = True) -> list[Path]:
+def encode(videos: Path, latents: Place, config: Config, device: str, show: bool, fetch: bool = True) -> list[Place]:
     """Encode a folder of videos; what is already there with the same provenance is kept. `fetch`: see `load_encoder`."""
     paths = find_videos(videos)
     distributed.on_first(lambda: files.refuse_if_locked(videos))
@@ -48,10 +49,14 @@ def encode(videos: Path, latents: Path, config: Config, device: str, show: bool,
         return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
-def probe_latents(videos: Path, latents: Path) -> dict[str, Any] | None:
-    """How much of the balls' true motion a linear map reads from the latents; None without ground truth."""
+def probe_latents(videos: Path, latents: Place, most: int | None = None) -> dict[str, Any] | None:
+    """How much of the balls' true motion a linear map reads from the latents; None without ground truth or if they are it.
+
+    `most`: see `load_latents`.
+    """
     truths = {path.stem: truth for path in find_videos(videos) if (truth := load_ground_truth(path)) is not None}
-    encoded = [item for item in load_latents(latents) if item.name in truths]
+    found = load_latents(latents, most)
+    encoded = [item for item in found if item.name in truths and item.metadata["provenance"].get("scene") is None]
     return probe(encoded, [truths[item.name] for item in encoded]) if encoded else None
 
 
@@ -115,7 +120,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
     distributed.on_first(lambda: files.refuse_if_locked(latents))
-    dataset = prepare(load_latents(latents), config.data, videos)
+    dataset = read(latents, config.data, videos)
     resolved = resolve_device(device)
     models, standings = {}, {}
     for name, path in trained.items():
@@ -143,7 +148,9 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "epochs_asked": config.train.epochs,
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
-        "probe": _probe(videos, latents),
+        "probe": _probe(videos, latents, None if config.data.stream == "off" else streaming.HELD),
+        "step": evaluate.step_units(streaming.open_latents(latents)),
+        "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),
         "checkpoints": {name: file_sha256(path) for name, path in trained.items()},
         "models": [row | standings.get(row["name"], {}) for row in evaluation.rows],
@@ -164,11 +171,11 @@ def _settle(run: Run, names: Sequence[str]) -> None:
             settle(run.model(name))
 
 
-def _probe(videos: Path | None, latents: Path) -> dict[str, Any] | None:
+def _probe(videos: Path | None, latents: Place, most: int | None) -> dict[str, Any] | None:
     if videos is None:
         return None
     try:
-        return probe_latents(videos, latents)
+        return probe_latents(videos, latents, most)
     except HJEPAError as error:
         warnings.warn(f"the probe is left out of the summary: {error}", stacklevel=2)
         return None
@@ -205,6 +212,8 @@ def reproduce(
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
+    if config.encode.encoder == STATE_ENCODER:
+        say(f"encoder: none, the latents are the true states of the videos ({STATE_ENCODER}); results are of the models alone")
     run = Run(out)
     with distributed.by_first(run.locked()):
         return _reproduce(run, config, videos, names, device, show, say, fetch)
@@ -233,7 +242,7 @@ def _reproduce(
         videos = run.own(out / "videos")
         distributed.on_first(lambda: make_videos(videos, config, show))
     encode(videos, latents, config, device, show, fetch)
-    dataset = prepare(load_latents(latents), config.data, videos)
+    dataset = read(latents, config.data, videos)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     train_models(run, names, dataset, config, device, show, say)
     summary = _evaluate(run, device, show)

@@ -1,4 +1,4 @@
-"""Training: multi-step rollouts, an energy loss that grows, AdamW with cosine annealing, resumable to the same losses."""
+"""Training: single steps, then multi-step rollouts, an energy loss that grows, AdamW; resumable to the same losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ..diagnostics import energy_balance
 from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
-from . import checkpoints, distributed, files, zoo
+from ..matching import STEPS, step_residual
+from ..names import StepScheme
+from . import checkpoints, distributed, files, streaming, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
 from .encoder_files import file_sha256
@@ -36,9 +38,75 @@ def energy_weight(epoch: int, config: TrainConfig) -> float:
 
 
 def learning_rate(epoch: int, config: TrainConfig) -> float:
-    """Cosine annealing over the epochs, `lr` in the first one; e = 1..E."""
-    share = (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
-    return config.lr_end + (config.lr - config.lr_end) * share
+    """The schedule's learning rate in epoch e = 1..E.
+
+    "cosine" anneals from `lr` in the first epoch to `lr_end` after the last, "constant" stays at `lr`, and "one-cycle" rises
+    from `lr` / 25 and falls to `lr_end`, both along cosines. The first two start after `warmup_epochs` W, in which the rate
+    is lr e / (W + 1).
+    """
+    if config.lr_schedule == "one-cycle":
+        last = config.epochs - 1
+        peak = ONE_CYCLE_RISE * last
+        if epoch - 1 < peak:
+            return _between(config.lr / ONE_CYCLE_START, config.lr, epoch - 1, peak)
+        return _between(config.lr, config.lr_end, epoch - 1 - peak, last - peak or 1)
+    if epoch <= config.warmup_epochs:
+        return config.lr * epoch / (config.warmup_epochs + 1)
+    if config.lr_schedule == "constant":
+        return config.lr
+    return _between(config.lr, config.lr_end, epoch - 1 - config.warmup_epochs, config.epochs - config.warmup_epochs)
+
+
+ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 25.0
+"""Share of the epochs in which a one-cycle schedule rises, and what it starts below its largest rate by (Smith and Topin,
+2019)."""
+
+
+def _between(first: float, last: float, done: float, of: float) -> float:
+    """Along half a cosine from `first` to `last`, `done` of its length `of`."""
+    return last + (first - last) * ((1 + math.cos(math.pi * done / of)) / 2)
+
+
+def horizon(epoch: int, n_steps: int, config: TrainConfig) -> int:
+    """Steps of the loss's rollouts in epoch e = 1..E, from windows of `n_steps` steps; 0 where single steps are matched.
+
+    After the M epochs of matching it grows linearly over C = `horizon_curriculum` E epochs: ceil(n_steps (e - M) / C).
+    """
+    after = epoch - config.matching_epochs
+    growing = config.horizon_curriculum * config.epochs
+    if after <= 0:
+        return 0
+    return n_steps if after >= growing else min(n_steps, math.ceil(n_steps * after / growing))
+
+
+def cut(windows: Tensor, control: Tensor | None, n_steps: int, starts: str) -> tuple[Tensor, Tensor | None]:
+    """What rollouts of `n_steps` steps are compared with: windows [B', n_steps + 1, d], and the control of their steps.
+
+    With `starts` "first" those from each window's first state, B' = B; with "all" also those from where one ends, as many as
+    the window holds.
+    """
+    whole = windows.shape[1] - 1
+    offsets = range(0, whole - n_steps + 1, n_steps) if starts == "all" else (0,)
+    if len(offsets) == 1:
+        return windows[:, : n_steps + 1], None if control is None else control[:, :n_steps]
+    pieces = torch.cat([windows[:, i : i + n_steps + 1] for i in offsets])
+    return pieces, None if control is None else torch.cat([control[:, i : i + n_steps] for i in offsets])
+
+
+def matching_loss(model: zoo.Model, windows: Tensor, control: Tensor | None = None) -> Tensor:
+    """Mean squared residual of the model's step between all consecutive states of windows [B, window, d].
+
+    Of a step that has one, it is `hjepa_fast.step_residual`, which needs no solve; of any other, a rollout of one step.
+    """
+    z0, z1 = (x.flatten(0, 1) for x in (windows[:, :-1], windows[:, 1:]))
+    u = None if control is None else control.flatten(0, 1)
+    if isinstance(model, SymplecticIntegrator) and model.sub_steps == 1 and model.integrator in STEPS:
+        u = u if zoo.takes_control(model) else None
+        scheme = cast(StepScheme, model.integrator)
+        residual = step_residual(model.hnn, z0, z1, model.step_size, scheme=scheme, control=u, backend=model.backend)
+    else:
+        residual = z1 - zoo.states(model, z0, 1, None if u is None else u[:, None])[:, 1]
+    return residual.square().mean()
 
 
 def loss_terms(
@@ -73,6 +141,18 @@ def loss_terms(
     return mse, (H[:, 1:] - reference).abs().mean()
 
 
+def epoch_loss(
+    model: zoo.Model, windows: Tensor, config: TrainConfig, epoch: int, energy_loss: bool, control: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The error and the energy term of an epoch: of single steps, without the latter, or of rollouts of its horizon."""
+    n_steps = horizon(epoch, windows.shape[1] - 1, config)
+    if not n_steps:
+        mse = matching_loss(model, windows, control)
+        return mse, mse.new_zeros(())
+    windows, control = cut(windows, control, n_steps, config.starts)
+    return loss_terms(model, windows, config, energy_loss, control)
+
+
 def check_numbers(config: TrainConfig) -> None:
     """Numbers that no training can use are refused before anything starts.
 
@@ -81,14 +161,25 @@ def check_numbers(config: TrainConfig) -> None:
     UsageError
         The message names the option, its value and what was expected.
     """
-    for name in ("epochs", "batch_size", "lr", "grad_clip", "dt"):
+    for name in ("epochs", "batch_size", "lr", "grad_clip", "gain", "sub_steps", "dt"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} must be positive, found {value}")
-    for name in ("lr_end", "weight_decay", "energy_weight_start", "energy_weight_end"):
+    for name in ("lr_end", "weight_decay", "energy_weight_start", "energy_weight_end", "warmup_epochs", "matching_epochs"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
+    if not 0 <= config.horizon_curriculum <= 1:
+        raise UsageError(f"horizon_curriculum must be a share of the epochs, from 0 to 1, found {config.horizon_curriculum}")
+    if config.warmup_epochs and config.lr_schedule == "one-cycle":
+        raise UsageError(f"warmup_epochs is for cosine and constant: one-cycle rises by itself, found {config.warmup_epochs}")
+    for name in ("warmup_epochs", "matching_epochs"):
+        if getattr(config, name) > config.epochs:
+            raise UsageError(f"{name} must be at most epochs, {config.epochs}, found {getattr(config, name)}")
+    if config.lr_schedule != "constant" and config.warmup_epochs == config.epochs:
+        raise UsageError(f"warmup_epochs must leave epochs for the {config.lr_schedule} schedule, found all {config.epochs}")
+    if config.widths is not None and min(config.widths) < 1:
+        raise UsageError(f"widths must be positive, found {', '.join(map(str, config.widths))}")
     if config.friction_per_dimension and config.friction == "none":
         raise UsageError("friction_per_dimension is of a friction, conformal or rayleigh, found none")
     try:
@@ -195,9 +286,10 @@ def _train(
     train_control, test_control = (
         x.to(device) if x is not None and spec.control_dim else None for x in (dataset.train_control, dataset.test_control)
     )
-    network = [p for n, p in model.named_parameters() if n != "dt"]
-    step_sizes = [p for n, p in model.named_parameters() if n == "dt"]
-    losses = distributed.data_parallel(model, loss_terms)
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    network = [parameter for name, parameter in learned if name != "dt"]
+    step_sizes = [parameter for name, parameter in learned if name == "dt"]
+    losses = distributed.data_parallel(model, epoch_loss, varying=config.matching_epochs > 0)
     for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
         lr, weight = learning_rate(epoch, config), energy_weight(epoch, config)
@@ -206,13 +298,14 @@ def _train(
         sums = torch.zeros(2, device=device)
         n_batches = 0
         with _explained(name, spec, model, epoch):
-            for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
+            own = distributed.own(config.batch_size)
+            batches = _batches(len(train_windows), config.batch_size, config.seed, epoch, streaming.order_of(train_windows))
+            for rows, windows in streaming.read_ahead(train_windows, (batch[own] for batch in batches)):
                 n_batches += 1
                 optimizer.zero_grad(set_to_none=True)
-                rows = batch[distributed.own(len(batch))].to(device)
                 control = None if train_control is None else train_control[rows]
                 with _autocast(config, device, model):
-                    mse, energy_term = losses(train_windows[rows], config, spec.energy_loss, control)
+                    mse, energy_term = losses(windows, config, epoch, spec.energy_loss, control)
                     loss = mse + weight * energy_term
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -220,7 +313,7 @@ def _train(
                         f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
                         f"{_kept(epoch)}; try a smaller --lr or --dt."
                     )
-                share = len(rows) / len(batch)
+                share = len(rows) / config.batch_size
                 # gradients are averaged over processes, whatever their shares of the batch
                 (loss * (share * distributed.size())).backward()
                 nn.utils.clip_grad_norm_(network, config.grad_clip)
@@ -238,7 +331,7 @@ def _train(
             "train_mse": train_mse,
             "train_energy": train_energy,
             "test_mse": test_mse,
-            "dt": _dt(model) if step_sizes else None,
+            "dt": _dt(model) if isinstance(model, SymplecticIntegrator) else None,
             "seconds": time.perf_counter() - started,
         }
         if not math.isfinite(row["test_mse"]):
@@ -292,10 +385,10 @@ def rollout_error(model: zoo.Model, windows: Tensor, control: Tensor | None = No
     return distributed.summed(torch.tensor(total, dtype=torch.float64)).item() / len(windows)
 
 
-def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+def _batches(n: int, size: int, seed: int, epoch: int, order: streaming.Order) -> Iterator[Tensor]:
     """Shuffled index batches; a function of seed and epoch alone, so that a resumed run sees the same ones."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return iter(torch.randperm(n, generator=generator)[: n - n % size].split(size))
+    return iter(order(n, generator)[: n - n % size].split(size))
 
 
 def _autocast(config: TrainConfig, device: torch.device | str, model: zoo.Model) -> contextlib.AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..api import choose_backend
 from ..errors import UsageError
 from ..integrators import DT_BOUNDS, Bounds, EulerIntegrator, SymplecticIntegrator
-from ..models import BaselineMLP, LatentHNN, SeparableHNN
+from ..models import GAIN, BaselineMLP, LatentHNN, SeparableHNN
 from ..names import Backend, Integrator
 from ..ports import PortHNN
 from ..schemes import SCHEMES
@@ -40,6 +40,13 @@ class ModelSpec:
     friction: str | None = None
     per_dimension: bool = False
     control_dim: int = 0
+    widths: tuple[int, ...] | None = None
+    """Of the hidden layers; None for those of the model's class, which are the published ones."""
+    activation: str | None = None
+    """As `widths`."""
+    gain: float = GAIN
+    sub_steps: int = 1
+    learn_dt: bool = True
 
 
 MODELS = {
@@ -109,17 +116,29 @@ def spec_of(name: str, integrator: str = OWN_INTEGRATOR) -> ModelSpec:
 
 
 def spec_in(name: str, config: TrainConfig, control_dim: int) -> ModelSpec:
-    """What a model is in a run: as `spec_of`, and with the friction and the control that the settings give it.
+    """What a model is in a run: as `spec_of`, with the network, friction and control that the settings give it.
 
     Raises
     ------
     UsageError
         An unknown model or integrator.
     """
-    spec = spec_of(name, config.integrator)
+    spec = with_network(spec_of(name, config.integrator), config)
     friction = None if config.friction == "none" or spec.lacks == "friction" else config.friction
     return with_port(
         spec, friction, friction is not None and config.friction_per_dimension, 0 if spec.lacks == "control" else control_dim
+    )
+
+
+def with_network(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    """A model with the network and the step of a training's settings."""
+    return dataclasses.replace(
+        spec,
+        widths=config.widths,
+        activation=None if config.activation == "published" else config.activation,
+        gain=config.gain,
+        sub_steps=config.sub_steps,
+        learn_dt=config.learn_dt,
     )
 
 
@@ -153,7 +172,12 @@ def without_port(model: SymplecticIntegrator) -> SymplecticIntegrator:
     if port is None:
         return model
     return SymplecticIntegrator(
-        port.H, model.step_size.item(), dt_bounds=None, integrator=model.integrator, backend=model.backend
+        port.H,
+        model.step_size.item(),
+        dt_bounds=None,
+        integrator=model.integrator,
+        backend=model.backend,
+        sub_steps=model.sub_steps,
     )
 
 
@@ -217,8 +241,10 @@ def assemble(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        given: dict[str, Any] = {} if spec.activation is None else {"activation": spec.activation}
         if spec.integrator is None:
-            return BaselineMLP(latent_dim, residual=spec.residual)
+            given |= {} if spec.widths is None else {"hidden_dims": spec.widths}
+            return BaselineMLP(latent_dim, residual=spec.residual, **given)
         if latent_dim % 2:
             raise UsageError(f"a Hamiltonian needs latents of even size (z = [q, p]), found {latent_dim}")
         usable = _usable(spec.hamiltonian)
@@ -228,20 +254,27 @@ def assemble(
                 f"expected one of {', '.join(usable)}"
             )
         hnn: nn.Module
+        given |= {} if spec.gain == GAIN else {"gain": spec.gain}
         if spec.hamiltonian == SEPARABLE:
-            hnn = SeparableHNN(latent_dim, SEPARABLE_WIDTHS, SEPARABLE_WIDTHS)
+            widths = spec.widths or SEPARABLE_WIDTHS
+            hnn = SeparableHNN(latent_dim, widths, widths, **given)
         else:
-            hnn = LatentHNN(latent_dim)
+            given |= {} if spec.widths is None else {"hidden_dims": spec.widths}
+            hnn = LatentHNN(latent_dim, **given)
         if spec.friction or spec.control_dim:
             hnn = PortHNN(hnn, spec.control_dim, spec.friction, spec.per_dimension)
             if hnn.port is not None:  # so that it starts as the model without a control does, not with a random force
                 nn.init.zeros_(hnn.port)
         try:
+            options: dict[str, Any] = {"dt_bounds": dt_bounds, "backend": backend, "sub_steps": spec.sub_steps}
             if spec.integrator == "euler":
-                return EulerIntegrator(hnn, dt, dt_bounds=dt_bounds, backend=backend)
-            return SymplecticIntegrator(hnn, dt, dt_bounds=dt_bounds, integrator=spec.integrator, backend=backend)
+                model: SymplecticIntegrator = EulerIntegrator(hnn, dt, **options)
+            else:
+                model = SymplecticIntegrator(hnn, dt, integrator=spec.integrator, **options)
         except ValueError as error:
             raise UsageError(str(error)) from error
+        model.dt.requires_grad_(spec.learn_dt)
+        return model
 
 
 def _usable(hamiltonian: str | None) -> list[str]:
