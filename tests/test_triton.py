@@ -892,6 +892,7 @@ def test_shapes_that_are_timed_are_compiled_at_a_time(hopper, monkeypatch):
     for name in kernels.__all__:
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernel, "_do_compile", functools.partial(type(kernel)._do_compile, kernel))
+        assert len(kernel.device_caches[0][0]) == 0  # that sets `compile`, too
         monkeypatch.setattr(kernel, "compile", compile_here)
     guard = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))
