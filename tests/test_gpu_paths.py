@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hjepa_fast as hf
 from hjepa_fast import ops
+from hjepa_fast.activations import NAMES, Activation, Mixed
 from hjepa_fast.errors import ConvergenceError
-from hjepa_fast.hidden_space import fixed_point, rollout
+from hjepa_fast.hidden_space import fixed_point, network, rollout
 from hjepa_fast.schemes import SCHEMES
 from hjepa_fast.state_space import ops as state_ops
 from hjepa_fast.state_space import system
@@ -133,3 +135,31 @@ def test_inexact_gradients_are_told_where_that_does_not_wait(monkeypatch):
     monkeypatch.setattr(rollout, "waits", fixed_point.waits)
     with pytest.warns(UserWarning, match="gradients are inexact"):
         rollout.check_adjoint(solver, residual, must_converge=False)
+
+
+@pytest.mark.parametrize(
+    "activation", [*map(Activation, NAMES), Activation("softplus", 2.5, 3.0), Activation("elu", 0.7)], ids=str
+)
+def test_a_cotangent_goes_back_through_an_activation(activation):
+    a = torch.linspace(-4, 4, 41, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(41, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((activation(a) * g).sum(), a)
+    torch.testing.assert_close(activation.pull(a.detach(), g), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("need_sums", [True, False])
+@pytest.mark.parametrize("widths", [(5,), (5, 4), (6, 5, 3)], ids=str)
+def test_an_energys_cotangent_goes_back(widths, need_sums):
+    """Against autograd, with another activation after each layer."""
+    weights = [torch.randn(m, n, dtype=torch.float64, requires_grad=True) for n, m in pairwise((*widths, 1))]
+    biases = [torch.randn(len(w), dtype=torch.float64, requires_grad=True) for w in weights]
+    activation = Mixed(tuple(Activation(name) for name in ("softplus", "tanh", "gelu")[: len(widths)]))
+    a, gE = torch.randn(7, widths[0], dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64)
+    value = (network.energy(network.Tail(weights, biases, activation), a) * gE).sum()
+    expected = torch.autograd.grad(value, [a, *weights, *biases])
+    tail = network.Tail([w.detach() for w in weights], [b.detach() for b in biases], activation)
+    sums = network.Gradients.zeros(torch.zeros(1, dtype=torch.float64), tail)
+    found = network.energy_adjoint(tail, a.detach(), gE, sums if need_sums else None)
+    totals = [found, *sums.weights, *sums.biases] if need_sums else [found]
+    for x, y in zip(totals, expected, strict=False):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
