@@ -279,7 +279,10 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("dream"),
         metavar="STEM",
-        help="writes STEM.safetensors, STEM.png and STEM.pdf (default: dream)",
+        help="writes STEM.safetensors, STEM.png, STEM.pdf, STEM.mp4 and STEM.gif (default: dream)",
+    )
+    command.add_argument(
+        "--animation", action=argparse.BooleanOptionalAction, default=True, help="write STEM.mp4 and STEM.gif (default: yes)"
     )
     _add_device(command)
 
@@ -570,6 +573,7 @@ def _dream(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         device=options.device,
         control=options.control,
+        animate=options.animation,
     )
     _say(result.text)
     for path in result.paths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import hjepa_fast as hf
 from hjepa_fast.diagnostics import power_balance
 from hjepa_fast.errors import UsageError
-from hjepa_fast.pipeline import evaluate, figures, zoo
+from hjepa_fast.pipeline import evaluate, zoo
 from hjepa_fast.pipeline.config import DataConfig, EvaluateConfig, TrainConfig
 from hjepa_fast.pipeline.latents import load_latents
 from hjepa_fast.pipeline.tables import summary_table
@@ -158,15 +159,68 @@ def test_friction_and_control_match_loops(friction, dataset, models):
     assert f"| HNN (full) + friction, control | {friction} " in table
 
 
-def test_panels_of_drift_say_what_is_drawn():
-    words = {"Energy drift": {"hnn": {}}, "Error of the energy balance": {"hnn": {"port": {"friction": "rayleigh"}}}}
-    for expected, rows in words.items():
-        found, formula = figures._drift_of(rows)
-        assert found == expected
-        axis = figures.own_style(figures.new_figure)("", 1, 1, 2, 2)[1][0, 0]
-        figures._drift_panel(axis, [(torch.rand(3, 4), "#000000", "a model")], formula)
-        assert axis.get_ylabel() == formula
-        assert ("lost" in formula) == (expected != "Energy drift")
+class Rotation:
+    """The truth of states that turn by 0.4 a step in each plane (q_i, p_i), and lose a share of their size."""
+
+    def __init__(self, lost=0.0):
+        self.lost, self.conservative = lost, lost == 0
+
+    def energy(self, z):
+        return z.double().square().sum(dim=-1) / 2
+
+    def rollout(self, z0, n_steps):
+        q, p = z0.double().chunk(2, dim=-1)
+        angle = 0.4 * torch.arange(n_steps + 1, dtype=torch.float64)[:, None]
+        c, s, size = angle.cos(), angle.sin(), (1 - self.lost) ** torch.arange(n_steps + 1)[:, None]
+        return torch.cat([q[:, None] * c - p[:, None] * s, q[:, None] * s + p[:, None] * c], dim=-1) * size
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.1])
+def test_the_true_motion_matches_loops(lost, tmp_path, monkeypatch):
+    """Errors, energies and rollouts that leave the motion, by a loop over windows and steps."""
+    monkeypatch.setattr(evaluate, "HORIZONS", (6, 1000))
+    plain = prepare(load_latents(write_latents(tmp_path)), DataConfig(window=5, standardize=False))
+    truth = Rotation(lost)
+    known = dataclasses.replace(plain, truth=truth)
+    models = {name: zoo.build(name, 6, 0.8, seed=4) for name in ("hnn", "baseline", "baseline-residual")}
+    with torch.no_grad():
+        models["baseline"].net[-1].weight.mul_(1e12)
+        models["baseline-residual"].net[-1].bias.add_(3.0)  # leaves, and stays finite
+    result = evaluate.evaluate(models, known, CONFIG)
+    assert result.motion == {"horizons": [4, 6, 9], "conservative": lost == 0, "energy_scale": pytest.approx(1.5, rel=1e-5)}
+    rows = {row["name"]: row["motion"] for row in result.rows}
+    starts = known.test[evaluate._spread(len(known.test), 32), 0]
+    for name, found in rows.items():
+        errors, drifts, gone = [], [], 0
+        for z0 in starts:
+            with torch.no_grad():
+                path = z0.expand(10, -1) if name == "persistence" else models[name].rollout(z0[None], 9)[0]
+            true = truth.rollout(z0[None], 9)[0]
+            errors.append([(path[t].double() - true[t]).square().mean().item() / known.variance for t in range(10)])
+            first = truth.energy(path[0]).item()
+            away = [abs(truth.energy(path[t]) - (truth.energy(true[t]) if lost else first)).item() for t in range(10)]
+            drifts.append(max(away) if all(map(math.isfinite, away)) else math.inf)
+            gone += any(not error < 100 for error in errors[-1])
+        for steps, error in found["error"].items():
+            means = sorted(m if math.isfinite(m := sum(e[1 : int(steps) + 1]) / int(steps)) else math.inf for e in errors)
+            expected = means[len(means) // 2]
+            assert error == (pytest.approx(expected, rel=1e-5) if math.isfinite(expected) else None)
+        drift = sorted(drifts)[len(drifts) // 2] / 1.5
+        assert found["energy_drift"] == (pytest.approx(drift, rel=1e-4) if math.isfinite(drift) else None)
+        assert found["lost"]["9"] == gone
+    n = len(starts)
+    assert [rows[name]["lost"]["9"] for name in ("hnn", "baseline", "baseline-residual", "persistence")] == [0, n, n, 0]
+    assert rows["baseline"]["error"]["9"] is None
+    assert rows["baseline-residual"]["error"]["9"] > 100
+    assert result.arrays["hnn/motion_error"].shape == result.arrays["true/motion_energy"].shape == (n, 10)
+    torch.testing.assert_close(result.arrays["true/motion"][0].float(), known.test[0, 0])
+
+
+def test_without_a_truth_nothing_is_said_of_it(dataset, models):
+    result = evaluate.evaluate({"baseline": models["baseline"]}, dataset, CONFIG)
+    assert result.motion is None
+    assert not any("motion" in row for row in result.rows)
+    assert not any("motion" in name for name in result.arrays)
 
 
 def test_a_diverging_model_is_reported_not_crashed(dataset, models):

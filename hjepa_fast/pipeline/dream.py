@@ -15,16 +15,17 @@ from ..diagnostics import Balance, energy_balance
 from ..errors import CheckpointError, EncoderError, HJEPAError, LatentError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..ports import PortHNN
-from . import checkpoints, controls, encoder_files, files, zoo
+from . import animation, checkpoints, controls, encoder_files, files, stage, zoo
 from .checkpoints import Checkpoint
 from .config import OFFLINE_ENCODER, STATE_ENCODER, EncodeConfig, shown
 from .encoders import resolve_device
-from .figures import check_available, dream_figure, save
+from .evaluate import step_units
+from .figures import check_available, dream_figure, save, step_label
 from .latents import Latents, encode_videos, read_latents
 from .run_folder import output
 from .train import how_trained, load_identified
 
-SUFFIXES = (".safetensors", ".png", ".pdf")
+SUFFIXES = (".safetensors", ".png", ".pdf", *animation.SUFFIXES)
 """Of the files that a dream writes."""
 
 
@@ -47,8 +48,13 @@ def dream(
     encoder: str | None = None,
     device: str = "auto",
     control: Path | None = None,
+    animate: bool = True,
 ) -> Dream:
-    """Roll a trained model out from one latent and plot it.
+    """Roll a trained model out from one latent, plot it, and show it in motion.
+
+    In the animation positions are those of the true states, or are read from latents by the linear probe of the run that the
+    checkpoint lies in, which is fitted without this video; where neither is there, latents move in the plane of the two largest
+    components of the rollout. Beside it runs the true clip: the video's frames where it is found, or the true motion.
 
     Parameters
     ----------
@@ -56,7 +62,7 @@ def dream(
         A checkpoint written by `train`.
     out : Path
         Stem of the files written: `.safetensors` (`states` [n_steps + 1, d] in latent units, `energy` [n_steps + 1] where
-        the model has a Hamiltonian, `control` [n_steps, m] of each step where one is given), `.png`, `.pdf`.
+        the model has a Hamiltonian, `control` [n_steps, m] of each step where one is given), `.png`, `.pdf`, `.mp4`, `.gif`.
     latents, video : Path
         One of them: a file made by `encode`, or a video, which is encoded first.
     index : int
@@ -67,6 +73,8 @@ def dream(
     control : Path, optional
         What acts on a model with a port, see `controls.read`; without it nothing does. Row t is held from frame t of the video
         that the latents are of, and each step has the mean over its clips, see `controls.of_steps`.
+    animate : bool
+        Whether to write `.mp4` and `.gif`.
 
     Raises
     ------
@@ -137,9 +145,13 @@ def dream(
     tensors |= {} if given is None else {"control": given}
     tensor_path = out.with_name(f"{out.name}.safetensors")
     of = {"checkpoint": checkpoint.name, "checkpoint_sha256": digest, "trained": trained, "source": source.name}
+    units = step_units([sequence])
     with output(out, SUFFIXES, sources):
         files.save_tensors(tensor_path, tensors, of)
-        paths = save(dream_figure(states, H, title, kept=port is None), out)
+        paths = save(dream_figure(states, H, title, kept=port is None, step=step_label(units)), out)
+        if animate:
+            motion = stage.of(loaded, checkpoint, tensors["states"], sequence, index, title, units["seconds"], video)
+            paths += animation.write(out, motion)
     text = f"{title}; mean step length {states.diff(dim=0).norm(dim=1).mean():.4g}"
     if H is not None:
         text += worked or f", largest energy drift {(H - H[0]).abs().max():.4g}"

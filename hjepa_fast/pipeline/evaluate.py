@@ -38,6 +38,10 @@ EXTENDED_WINDOWS = 32
 """Extended rollouts start from no more test windows than this, evenly spread: they are long."""
 COMPARED = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
 """Integrators that the full model's network is rolled out with, the published one first."""
+HORIZONS = (100, 1000)
+"""Steps over which errors against the true motion are reported, beside the windows' own."""
+LOST = 100.0
+"""From this error on, in the data's variance, a rollout has left the motion: ten standard deviations away."""
 NUMBERS_AT_ONCE = 2**22
 """How many numbers of states a long rollout holds where it must hold some: 16 MiB of float32."""
 
@@ -54,6 +58,8 @@ class Evaluation:
     arrays: dict[str, Tensor]
     extended_windows: int
     """How many test windows extended rollouts start from."""
+    motion: dict[str, Any] | None = None
+    """Of the comparison with the true motion: horizons, conservative, energy_scale; None where it is not known."""
 
 
 def evaluate(
@@ -91,17 +97,23 @@ def evaluate(
         share of extended rollouts whose H is not finite somewhere), energy_std (of H over the true test latents),
         step_length (mean |z_{t+1} - z_t| of a free rollout), params, dt, converged (the share of implicit steps that were
         solved), ms_per_step.
+        With a truth, `motion`: see `_motion`.
         What does not apply is None, and so is what is not finite. A model with friction or a control has `port`, see `_port`.
         `integrators`: see `compare_integrators`.
         `arrays`: `<name>/step_mse` [n, T], `<name>/energy` [n, T + 1], `<name>/energy_extended` [m, extended + 1],
         `<name>/energy_true` [n, T + 1], `<name>/example` [longest + 1, d], `true/example` [T + 1, d],
         `integrators/<integrator>/energy` [m, extended + 1], and of a model with friction or a control `<name>/change` and
         `<name>/change_true` [n, T + 1], H(z_t) - H(z_0) of the predictions and along the true latents.
+        With a truth `<name>/motion` [extended + 1, d], `<name>/motion_error` and `<name>/motion_energy` [m, extended + 1], of
+        the true motion `true/motion` and `true/motion_energy`.
     """
     check_config(config)
     full = models.get(zoo.FULL_MODEL)
     setting = Setting.of(dataset, config, full if isinstance(full, SymplecticIntegrator) else None, device)
     arrays = {"true/example": dataset.test[EXAMPLE]}
+    if setting.motion is not None:
+        assert dataset.truth is not None
+        arrays |= {"true/motion": setting.motion[EXAMPLE], "true/motion_energy": dataset.truth.energy(setting.motion)}
     rows = []
     entries: list[tuple[str, zoo.Model | None]] = [(PERSISTENCE, None), *models.items()]
     compared = integrators_of(full) if isinstance(full, SymplecticIntegrator) else ()
@@ -133,7 +145,8 @@ def evaluate(
             comparison.append({key: _finite(value) for key, value in (row | {"drift_ratio": ratio}).items()})
             if progress:
                 progress(done, total)
-    return Evaluation(rows, comparison, {name: tensor.cpu() for name, tensor in arrays.items()}, len(setting.starts))
+    kept = {name: tensor.cpu() for name, tensor in arrays.items()}
+    return Evaluation(rows, comparison, kept, len(setting.starts), setting.of_motion())
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ class Setting:
     control: Tensor | None
     starts: Tensor
     """Where extended rollouts start from, [m, d]."""
+    motion: Tensor | None
+    """The true motion from there, float64 [m, extended + 1, d]; None where it is not known."""
 
     @classmethod
     def of(
@@ -156,11 +171,28 @@ class Setting:
     ) -> Setting:
         windows = dataset.test.to(device)
         control = None if dataset.test_control is None else dataset.test_control.to(device)
-        return cls(dataset, config, full, windows, control, windows[_spread(len(windows), EXTENDED_WINDOWS), 0])
+        starts = windows[_spread(len(windows), EXTENDED_WINDOWS), 0]
+        steps = max(config.extended_steps, windows.shape[1] - 1)
+        motion = None if dataset.truth is None else dataset.truth.rollout(starts, steps).to(device)
+        return cls(dataset, config, full, windows, control, starts, motion)
 
     @property
     def n_steps(self) -> int:
         return self.windows.shape[1] - 1
+
+    def of_motion(self) -> dict[str, Any] | None:
+        """What `Evaluation.motion` holds."""
+        truth = self.dataset.truth
+        if truth is None or self.motion is None:
+            return None
+        scale = energy_scale(truth.energy(self.motion))
+        return {"horizons": self.horizons, "conservative": truth.conservative, "energy_scale": scale}
+
+    @property
+    def horizons(self) -> list[int]:
+        """The steps of `HORIZONS` that extended rollouts reach, the windows' own before them, and the last."""
+        last = max(self.config.extended_steps, self.n_steps)
+        return sorted({self.n_steps, *(step for step in HORIZONS if self.n_steps < step < last), last})
 
 
 def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -205,6 +237,10 @@ def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tupl
     }
     if port is not None:
         row["port"] = {key: _finite(value) for key, value in port.items()}
+    if setting.motion is not None:
+        with torch.no_grad():
+            row["motion"], found_motion = _motion(predictor, setting, setting.motion)
+        arrays |= {f"{name}/{key}": values for key, values in found_motion.items()}
     return {key: _finite(value) for key, value in row.items()}, arrays
 
 
@@ -212,6 +248,46 @@ def _ms_per_step(model: zoo.Model, setting: Setting) -> float:
     control = None if setting.control is None else setting.control[:1]
     timed = functools.partial(_Predictor(model).states, control=control)
     return time_per_step(timed, setting.windows[:1, 0], setting.n_steps, setting.config) * 1e3
+
+
+def _motion(predictor: _Predictor, setting: Setting, true: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """How free rollouts compare with the true motion [m, n + 1, d], and what becomes of the true energy along them.
+
+    Returns
+    -------
+    dict
+        error: for each of the horizons the median over windows of the mean squared error up to that step over the data's
+        variance, None where half of the windows are not finite by then; lost: how many windows have left the motion by then,
+        see `LOST`; energy_drift: the median over windows of max_t |E(z_t) - E_t| over all steps, by the energy's scale, where E
+        is the true energy and E_t its value in the true motion (E(z_0) if nothing drives or damps it); None as for the error.
+    dict
+        motion [n + 1, d] of one window, motion_error [m, n + 1], motion_energy [m, n + 1].
+    """
+    truth = setting.dataset.truth
+    assert truth is not None
+    states = predictor.states(setting.starts, true.shape[1] - 1)
+    error = (states.double() - true).square().mean(dim=-1) / setting.dataset.variance
+    energies, exact = truth.energy(states), truth.energy(true)
+    expected = energies[:, :1] if truth.conservative else exact
+    drift = (energies - expected).abs().amax(dim=1) / energy_scale(exact)
+    lost = ~(error < LOST)
+    facts = {
+        "error": {str(step): _finite(_median(error[:, 1 : step + 1].mean(dim=1))) for step in setting.horizons},
+        "lost": {str(step): int(lost[:, : step + 1].any(dim=1).sum()) for step in setting.horizons},
+        "energy_drift": _finite(_median(drift)),
+    }
+    return facts, {"motion": states[EXAMPLE], "motion_error": error, "motion_energy": energies}
+
+
+def energy_scale(exact: Tensor) -> float:
+    """What relative drifts of the true energy [m, n + 1] are relative to: the median of its size where rollouts start."""
+    return exact[:, 0].abs().median().item() or 1.0
+
+
+def _median(values: Tensor) -> float:
+    """The median of values [m], the upper of two, where what is not finite is larger than all else."""
+    values = values.double()
+    return torch.where(values.isfinite(), values, math.inf).sort().values[len(values) // 2].item()
 
 
 def integrators_of(full: SymplecticIntegrator) -> tuple[str, ...]:

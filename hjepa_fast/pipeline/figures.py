@@ -38,6 +38,7 @@ from .plotting import (
     reach,
     save,
     style_of,
+    titled,
 )
 from .tables import unfinished
 from .train import standing
@@ -121,6 +122,7 @@ def draw_locked(run: Run) -> list[Path]:
     view = View(summary, rows, arrays, step_label(summary.get("step") or step_units(latents)))
     written = []
     for name, figure in (
+        ("motion", _motion(view)),
         ("energy", _energy(view)),
         ("drift_by_integrator", _drift_by_integrator(view)),
         ("dissipation", _dissipation(view)),
@@ -148,9 +150,14 @@ class View:
 
     def figure(self, finding: str, n_rows: int = 1, n_columns: int = 1, about: str = "", **grid: Any) -> tuple[Figure, Any]:
         """A new figure that says what it was drawn from, `about` first, and, if it did not end, how far training got."""
+        figure = self.titled(finding, about)
+        return figure, figure.subplots(n_rows, n_columns, squeeze=False, **grid)
+
+    def titled(self, finding: str, about: str = "") -> Figure:
+        """`figure` without its axes."""
         open_ended = unfinished(self.summary)
         finding = (f"TRAINING IS NOT FINISHED: {'; '.join(open_ended)}\n" if open_ended else "") + finding
-        return new_figure(finding, f"{about}{_caption(self.summary)}", n_rows, n_columns, **grid)
+        return titled(finding, f"{about}{_caption(self.summary)}")
 
     def measured(self, key: str) -> list[str]:
         """The models that have an array of this name."""
@@ -178,7 +185,7 @@ def dream_figure(states: Tensor, energy: Tensor | None, title: str, kept: bool =
     lengths = states.diff(dim=0).norm(dim=1)
     finding = findings.dream(lengths.tolist(), None if energy is None else energy.tolist(), kept)
     figure, axes = new_figure(finding, title, 1, 2 if energy is None else 3)
-    path = _principal_plane(states)
+    path = principal_plane(states)
     axes[0, 0].plot(*path.T, "-", color=GREY, lw=1)
     axes[0, 0].scatter(*path.T, c=np.arange(len(path)), cmap="viridis", s=18, zorder=3)
     axes[0, 0].set(xlabel="first component (latent units)", ylabel="second component (latent units)")
@@ -222,6 +229,67 @@ def _drift_panel(axis: Axes, view: View, key: str, curves: list[Curve]) -> None:
             curves.append(view.band(axis, name, np.arange(1, H.shape[1]), drift))
     axis.set(xlabel=view.step, ylabel=f"{_drift_of(view.rows)[1]} / std of H")
     in_view(axis, curves, scale="log", always=USUAL)
+
+
+COURSE = 100
+"""Steps of a coordinate's course that are drawn beside the true one."""
+
+
+def _motion(view: View) -> Figure | None:
+    """Predicted beside true motion, the error and the true energy over many steps; the best model of either kind in front."""
+    if not view.summary["motion"]:
+        return None
+    summary, arrays, step = view.summary, view.arrays, str(findings.motion_horizon(view.summary))
+    trained = findings.models(list(view.rows.values()))
+    kinds = [[row for row in trained if findings.has_hamiltonian(row) == has] for has in (True, False)]
+    best = [
+        (findings.least(rows, lambda row: row["motion"]["error"][step]) or (rows[0], math.nan))[0]["name"]
+        for rows in kinds
+        if rows
+    ]
+    left = findings.lost(summary)
+    about = (
+        f"starts: {summary['extended_windows']} test windows, the path shown is from the first; lines: median over windows, "
+        "shaded: 10th to 90th percentile, of the best model of either kind"
+        + (f"; rollouts that left the motion: {left}; " if left else "; ")
+    )
+    figure = view.titled(findings.motion(summary), about)
+    axes = figure.subplot_mosaic("aaabbbcccc\ndddddeeeee")
+    true = arrays["true/motion"].double().numpy()
+    pair = [0, true.shape[1] // 2]
+    for axis, name in zip((axes["a"], axes["b"]), best, strict=False):
+        path, title = arrays[f"{name}/motion"].double().numpy(), view.rows[name]["title"]
+        axis.plot(*true[:, pair].T, "o", color=TRUE, ms=3.5, mew=0, alpha=0.35)
+        axis.plot(*path[:, pair].T, "o", color=COLORS[name], ms=2, mew=0)
+        axis.set(xlabel="q1 (standardised)", ylabel="p1 (standardised)", title=f"{title}, {len(true) - 1:,} steps")
+        around(axis, true[:, pair], [(path[:, pair], COLORS[name], title)])
+    if len(best) == 1:
+        axes["b"].set_axis_off()
+    steps = np.arange(min(COURSE, len(true) - 1) + 1)
+    courses = [np.stack([steps, arrays[f"{name}/motion"][: len(steps), 0].double().numpy()], axis=1) for name in best]
+    axes["c"].plot(steps, true[: len(steps), 0], color=TRUE, lw=3, alpha=0.35, label="true motion")
+    for name, course in zip(best, courses, strict=True):
+        axes["c"].plot(*course.T, style_of(name), color=COLORS[name], lw=1.3)
+    seen = [(course, COLORS[name], view.rows[name]["title"]) for name, course in zip(best, courses, strict=True)]
+    around(axes["c"], np.stack([steps, true[: len(steps), 0]], axis=1), seen)
+    axes["c"].set(xlabel=view.step, ylabel="q1 (standardised)", title=f"course over {steps[-1]} steps")
+    energy, scale = arrays["true/motion_energy"].double(), summary["motion"]["energy_scale"]
+    errors, drifts = [], []
+    for name in (row["name"] for row in trained):
+        error, found = arrays[f"{name}/motion_error"].double(), arrays[f"{name}/motion_energy"].double()
+        drift = (found - (found[:, :1] if summary["motion"]["conservative"] else energy)).abs() / scale
+        x = np.arange(1, len(true))
+        errors.append(view.band(axes["d"], name, x, error[:, 1:], name in best))
+        drifts.append(view.band(axes["e"], name, x, drift[:, 1:], name in best))
+    for axis, curves, title in (
+        (axes["d"], errors, "squared error / variance"),
+        (axes["e"], drifts, "true energy's error / |E|"),
+    ):
+        axis.set(xlabel=view.step, ylabel=title, xscale="log", xlim=(1, len(true) - 1))
+        in_view(axis, curves, scale="log", always=USUAL)
+    axes["d"].axhline(1, color=TRUE, lw=0.6, ls=":")
+    legend(figure, 5)
+    return figure
 
 
 def _energy(view: View) -> Figure | None:
@@ -470,7 +538,7 @@ def _components(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centre, F.pad(components[:2], (0, 0, 0, 2 - len(components[:2]))), shares
 
 
-def _principal_plane(states: Tensor) -> np.ndarray:
+def principal_plane(states: Tensor) -> np.ndarray:
     """States [n, d] in their two largest principal components: [n, 2]."""
     centre, components, _ = _components(states)
     return ((states - centre).double() @ components.T).numpy()

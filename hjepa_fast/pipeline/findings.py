@@ -11,7 +11,8 @@ from .evaluate import PERSISTENCE
 
 Row = Mapping[str, Any]
 Value = Callable[[Row], float | None]
-HAMILTONIAN, OTHER = "Hamiltonian models", "models without a Hamiltonian"
+HAMILTONIAN, OTHER = "Hamiltonian model", "MLP"
+"""Kinds of models; those without a Hamiltonian are all perceptrons."""
 
 
 def shown(value: float) -> str:
@@ -41,7 +42,7 @@ def least(rows: Sequence[Row], value: Value) -> tuple[Row, float] | None:
 
 
 def ranked(rows: Sequence[Row], value: Value, unit: str = "") -> str | None:
-    """ "A: 0.1; best of the models without a Hamiltonian: B, 0.3", or None if no trained model has a value.
+    """ "A, 0.1; best MLP: B, 0.3 (3 times as much)"; None if no trained model has a value.
 
     The second part is of the kind of models that the best one is not of, with or without a Hamiltonian, if there are any.
     """
@@ -51,14 +52,17 @@ def ranked(rows: Sequence[Row], value: Value, unit: str = "") -> str | None:
         return None
     winner, x = first
     others = [row for row in rows if has_hamiltonian(row) != has_hamiltonian(winner)]
-    text = f"{winner['title']}: {shown(x)}{unit}"
+    text = f"{winner['title']}, {shown(x)}{unit}"
     if not others:
         return text
     kind = OTHER if has_hamiltonian(winner) else HAMILTONIAN
     second = least(others, value)
     if second is None:
-        return f"{text}; of the {kind} every one diverges"
-    return f"{text}; best of the {kind}: {second[0]['title']}, {shown(second[1])}"
+        return f"{text}; every {kind} diverges"
+    ratio = second[1] / x if x > 0 else math.inf
+    much = f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
+    times = f" ({much} times as much)" if 1.05 <= ratio < 1e4 else ""
+    return f"{text}; best {kind}: {second[0]['title']}, {shown(second[1])}{times}"
 
 
 def relative_drift(row: Row, key: str = "drift_extended_mean") -> float | None:
@@ -75,15 +79,15 @@ def prediction(rows: Sequence[Row], n_steps: int) -> str:
     found = least(models(rows), lambda row: row.get("mse_relative"))
     assert found is not None
     text = f"Least error over {n_steps} steps, by the data's variance: {text}"
-    return f"{text}. None is nearer than the data's mean, which has 1" if found[1] >= 1 else text
+    return f"{text}. None is nearer than the data's mean (1)" if found[1] >= 1 else text
 
 
 def energy(rows: Sequence[Row], n_steps: int, words: str = "Energy drift") -> str:
     """Which model keeps its energy best over the extended rollouts."""
-    text = ranked(rows, relative_drift, " standard deviations of H")
+    text = ranked(rows, relative_drift)
     if text is None:
         return f"{words} over {n_steps:,} steps: no model has one that stays finite"
-    return f"Least {words[0].lower()}{words[1:]} over {n_steps:,} steps: {text}"
+    return f"Least {words[0].lower()}{words[1:]} over {n_steps:,} steps, by the standard deviation of H: {text}"
 
 
 def integrators(rows: Sequence[Row], n_steps: int) -> str:
@@ -162,3 +166,26 @@ def dream(lengths: Sequence[float], energy: Sequence[float] | None, kept: bool) 
     if kept:
         return f"{text}: H stays within {shown(drift)} of its start, {shown(energy[0])}"
     return f"{text}: H goes from {shown(energy[0])} to {shown(energy[-1])}"
+
+
+def motion_horizon(summary: Mapping[str, Any]) -> int:
+    """The number of steps over which the finding compares errors: the middle one of the horizons."""
+    horizons: list[int] = summary["motion"]["horizons"]
+    return horizons[len(horizons) // 2]
+
+
+def motion(summary: Mapping[str, Any]) -> str:
+    """Which model stays nearest to the true motion, and which keeps the true energy best, in two sentences."""
+    rows, step = summary["models"], motion_horizon(summary)
+    last = summary["motion"]["horizons"][-1]
+    error = ranked(rows, lambda row: row["motion"]["error"][str(step)])
+    drift = ranked(rows, lambda row: row["motion"]["energy_drift"])
+    first = f"Least error over {step:,} steps: {error}." if error else f"No model's rollouts stay finite over {step:,} steps."
+    return f"{first}\nLeast drift of the true energy over {last:,} steps: {drift}." if drift else first
+
+
+def lost(summary: Mapping[str, Any]) -> str:
+    """How many rollouts left the true motion, by model; "" if none did."""
+    last, total = str(summary["motion"]["horizons"][-1]), summary["extended_windows"]
+    counts = {row["title"]: row["motion"]["lost"][last] for row in models(summary["models"])}
+    return ", ".join(f"{title} {count} of {total}" for title, count in counts.items() if count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -347,6 +348,26 @@ def read_latents(path: Path) -> Latents:
     return Latents(path.stem, latents, start_frame, known, path)
 
 
+@dataclass(frozen=True)
+class Readout:
+    """A ridge regression from latents, and how well it reads from held-out videos."""
+
+    mean: np.ndarray
+    """[d], of the latents it was fitted to."""
+    scale: np.ndarray
+    """[d]"""
+    weights: np.ndarray
+    """[d, k]"""
+    offset: np.ndarray
+    """[k]"""
+    r2: float = float("nan")
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [..., d] to what is read from them, [..., k]."""
+        read: np.ndarray = self.offset + (latents - self.mean) / self.scale @ self.weights
+        return read
+
+
 def probe(
     latents: Sequence[Latents], trajectories: Sequence[Trajectories], test_fraction: float = 0.2, seed: int = 42
 ) -> dict[str, float | int]:
@@ -361,6 +382,20 @@ def probe(
     LatentError
         Too few videos, or ground truth that does not fit them.
     """
+    scores: dict[str, float | int] = {"n_test_videos": max(1, round(test_fraction * len(latents)))}
+    for name, field in (("position_r2", "positions"), ("velocity_r2", "velocities")):
+        scores[name] = readout(latents, trajectories, field, test_fraction, seed).r2
+    return scores
+
+
+def readout(
+    latents: Sequence[Latents],
+    trajectories: Sequence[Trajectories],
+    field: str = "positions",
+    test_fraction: float = 0.2,
+    seed: int = 42,
+) -> Readout:
+    """The regression of `probe` to "positions" or "velocities", [n_clips, balls * 2], and its R^2; errors as there."""
     n_test = max(1, round(test_fraction * len(latents)))
     n_validation = max(1, round((len(latents) - n_test) / 5))
     if len(latents) - n_test - n_validation < 1:
@@ -373,31 +408,37 @@ def probe(
     order = np.random.default_rng(seed).permutation(len(latents))
     test, validation, rest = np.split(order, [n_test, n_test + n_validation])
     features = [video.latents.double().numpy() for video in latents]
-    scores: dict[str, float | int] = {"n_test_videos": n_test}
-    for name, field in (("position_r2", "positions"), ("velocity_r2", "velocities")):
-        targets = [_clip_means(v, getattr(truth, field)) for v, truth in zip(latents, trajectories, strict=True)]
-        tried = [_ridge_r2(features, targets, rest, validation, strength) for strength in RIDGE_STRENGTHS]
-        scores[name] = _ridge_r2(features, targets, order[n_test:], test, RIDGE_STRENGTHS[int(np.argmax(tried))])
-    return scores
+    targets = [clip_means(v, getattr(truth, field)) for v, truth in zip(latents, trajectories, strict=True)]
+
+    def of(videos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate([features[i] for i in videos]), np.concatenate([targets[i] for i in videos])
+
+    def fitted(train: np.ndarray, held_out: np.ndarray, strength: float) -> Readout:
+        found = _ridge(*of(train), strength)
+        return dataclasses.replace(found, r2=_r2(found, *of(held_out)))
+
+    tried = [fitted(rest, validation, strength).r2 for strength in RIDGE_STRENGTHS]
+    return fitted(order[n_test:], test, RIDGE_STRENGTHS[int(np.argmax(tried))])
 
 
-def _clip_means(video: Latents, motion: np.ndarray) -> np.ndarray:
+def clip_means(video: Latents, motion: np.ndarray) -> np.ndarray:
     """[n_clips, balls * 2]: the mean of `motion` [T, balls, 2] over each clip's frames."""
     length = video.metadata["provenance"]["clip_frames"]
     return np.stack([motion[start : start + length].mean(axis=0).ravel() for start in video.start_frame.tolist()])
 
 
-def _ridge_r2(
-    features: list[np.ndarray], targets: list[np.ndarray], train: np.ndarray, test: np.ndarray, strength: float
-) -> float:
-    x, y = (np.concatenate([part[i] for i in train]) for part in (features, targets))
-    x_test, y_test = (np.concatenate([part[i] for i in test]) for part in (features, targets))
+def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> Readout:
+    """Fitted to x [n, d] and y [n, k]."""
     mean, std = x.mean(axis=0), x.std(axis=0)
     std[std == 0] = 1
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    x = (x - mean) / std
     weights = np.linalg.solve(x.T @ x + strength * len(x) * np.eye(x.shape[1]), x.T @ (y - y.mean(axis=0)))
-    residual = ((y_test - y.mean(axis=0) - x_test @ weights) ** 2).sum(axis=0)
-    spread = ((y_test - y_test.mean(axis=0)) ** 2).sum(axis=0)
+    return Readout(mean, std, weights, y.mean(axis=0))
+
+
+def _r2(found: Readout, x: np.ndarray, y: np.ndarray) -> float:
+    residual = ((y - found(x)) ** 2).sum(axis=0)
+    spread = ((y - y.mean(axis=0)) ** 2).sum(axis=0)
     moving = spread > 0
     if not moving.any():
         raise LatentError("the held-out videos' ground truth does not vary, so R^2 has no meaning")

@@ -33,7 +33,7 @@ SIZE = (10.0, 5.6)
 DPI = 130
 # Okabe and Ito's palette without its yellow, which white swallows, and four of Paul Tol's muted one
 BLUE, SKY, GREEN, PURPLE, ORANGE, VERMILLION = "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00"
-INDIGO, WINE, OLIVE, GREY, BLACK = "#332288", "#882255", "#999933", "#999999", "#000000"
+INDIGO, WINE, OLIVE, GREY, BLACK = "#332288", "#882255", "#999933", "#BBBBBB", "#000000"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, INDIGO, WINE, OLIVE, GREY)
 """For what has no colour of its own, in this order."""
 COLORS = {
@@ -61,7 +61,7 @@ _STYLE = {
     "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
-_TITLE, _ABOUT, _LEGEND = 96, 165, 0.033
+_TITLE, _ABOUT, _LEGEND = 110, 165, 0.033
 """Characters in a line of a title and of what stands below, and the height of a row of the legend, of the figure's."""
 
 
@@ -153,16 +153,21 @@ def new_figure(finding: str, about: str = "", n_rows: int = 1, n_columns: int = 
 
     `finding` is its title; `about`, what it was drawn from, stands small below it. `grid`: see `Figure.subplots`.
     """
+    figure = titled(finding, about)
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False, **grid)
+
+
+def titled(finding: str, about: str = "") -> Figure:
+    """`new_figure` without its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, **grid)
     # a file's name may hold dollar signs
-    figure.suptitle(_wrapped(finding, _TITLE), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    figure.suptitle(_wrapped(finding, _TITLE), x=0.01, ha="left", fontsize=10.5, fontweight="bold", parse_math=False)
     text = _wrapped(about, _ABOUT)
     figure.text(0.01, 0.008, text, fontsize=7.5, color="#555555", parse_math=False, in_layout=False)
     _keep_free(figure, 0.01 + 0.023 * len(text.splitlines()))
-    return figure, axes
+    return figure
 
 
 def _keep_free(figure: Figure, bottom: float) -> None:

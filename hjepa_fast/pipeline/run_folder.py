@@ -139,12 +139,13 @@ class Run:
 @contextlib.contextmanager
 def inside(path: Path) -> Iterator[None]:
     """Where `path` is, or lies in, a run, keep every other writer out of that run."""
-    run = _run_around(path)
+    run = run_around(path)
     with run.locked() if run is not None else contextlib.nullcontext():
         yield
 
 
-def _run_around(path: Path) -> Run | None:
+def run_around(path: Path) -> Run | None:
+    """The run that a path is, or lies in."""
     path = Path(path).absolute()
     runs = map(Run, (path, *path.parents))
     return next((run for run in runs if run.config.is_file() and run.inputs.is_file()), None)
@@ -162,7 +163,7 @@ def output(stem: Path, suffixes: Sequence[str], sources: Sequence[Path | None]) 
         Another process writes into the run.
     """
     stem = Path(stem).absolute()
-    run = _run_around(stem.parent)
+    run = run_around(stem.parent)
     for path in (stem.with_name(f"{stem.name}{suffix}") for suffix in suffixes):
         if any(source is not None and path.resolve() == Path(source).resolve() for source in sources):
             raise UsageError(f"--out {stem} would overwrite {path}, which is read: choose another --out")

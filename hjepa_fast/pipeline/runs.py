@@ -205,7 +205,8 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
     distributed.on_first(lambda: files.refuse_if_locked(latents))
-    dataset = prepare(load_latents(latents), config.data, videos)
+    items = load_latents(latents)
+    dataset = prepare(items, config.data, videos)
     resolved = resolve_device(device)
     models, standings = {}, {}
     for name, path in trained.items():
@@ -234,6 +235,8 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
         "probe": _probe(videos, latents),
+        "step": evaluate.step_units(items),
+        "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),
         "checkpoints": {name: file_sha256(path) for name, path in trained.items()},
         "models": [row | standings.get(row["name"], {}) for row in evaluation.rows],

@@ -116,6 +116,29 @@ class Inputs(_Schema):
     latents: Line
 
 
+class Step(_Schema):
+    """How long a latent step is."""
+
+    frames: Annotated[int, Field(ge=1, le=10**6)] | None
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
+class Motion(_Schema):
+    """Of a run's comparison with the true motion."""
+
+    horizons: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
+    conservative: bool
+    energy_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class MotionRow(_Schema):
+    """A model beside the true motion; by numbers of steps."""
+
+    error: dict[str, Number | None]
+    lost: dict[str, int]
+    energy_drift: Number | None
+
+
 class SummaryRow(_Schema):
     """A model in a run's summary."""
 
@@ -131,6 +154,7 @@ class SummaryRow(_Schema):
     epochs_done: Annotated[int, Field(ge=0, le=10**9)] | None = None
     epochs_asked: Positive | None = None
     finished: bool = True
+    motion: MotionRow | None = None
 
 
 class IntegratorRow(_Schema):
@@ -155,6 +179,8 @@ class Summary(_Schema):
     missing: Annotated[list[Line], Field(max_length=1000)] | None = None
     checkpoints: dict[str, Line] = Field(default_factory=dict)
     arrays_sha256: Line | None = None
+    step: Step | None = None
+    motion: Motion | None = None
 
 
 class EncoderConfig(_Schema):
@@ -213,6 +239,11 @@ def check_arrays(summary: dict[str, Any], arrays: dict[str, Tensor], known: Coll
     wanted += [f"{name}/{key}" for name in names if f"{name}/energy" in arrays for key in ("energy_true", "energy_extended")]
     wanted += [f"{name}/{key}" for name in names if f"{name}/change" in arrays for key in ("change", "change_true")]
     wanted += [f"integrators/{name}/energy" for name in compared]
+    if summary.get("motion"):
+        wanted += ["true/motion", "true/motion_energy"]
+        wanted += [f"{name}/{key}" for name in names for key in ("motion", "motion_error", "motion_energy")]
+        if without := [row["name"] for row in summary["models"] if not row.get("motion")]:
+            raise HJEPAError(f"{source}: the summary has a true motion and does not say how {shown(without[0])} compares")
     for name in wanted:
         found = arrays.get(name)
         if found is None or found.ndim != 2 or not found.numel() or not found.is_floating_point():
@@ -220,6 +251,13 @@ def check_arrays(summary: dict[str, Any], arrays: dict[str, Tensor], known: Coll
             raise HJEPAError(f"{source}: expected floating-point numbers [n, m] in {shown(name)}, found {what}")
         if name.endswith("/example") and (found.shape[1] != arrays["true/example"].shape[1] or found.shape[1] < 2):
             raise HJEPAError(f"{source}: {name} has latents of {found.shape[1]} dimensions, another number than true/example")
+    if summary.get("motion"):
+        for key in ("motion", "motion_energy"):
+            shapes = [list(arrays[f"{name}/{key}"].shape) for name in ("true", *names)]
+            if key == "motion_energy":
+                shapes += [list(arrays[f"{name}/motion_error"].shape) for name in names]
+            if other := next((shape for shape in shapes if shape != shapes[0]), None):
+                raise HJEPAError(f"{source}: arrays of {key} differ in shape: {shapes[0]} and {other}")
     for name in names:
         if f"{name}/energy" in arrays and arrays[f"{name}/energy"].shape != arrays[f"{name}/energy_true"].shape:
             raise HJEPAError(f"{source}: {name}/energy and {name}/energy_true differ in shape")

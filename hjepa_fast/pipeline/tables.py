@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import zoo
+from . import evaluate, findings, zoo
+from .evaluate import PERSISTENCE
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
@@ -110,8 +111,62 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             f"R² {probe['position_r2']:.2f} for ball positions, {probe['velocity_r2']:.2f} for velocities."
         )
     notes += [f"{row['title']}: {_solved(row['converged'])}" for row in summary["models"] if _unsolved(row)]
-    text = _markdown(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n" + _ports_table(summary)
+    text = (
+        _motion_table(summary)
+        + _markdown(rows)
+        + "\n\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + "\n"
+        + _ports_table(summary)
+    )
     return text + _integrators_table(summary) if summary["integrators"] else text
+
+
+def _motion_table(summary: Mapping[str, Any]) -> str:
+    """The finding and how every model compares with the true motion; "" where that is not known."""
+    motion = summary.get("motion")
+    if not motion:
+        return ""
+    horizons, seconds = motion["horizons"], (summary.get("step") or {}).get("seconds")
+    last, total = horizons[-1], summary["extended_windows"]
+    rows: list[tuple[str, ...]] = [
+        (
+            "model",
+            *(f"error, {step:,} steps" + (f" ({step * seconds:.3g} s)" if seconds else "") for step in horizons),
+            f"true energy's drift, {last:,} steps",
+            "left the motion",
+            "drift of its own H",
+        )
+    ]
+    for row in sorted(summary["models"], key=lambda row: row["name"] == PERSISTENCE):
+        found = row["motion"]
+        own = findings.relative_drift(row) if findings.has_hamiltonian(row) else None
+        rows.append(
+            (
+                row["title"],
+                *(_measured(found["error"][str(step)], ".2g") for step in horizons),
+                _measured(found["energy_drift"], ".2g"),
+                f"{found['lost'][str(last)]} of {total}",
+                _measured(own, ".2g") if findings.has_hamiltonian(row) else "-",
+            )
+        )
+    law = "E(z_0)" if motion["conservative"] else "its value in the true motion at that step"
+    notes = [
+        f"Free rollouts from {total} test windows, without a control, beside the exact motion. Error: the mean squared error "
+        "over so many steps by the data's variance, the median over windows; 1 is that of the mean, and 2 about that of the "
+        "right motion at a wrong time.",
+        f"True energy's drift: largest difference of the true energy E(z_t) of predicted states from {law}, by the median of "
+        f"|E| where rollouts start, {findings.shown(motion['energy_scale'])}; the median over windows.",
+        f"Left the motion: windows with an error of {evaluate.LOST:g} and more at some step, or not finite; medians count them "
+        'as the largest. "diverged": half of the windows are not finite.',
+        "Drift of its own H: by the standard deviation of that H over the true test states, the mean over windows.",
+    ]
+    return (
+        "".join(f"**{line}**\n" for line in findings.motion(summary).splitlines())
+        + f"\n{_markdown(rows)}\n\n"
+        + "".join(f"- {note}\n" for note in notes)
+        + f"\nOver the {summary['n_steps']} steps that models are trained on, and the energy as each model has learned it:\n\n"
+    )
 
 
 def _ports_table(summary: Mapping[str, Any]) -> str:
