@@ -25,7 +25,7 @@ from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import distributed, files
-from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig
+from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig, VideoConfig, world
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
@@ -229,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "generate", "generate synthetic videos of colliding balls", _generate, ("videos",))
+    command = _command(commands, "generate", "generate synthetic videos with their ground truth", _generate, ("videos",))
     _add_world(command)
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
@@ -407,9 +407,9 @@ def _add_world(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--world",
         choices=tuple(WORLDS),
-        help="what the synthetic balls live in: elastic, as published; damped, with drag and losses at collisions, and models "
-        "with conformal friction; driven, by a recorded force, which is the models' control. Sets --restitution, --drag, "
-        "--force, --friction and --control, also those of a --config; these options override it",
+        help="what the synthetic scene lives in: elastic, as published; damped, with drag and losses at collisions, and models "
+        "with conformal friction; driven, by a recorded force or torque, which is the models' control. Sets --restitution, "
+        "--drag, --force, --friction and --control, also those of a --config; these options override it",
     )
 
 
@@ -477,8 +477,12 @@ def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | N
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
-    for named, chosen_name in ((WORLDS, getattr(options, "world", None)), (RECIPES, getattr(options, "recipe", None))):
-        for section, fields in named[chosen_name].items() if chosen_name else ():
+    if getattr(options, "world", None):
+        recorded_scene = values.get("videos", {}).get("scene", VideoConfig().scene)
+        for section, fields in world(options.world, vars(options).get("videos.scene", recorded_scene)).items():
+            values.setdefault(section, {}).update(fields)
+    if getattr(options, "recipe", None):
+        for section, fields in RECIPES[options.recipe].items():
             values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")

@@ -89,9 +89,10 @@ def encode(videos: Path, latents: Path, config: Config, device: str, show: bool,
 
 
 def probe_latents(videos: Path, latents: Path) -> dict[str, Any] | None:
-    """How much of the balls' true motion a linear map reads from the latents; None without ground truth."""
+    """How much of the balls' true motion a linear map reads from the latents; None without ground truth or if they are it."""
     truths = {path.stem: truth for path in find_videos(videos) if (truth := load_ground_truth(path)) is not None}
-    encoded = [item for item in load_latents(latents) if item.name in truths]
+    found = load_latents(latents)
+    encoded = [item for item in found if item.name in truths and item.metadata["provenance"].get("scene") is None]
     return probe(encoded, [truths[item.name] for item in encoded]) if encoded else None
 
 
@@ -303,6 +304,8 @@ def reproduce(
     say(f"device: {target}" + (", no GPU found" if device == "auto" and target.type == "cpu" else ""))
     if config.encode.encoder == OFFLINE_ENCODER:
         say(f"encoder: {OFFLINE_ENCODER}, small and untrained; its results are not the published system's")
+    if config.encode.encoder == STATE_ENCODER:
+        say(f"encoder: none, the latents are the true states of the videos ({STATE_ENCODER}); results are of the models alone")
     run = Run(out)
     with distributed.by_first(run.locked()):
         return _reproduce(run, config, videos, names, device, show, say, fetch, curves)
