@@ -96,6 +96,11 @@ class DataConfig:
         "standardise each latent dimension with training statistics, of true states all q alike and all p alike, and scale "
         "controls (published: off)",
     )
+    stream: Literal["off", "windows", "blocks"] = _option(
+        "off",
+        "off reads all latents into memory; windows reads each batch from its files, in the same order; blocks reads parts of "
+        "videos in a random order and shuffles within as many as fit into memory, for storage that is slow at single windows",
+    )
     control: Literal["none", "recorded"] = _option(
         "none", "control of the models with a Hamiltonian: none, or what is recorded beside each video as NAME.control.json"
     )

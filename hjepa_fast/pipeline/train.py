@@ -20,7 +20,7 @@ from ..diagnostics import energy_balance
 from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
 from ..matching import STEPS, step_residual
-from . import checkpoints, distributed, files, zoo
+from . import checkpoints, distributed, files, streaming, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
 from .encoder_files import file_sha256
@@ -296,13 +296,14 @@ def _train(
         sums = torch.zeros(2, device=device)
         n_batches = 0
         with _explained(name, spec, model, epoch):
-            for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
+            own = distributed.own(config.batch_size)
+            batches = _batches(len(train_windows), config.batch_size, config.seed, epoch, streaming.order_of(train_windows))
+            for rows, windows in streaming.read_ahead(train_windows, (batch[own] for batch in batches)):
                 n_batches += 1
                 optimizer.zero_grad(set_to_none=True)
-                rows = batch[distributed.own(len(batch))].to(device)
                 control = None if train_control is None else train_control[rows]
                 with _autocast(config, device, model):
-                    mse, energy_term = losses(train_windows[rows], config, epoch, spec.energy_loss, control)
+                    mse, energy_term = losses(windows, config, epoch, spec.energy_loss, control)
                     loss = mse + weight * energy_term
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -310,7 +311,7 @@ def _train(
                         f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
                         f"{_kept(epoch)}; try a smaller --lr or --dt."
                     )
-                share = len(rows) / len(batch)
+                share = len(rows) / config.batch_size
                 # gradients are averaged over processes, whatever their shares of the batch
                 (loss * (share * distributed.size())).backward()
                 nn.utils.clip_grad_norm_(network, config.grad_clip)
@@ -382,10 +383,10 @@ def rollout_error(model: zoo.Model, windows: Tensor, control: Tensor | None = No
     return distributed.summed(torch.tensor(total, dtype=torch.float64)).item() / len(windows)
 
 
-def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+def _batches(n: int, size: int, seed: int, epoch: int, order: streaming.Order) -> Iterator[Tensor]:
     """Shuffled index batches; a function of seed and epoch alone, so that a resumed run sees the same ones."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return iter(torch.randperm(n, generator=generator)[: n - n % size].split(size))
+    return iter(order(n, generator)[: n - n % size].split(size))
 
 
 def _autocast(config: TrainConfig, device: torch.device | str, model: zoo.Model) -> contextlib.AbstractContextManager[Any]:
