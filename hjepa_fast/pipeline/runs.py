@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import HJEPAError, UsageError
 from . import checkpoints, controls, evaluate, figures, files, zoo
-from .config import OFFLINE_ENCODER, Config
+from .config import OFFLINE_ENCODER, Config, recipe_of
 from .encoder_files import file_sha256
 from .encoders import resolve_device
 from .latents import encode_videos, load_latents, probe
@@ -142,6 +142,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
         "probe": _probe(videos, latents),
+        "recipe": recipe_of(config.train),
         "step": evaluate.step_units(items),
         "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),
