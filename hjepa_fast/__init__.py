@@ -1,5 +1,8 @@
 """Fast Hamiltonian world models in PyTorch: whole rollouts of an MLP Hamiltonian, and the H-JEPA system around them."""
 
+from . import waiting as waiting  # before torch is loaded
+
+# isort: split
 from . import diagnostics
 from .api import Rollout, Solve, available_backends, energy, leapfrog, rollout
 from .bit_reversible import BitReversible
@@ -8,6 +11,7 @@ from .matching import gradient, step_residual, vector_field
 from .mechanical import Cholesky, Diagonal, MechanicalHNN
 from .models import BaselineMLP, LatentHNN, SeparableHNN
 from .ports import PortHNN
+from .sharding import replicated_scalars
 from .terms import Hamiltonian, Held, Quadratic, Separable, SumHNN, Term
 from .times import odeint
 
@@ -37,6 +41,7 @@ __all__ = [
     "gradient",
     "leapfrog",
     "odeint",
+    "replicated_scalars",
     "rollout",
     "step_residual",
     "vector_field",

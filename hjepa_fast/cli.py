@@ -6,10 +6,12 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
 import threading
+import traceback
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,15 +19,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TextIO
 
+import torch
+
 from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
-from .pipeline import files
-from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig
+from .pipeline import distributed, files
+from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig, VideoConfig, world
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
+MOST_THREADS = 4096
 EXIT_FAILURE, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
+ON_MANY = ("encode", "train", "evaluate", "reproduce", "demo")
+"""Commands that processes started by torchrun do together."""
 GOES_ON = "the same command goes on from here"
 
 
@@ -50,18 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
     except KeyboardInterrupt as end:  # between the command and here
         code = _interrupted(end)
+    except Exception:  # --debug
+        if distributed.size() == 1:
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILURE
     _print("")  # help, which argparse left unwritten
     if _lost and not code:
         _complain(f"error: standard output cannot be written: {_lost[0]}; all files are")
         code = EXIT_FAILURE
     _write(sys.stderr, "")
+    distributed.end(code)
     return code
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        options = parser.parse_args(arguments)
+        with _silent(not distributed.is_first()):
+            options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed its message, or the help
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     try:
@@ -69,25 +83,62 @@ def _run(arguments: Sequence[str] | None) -> int:
             if any(action == "error" for action, *_ in warnings.filters):  # PYTHONWARNINGS; a warning ends no training
                 warnings.simplefilter("default")
             warnings.showwarning = _show_warning
-            options.command(options)
+            _run_command(options)
     except HJEPAError as error:
         if options.debug:
             raise
-        _complain(f"error: {error}")
+        _complain_once(f"error: {error}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
     except KeyboardInterrupt as end:
         return _interrupted(end)
     except Exception as error:
+        if distributed.is_lost(error):
+            _complain_once(f"error: another process has ended; {GOES_ON}, and so does torchrun with --max-restarts")
+            return EXIT_FAILURE
         if options.debug:
             raise
-        _complain(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
+        _complain_once(f"unexpected error: {type(error).__name__}: {error} (--debug shows where)")
         return EXIT_FAILURE
     return 0
 
 
+def _run_command(options: argparse.Namespace) -> None:
+    """Together with the other processes if torchrun started some."""
+    device = "cpu"
+    if distributed.launched():
+        if not options.on_many:
+            distributed.refuse(options.name)
+        device = options.device = distributed.device(options.device)
+        options.quiet |= not distributed.is_first()
+    with distributed.joined(device), _threads(getattr(options, "threads", None)):
+        options.command(options)
+
+
+@contextlib.contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if n is not None:
+            torch.set_num_threads(n)
+        yield
+    finally:
+        if n is not None:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    nowhere = io.StringIO()
+    with (
+        contextlib.redirect_stderr(nowhere if silent else sys.stderr),
+        contextlib.redirect_stdout(nowhere if silent else sys.stdout),
+    ):
+        yield
+
+
 def _interrupted(end: KeyboardInterrupt) -> int:
     number = end.args[0] if isinstance(end, Ended) else signal.SIGINT
-    _complain(f"{f'ended by {signal.Signals(number).name}' if isinstance(end, Ended) else 'interrupted'}; {GOES_ON}")
+    _complain_once(f"{f'ended by {signal.Signals(number).name}' if isinstance(end, Ended) else 'interrupted'}; {GOES_ON}")
     return EXIT_SIGNAL + number
 
 
@@ -139,7 +190,8 @@ def _prepare_streams() -> None:
 
 def _say(text: object = "") -> None:
     """Print a result."""
-    _print(f"{text}\n")
+    if distributed.is_first():
+        _print(f"{text}\n")
 
 
 def _print(text: str) -> None:
@@ -149,6 +201,12 @@ def _print(text: str) -> None:
 
 def _complain(text: str) -> None:
     _write(sys.stderr, f"hjepa-fast: {text}\n")
+
+
+def _complain_once(text: str) -> None:
+    """Why the command ends, which one of its processes says, the first to know."""
+    if distributed.once("the end"):
+        _complain(text)
 
 
 def _write(stream: TextIO, text: str) -> OSError | ValueError | None:
@@ -171,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "generate", "generate synthetic videos of colliding balls", _generate, ("videos",))
+    command = _command(commands, "generate", "generate synthetic videos with their ground truth", _generate, ("videos",))
     _add_world(command)
     command.add_argument("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of videos (default: videos)")
 
@@ -190,6 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(command)
     _add_recipe(command)
     _add_models(command)
+    _add_tensorboard(command)
     _add_device(command)
 
     command = _command(commands, "evaluate", "evaluate a run's trained models and write its table", _evaluate)
@@ -242,6 +301,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--latents", type=Path, metavar="FILE", help="start from latents of this file, not from standard normal states"
     )
     command.add_argument("--backend", default="auto", choices=BACKENDS, help="what computes the rollouts (default: auto)")
+    _add_threads(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -267,13 +327,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_models(command)
     _add_partial(command)
+    _add_tensorboard(command)
+    _add_device(command)
+
+    command = _command(
+        commands,
+        "demo",
+        "in minutes: models on a pendulum's true states, then on collisions as the offline encoder sees them",
+        _demo,
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of both runs (default: runs/demo)"
+    )
     _add_device(command)
     return parser
 
 
 def _command(commands: Any, name: str, help: str, run: Any, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, name=name, on_many=name in ON_MANY)
     command.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     command.add_argument("--quiet", action="store_true", help="no progress, only results and warnings")
     if sections:
@@ -335,9 +407,9 @@ def _add_world(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--world",
         choices=tuple(WORLDS),
-        help="what the synthetic balls live in: elastic, as published; damped, with drag and losses at collisions, and models "
-        "with conformal friction; driven, by a recorded force, which is the models' control. Sets --restitution, --drag, "
-        "--force, --friction and --control, also those of a --config; these options override it",
+        help="what the synthetic scene lives in: elastic, as published; damped, with drag and losses at collisions, and models "
+        "with conformal friction; driven, by a recorded force or torque, which is the models' control. Sets --restitution, "
+        "--drag, --force, --friction and --control, also those of a --config; these options override it",
     )
 
 
@@ -353,6 +425,27 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)")
+    _add_threads(command)
+
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of the computations on the CPU (default: PyTorch's, all cores)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) <= MOST_THREADS):
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {MOST_THREADS}, found {text!r}")
+    return int(text)
+
+
+def _add_tensorboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log the epochs for TensorBoard, into the folder tensorboard of the run (needs the package tensorboard)",
+    )
 
 
 def _add_partial(command: argparse.ArgumentParser) -> None:
@@ -384,8 +477,12 @@ def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | N
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
-    for named, chosen_name in ((WORLDS, getattr(options, "world", None)), (RECIPES, getattr(options, "recipe", None))):
-        for section, fields in named[chosen_name].items() if chosen_name else ():
+    if getattr(options, "world", None):
+        recorded_scene = values.get("videos", {}).get("scene", VideoConfig().scene)
+        for section, fields in world(options.world, vars(options).get("videos.scene", recorded_scene)).items():
+            values.setdefault(section, {}).update(fields)
+    if getattr(options, "recipe", None):
+        for section, fields in RECIPES[options.recipe].items():
             values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")
@@ -413,12 +510,13 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    with inside(options.out):
+    with distributed.by_first(inside(options.out)):
         paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     _say(f"latents of {len(paths)} videos in {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .pipeline import tensorboard
     from .pipeline.encoders import resolve_device
     from .pipeline.latents import load_latents
     from .pipeline.runs import check_settings, train_models
@@ -427,12 +525,14 @@ def _train(options: argparse.Namespace) -> None:
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
     check_settings(config, names)
+    if options.tensorboard:
+        tensorboard.check_available()
     resolve_device(options.device)
-    files.refuse_if_locked(options.latents)
+    distributed.on_first(lambda: files.refuse_if_locked(options.latents))
     dataset = prepare(load_latents(options.latents), config.data, options.videos)
-    with run.locked():
-        run.start(config, options.videos, options.latents, names)
-        train_models(run, names, dataset, config, options.device, not options.quiet, _say)
+    with distributed.by_first(run.locked()):
+        distributed.on_first(lambda: run.start(config, options.videos, options.latents, names))
+        train_models(run, names, dataset, config, options.device, not options.quiet, _say, options.tensorboard)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -512,15 +612,23 @@ def _reproduce(options: argparse.Namespace) -> None:
     config = config_of(options, QUICK if options.quick else None)
     names = chosen(options.models, config.train, config.data)
     summary = reproduce(
-        config, options.out, options.videos, names, options.device, not options.quiet, _say, _may_fetch(options)
-    )
+        config, options.out, options.videos, names, options.device, not options.quiet, _say, _may_fetch(options),
+        options.tensorboard,
+    )  # fmt: skip
     run = Run(options.out)
     _say(f"figures: {run.figures}")
     _refuse_unfinished(run, summary, options)
 
 
+def _demo(options: argparse.Namespace) -> None:
+    from .pipeline.runs import demo
+
+    for run, _ in demo(options.out, options.device, not options.quiet, _say):
+        _say(f"figures: {run.figures}")
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and distributed.once(str(message)):
         _complain(f"warning: {message}")
 
 

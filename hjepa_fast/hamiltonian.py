@@ -234,6 +234,11 @@ def from_module(module: nn.Module) -> SumHamiltonian | MechanicalHamiltonian:
     H: SumHamiltonian | MechanicalHamiltonian | None = reading.recall(module)
     if H is None:
         H = _read(module)
+        if any(hasattr(t, "device_mesh") for t in H.tensors):
+            raise ValueError(
+                f"the parameters of {reader.name_of(module)} are sharded (DTensor). FSDP gathers them for the forward of the "
+                "module that it was given, and for methods named to torch.distributed.fsdp.register_fsdp_forward_method"
+            )
         if reading.remember(module, H, H.tensors) and isinstance(H, SumHamiltonian):
             H.plans = {}
     return H

@@ -37,14 +37,14 @@ def _option(default: Any, help: str, most: float = math.inf) -> Any:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Synthetic clips of balls in a square box (the published setting is the default)."""
+    """Synthetic clips of balls in a square frame (the published setting is the default)."""
 
     scene: Literal["collisions", "pendulum", "springs", "orbit"] = _option(
         "collisions", "what moves: balls that collide in a box, as published, or one of the smooth scenes"
     )
     n_videos: int = _option(50, "number of videos", most=MANY)
     n_frames: int = _option(150, "frames per video", most=MANY)
-    n_balls: int = _option(2, "balls per video; the published videos have 2", most=1000)
+    n_balls: int = _option(2, "balls of collisions and springs; the published videos have 2", most=1000)
     radius: tuple[float, ...] = _option((20.0,), "ball radius in pixels: one value, or one per ball", most=4096)
     size: int = _option(256, "side of the square frame in pixels, even", most=8192)
     fps: int = _option(30, "frames per second", most=1000)
@@ -55,7 +55,10 @@ class VideoConfig:
     )
     drag: float = _option(0.0, "linear drag: the rate, per frame, at which every ball's velocity decays", most=10)
     force: float = _option(
-        0.0, "size of the force per mass that pushes all balls alike, in pixels per frame^2; its direction is random", most=100
+        0.0,
+        "size of the force per mass that pushes all balls alike, in pixels per frame^2; its direction is random, and the "
+        "pendulum's torque is its horizontal part",
+        most=100,
     )
     force_frames: int = _option(15, "frames for which the direction of the force is held", most=MANY)
 
@@ -234,6 +237,21 @@ WORLDS = {
     "driven": _world(control="recorded", force=0.1),
 }
 """Settings of `--world`: what the synthetic balls live in, and the friction and control of models for it."""
+_SMOOTH = {
+    "pendulum": {"drag": 0.01, "force": 0.1},
+    "springs": {"drag": 0.01, "force": 0.03},
+    "orbit": {"drag": 0.001, "force": 0.02},
+}
+"""Drag and force of the smooth scenes' damped and driven worlds, with which they stay inside the frame."""
+
+
+def world(name: str, scene: str) -> dict[str, dict[str, Any]]:
+    """The settings of `WORLDS` for a scene: in a smooth one nothing collides, and drag and force have values of their own."""
+    settings = WORLDS[name]
+    if scene not in _SMOOTH:
+        return settings
+    own = {key: value if settings["videos"][key] else 0.0 for key, value in _SMOOTH[scene].items()}
+    return settings | {"videos": {"restitution": 1.0, **own}}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..errors import ConvergenceError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..models import SeparableHNN
 from ..schemes import SCHEMES
-from . import zoo
+from . import distributed, zoo
 from .config import EvaluateConfig
 from .latents import Latents
 from .windows import Dataset
@@ -81,6 +81,9 @@ def evaluate(
     free rollouts after a window's last step. Rollouts that leave the finite numbers, and implicit steps that cannot be solved,
     are counted and not refused.
 
+    Processes that work together (see `distributed.joined`) share the models out. What is timed the first one does alone, while
+    the others wait, and it alone has the result: theirs is empty.
+
     Parameters
     ----------
     models : mapping of zoo names to trained models, on `device`
@@ -115,12 +118,22 @@ def evaluate(
     entries: list[tuple[str, zoo.Model | None]] = [(PERSISTENCE, None), *models.items()]
     compared = integrators_of(full) if isinstance(full, SymplecticIntegrator) else ()
     total = len(entries) + len(compared)
-    for done, (name, model) in enumerate(entries, start=1):
-        row, found = evaluate_model(name, model, setting)
+    counter = distributed.Counter()
+
+    def measured(entry: tuple[str, zoo.Model | None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        row, found = evaluate_model(*entry, setting)
+        if progress:
+            progress(counter.add(1), total)
+        return row, {name: tensor.cpu() for name, tensor in found.items()}
+
+    parts = distributed.shared_out(entries, measured)
+    if not distributed.is_first():
+        return Evaluation([], [], {}, len(setting.starts))
+    for (_, model), (row, found) in zip(entries, parts, strict=True):
+        if model is not None:
+            row["ms_per_step"] = _ms_per_step(model, setting)
         rows.append(row)
         arrays |= found
-        if progress:
-            progress(done, total)
     comparison: list[dict[str, Any]] = []
     if isinstance(full, SymplecticIntegrator):
         for done, (row, H) in enumerate(
@@ -183,7 +196,7 @@ class Setting:
 
 
 def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model's row of the table and its arrays, or those of persistence (None); see `evaluate`."""
+    """A model's row of the table, without its time, and its arrays, or those of persistence (None); see `evaluate`."""
     dataset, config, windows, control = setting.dataset, setting.config, setting.windows, setting.control
     n_steps, starts = setting.n_steps, setting.starts
     predictor = _Predictor(model)
@@ -206,7 +219,6 @@ def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tupl
             port = _port(meter, starts, n_steps, found.balance, true.balance)
     mse = step_mse.mean(dim=1)
     title = "Persistence" if model is None else zoo.title(name, model)
-    timed = functools.partial(predictor.states, control=None if control is None else control[:1])
     _warn_unsolved(title, predictor)
     row: dict[str, Any] = {
         "name": name,
@@ -221,7 +233,7 @@ def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tupl
         "params": 0 if model is None else _count_parameters(model),
         "dt": model.step_size.item() if isinstance(model, SymplecticIntegrator) else None,
         "converged": predictor.converged,
-        "ms_per_step": None if model is None else time_per_step(timed, windows[:1, 0], n_steps, config) * 1e3,
+        "ms_per_step": None,
     }
     if port is not None:
         row["port"] = {key: _finite(value) for key, value in port.items()}
@@ -230,6 +242,12 @@ def evaluate_model(name: str, model: zoo.Model | None, setting: Setting) -> tupl
             row["motion"], found_motion = _motion(predictor, setting, setting.motion)
         arrays |= {f"{name}/{key}": values for key, values in found_motion.items()}
     return {key: _finite(value) for key, value in row.items()}, arrays
+
+
+def _ms_per_step(model: zoo.Model, setting: Setting) -> float:
+    control = None if setting.control is None else setting.control[:1]
+    timed = functools.partial(_Predictor(model).states, control=control)
+    return time_per_step(timed, setting.windows[:1, 0], setting.n_steps, setting.config) * 1e3
 
 
 def _motion(predictor: _Predictor, setting: Setting, true: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:

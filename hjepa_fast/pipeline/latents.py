@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError, LatentError, UsageError, VideoError
-from . import files, preprocess, untrusted
+from . import distributed, files, preprocess, untrusted
 from .config import STATE_ENCODER, EncodeConfig
 from .encoder_files import file_sha256
 from .encoders import Encoder, encoder_provenance, load_encoder
@@ -61,7 +61,8 @@ def encode_videos(
     made by the same encoder from the same video are kept, so an interrupted run is resumed by running it again; the
     encoder is loaded only if something is left to do. Clips are encoded while the video is decoded, so memory does not
     grow with its length: two batches of clips are held. What a user should know of a video (`VideoReader.notes`) is warned of.
-    With the encoder "state" nothing is decoded, see `states`.
+    With the encoder "state" nothing is decoded, see `states`. Processes that work together (see `distributed.joined`) share the
+    videos out.
 
     Parameters
     ----------
@@ -96,14 +97,17 @@ def encode_videos(
     targets = _targets(videos, Path(folder))
     for video in videos:
         check_regular(video)
-    hashes = {video: file_sha256(video) for video in videos}
+    hashes = dict(zip(videos, distributed.shared_out(videos, file_sha256), strict=True))
     if encoder is None and config.encoder == STATE_ENCODER:
         from . import states
 
-        return states.encode(targets, hashes, config, progress)
+        return distributed.on_first(lambda: states.encode(targets, hashes, config, progress))
 
     def outdated(recipe: dict[str, Any]) -> list[Path]:
-        return [video for video in videos if not is_current(targets[video], recipe | _source(video, hashes[video]), video)]
+        def is_kept(video: Path) -> bool:
+            return is_current(targets[video], recipe | _source(video, hashes[video]), video)
+
+        return [video for video, kept in zip(videos, distributed.shared_out(videos, is_kept), strict=True) if not kept]
 
     if encoder is None:
         recipe = _recipe(config, encoder_provenance(config.encoder, config.revision, device, config.encode_dtype))
@@ -118,24 +122,24 @@ def encode_videos(
     recipe = _recipe(config, encoder.provenance) | {"crop": encoder.crop}
     todo = outdated(recipe)
     done = before = finished = total = 0
+    encoded = distributed.Counter()
     parts: list[Tensor] = []
-    for reader, frames in _read_ahead(todo, encoder.crop, config):
+    for reader, frames in _read_ahead(distributed.claimed(todo), encoder.crop, config):
         if len(frames):
             # Clips overlap: moving the frames once and gathering there saves most of the transfer.
             clips = _clips(frames.to(encoder.device), config)
             parts.append(encoder(preprocess.normalize(clips)))
             done += len(clips)
+            of_all = encoded.add(len(clips))
             if progress is not None:
                 planned = max(done, before + _n_clips(reader.expected, config))
-                total = planned + round(planned / (finished + 1) * (len(todo) - finished - 1))
-                progress(done, total)
+                total = max(of_all, planned + round(planned / (finished + 1) * (len(todo) - finished - 1)))
+                progress(of_all, total)
             continue
         for note in _notes(reader, config):
             warnings.warn(note, stacklevel=2)
         latents, parts = torch.cat(parts), []
         before, finished = done, finished + 1
-        if progress is not None and finished == len(todo) and done != total:
-            progress(done, done)
         if not latents.isfinite().all():
             raise LatentError(f"encoder {encoder.label} gave non-finite latents for {reader.path}; try --encode-dtype float32")
         metadata = {
@@ -146,6 +150,14 @@ def encode_videos(
         }
         starts = torch.arange(len(latents)) * config.clip_stride
         files.save_tensors(targets[reader.path], {"latents": latents, "start_frame": starts}, metadata)
+    distributed.wait()
+    if progress is not None and todo and (done := encoded.add(0)) != total:
+        progress(done, done)
+    for target in targets.values():
+        if not target.exists():
+            raise HJEPAError(
+                f"{target} was written by another process and is not here: all processes need the same file system"
+            )
     return list(targets.values())
 
 
@@ -199,7 +211,7 @@ def _is_altered(video: Path) -> bool:
     return reader.altered
 
 
-def _read_ahead(paths: list[Path], crop: int, config: EncodeConfig = _PUBLISHED) -> Iterator[tuple[VideoReader, Tensor]]:
+def _read_ahead(paths: Iterable[Path], crop: int, config: EncodeConfig = _PUBLISHED) -> Iterator[tuple[VideoReader, Tensor]]:
     """Each video's frames as the encoder sees them, uint8 [n, 3, crop, crop], as many at a time as a batch of clips needs.
 
     An empty batch follows the last one of a video, once all of it has been read without error. The next batch is

@@ -23,7 +23,8 @@ MOST = 1e9
 """Size of the largest constant that a file may give a scene."""
 RESOLVED, FASTEST = 0.5, 4.0
 """Rates per frame, angular frequencies and drag: of one extrapolation of `Scene.advance`, and the largest of a scene."""
-TRIES = 200
+ROUNDS, TRIES = 12, 16
+"""In which a random motion that can be shown is looked for: rounds, and motions of a round, which are computed together."""
 PUSHES = {
     1: "torque over the moment of inertia, radians per frame^2",
     2: "force per mass on every ball in x and y, pixels per frame^2",
@@ -90,11 +91,11 @@ class Scene:
 
     def positions(self, q: np.ndarray) -> np.ndarray:
         """Centres of the balls in pixels, [..., n] to [..., balls, 2]."""
-        return self.middle + q.reshape(*q.shape[:-1], -1, 2)
+        return self.middle + q.reshape(*q.shape[:-1], len(self.radii), 2)
 
     def velocities(self, q: np.ndarray, p: np.ndarray) -> np.ndarray:
         """Of the balls' centres in pixels per frame, [..., balls, 2]."""
-        return (p / self.masses).reshape(*q.shape[:-1], -1, 2)
+        return (p / self.masses).reshape(*q.shape[:-1], len(self.radii), 2)
 
     def start(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A random state q, p, each [n]; its motion may leave what `fits` allows."""
@@ -127,14 +128,14 @@ class Scene:
     @functools.cached_property
     def pieces(self) -> int:
         """Into how many extrapolations a frame is cut."""
-        return math.ceil(min(max(self.drag, *self.rates().values()), FASTEST) / RESOLVED)
+        return max(1, math.ceil(min(max(self.drag, *self.rates().values()), FASTEST) / RESOLVED))
 
     def advance(self, q: np.ndarray, p: np.ndarray, push: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The state one frame later, all but for rounding; `push` [push_dim] is held meanwhile.
 
         Each leapfrog step is a symmetric composition of exact flows, that of the drift and that of pull, push and drag, so that
-        its error has even powers of the step alone. Extrapolating from 1 to 5 steps, in each piece of a frame,
-        removes the first four of them (Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.9).
+        its error has even powers of the step alone. Extrapolating from 1 to 5 steps, in each piece of a frame, removes the
+        first four of them (Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.9).
         """
         extra = np.zeros(1) if push is None else self.masses * np.resize(push, self.n)
         for _ in range(self.pieces):
@@ -158,14 +159,14 @@ class Scene:
         return q + moved, p + gained
 
     def path(
-        self, q: np.ndarray, p: np.ndarray, n_frames: int, pushes: np.ndarray | None = None
+        self, q: np.ndarray, p: np.ndarray, n_states: int, pushes: np.ndarray | None = None, stride: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """States at frames 0 (that given) to n_frames - 1, each [n_frames, ..., n]; `pushes` [n_frames, push_dim]."""
-        path = np.empty((2, n_frames, *q.shape))
-        for frame in range(n_frames):
-            if frame:
-                q, p = self.advance(q, p, None if pushes is None else pushes[frame - 1])
-            path[0, frame], path[1, frame] = q, p
+        """States at frames 0 (that given), stride, 2 stride, ..., each [n_states, ..., n]; `pushes` [frames, push_dim]."""
+        path = np.empty((2, n_states, *q.shape))
+        for state in range(n_states):
+            for frame in range((state - 1) * stride, state * stride) if state else ():
+                q, p = self.advance(q, p, None if pushes is None else pushes[frame])
+            path[0, state], path[1, state] = q, p
         return path[0], path[1]
 
     def draw(self, rng: np.random.Generator, n_frames: int, pushes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -174,14 +175,16 @@ class Scene:
         Raises
         ------
         UsageError
-            None of `TRIES` fits.
+            None of those that were tried fits.
         """
-        for _ in range(TRIES):
-            q, p = self.path(*self.start(rng), n_frames, pushes)
-            if self.fits(q):
-                return q, p
+        for _ in range(ROUNDS):
+            starts = [self.start(rng) for _ in range(TRIES)]
+            q, p = self.path(np.stack([q for q, _ in starts]), np.stack([p for _, p in starts]), n_frames, pushes)
+            for i in range(TRIES):
+                if self.fits(q[:, i]):
+                    return q[:, i].copy(), p[:, i].copy()
         raise UsageError(
-            f"none of {TRIES} random motions of scene {self.name} can be shown, all inside the frame and nothing touching: "
+            f"none of {ROUNDS * TRIES} random motions of scene {self.name} can be shown inside the frame, nothing touching: "
             f"expected smaller balls, less drag ({self.drag:g}) or force ({self.push:g}), or shorter videos"
         )
 
@@ -271,13 +274,14 @@ class Springs(Scene):
         distance = np.sqrt(np.square(spring).sum(axis=-1, keepdims=True))
         tension = self.stiffness * spring * (1 - self.length / np.maximum(distance, 1e-12))
         pull = -(self.hold**2) * self.masses * q
-        pull[..., :-2] += tension.reshape(*q.shape[:-1], -1)
-        pull[..., 2:] -= tension.reshape(*q.shape[:-1], -1)
+        flat = tension.reshape(*q.shape[:-1], self.n - 2)
+        pull[..., :-2] += flat
+        pull[..., 2:] -= flat
         return pull
 
-    @staticmethod
-    def _springs(q: np.ndarray) -> np.ndarray:
-        return (q[..., 2:] - q[..., :-2]).reshape(*q.shape[:-1], -1, 2)
+    def _springs(self, q: np.ndarray) -> np.ndarray:
+        """From each ball to the next, [..., springs, 2]."""
+        return (q[..., 2:] - q[..., :-2]).reshape(*q.shape[:-1], len(self.radii) - 1, 2)
 
     def start(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         balls, rate = len(self.radii), math.sqrt(self.stiffness)
@@ -386,9 +390,8 @@ def of(config: VideoConfig) -> Scene | None:
     """
     if config.scene == "collisions":
         return None
-    size, balls = config.size, 1 if config.scene == "pendulum" else config.n_balls
-    default = VideoConfig()
-    if config.scene != "springs" and config.n_balls not in (balls, default.n_balls):
+    size, balls = config.size, {"pendulum": 1, "orbit": 2}.get(config.scene, config.n_balls)
+    if config.n_balls not in (balls, VideoConfig().n_balls):
         raise UsageError(f"n_balls is {config.n_balls}, expected {balls} in scene {config.scene}")
     if config.restitution != 1:
         raise UsageError(

@@ -20,7 +20,7 @@ from ..diagnostics import energy_balance
 from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
 from ..matching import STEPS, step_residual
-from . import checkpoints, files, zoo
+from . import checkpoints, distributed, files, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
 from .encoder_files import file_sha256
@@ -218,6 +218,9 @@ def train(
     is there with the same settings and data, training goes on after its epoch, to the same losses as an uninterrupted run,
     and what was interrupted before it followed is written. No other process may write into `folder` meanwhile.
 
+    Processes that work together (see `distributed.joined`) share every batch out, to the same losses but for rounding, and the
+    first of them writes. What it writes does not depend on their number, so that another number of them can go on.
+
     Parameters
     ----------
     name : str
@@ -239,7 +242,9 @@ def train(
         Another process trains in `folder`, or a file cannot be written.
     """
     check_config(config, dataset)
-    with files.locked(folder):
+    if config.batch_size < distributed.size():
+        raise UsageError(f"batch_size {config.batch_size} leaves some of {distributed.size()} processes without a window")
+    with distributed.by_first(files.locked(folder)):
         return _train(name, dataset, Path(folder), config, data_config, device, log)
 
 
@@ -273,6 +278,7 @@ def _train(
     last = folder / "last.safetensors"
     if last.exists():
         history = _resume(last, facts, model, optimizer)
+    distributed.check_same({"data_fingerprint": facts["data_fingerprint"], "history": history}, folder)
 
     train_windows, test_windows = dataset.train.to(device), dataset.test.to(device)
     train_control, test_control = (
@@ -281,6 +287,7 @@ def _train(
     learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     network = [parameter for name, parameter in learned if name != "dt"]
     step_sizes = [parameter for name, parameter in learned if name == "dt"]
+    losses = distributed.data_parallel(model, epoch_loss, varying=config.matching_epochs > 0)
     for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
         lr, weight = learning_rate(epoch, config), energy_weight(epoch, config)
@@ -292,10 +299,10 @@ def _train(
             for batch in _batches(len(train_windows), config.batch_size, config.seed, epoch):
                 n_batches += 1
                 optimizer.zero_grad(set_to_none=True)
-                batch = batch.to(device)
-                control = None if train_control is None else train_control[batch]
+                rows = batch[distributed.own(len(batch))].to(device)
+                control = None if train_control is None else train_control[rows]
                 with _autocast(config, device, model):
-                    mse, energy_term = epoch_loss(model, train_windows[batch], config, epoch, spec.energy_loss, control)
+                    mse, energy_term = losses(train_windows[rows], config, epoch, spec.energy_loss, control)
                     loss = mse + weight * energy_term
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -303,14 +310,16 @@ def _train(
                         f"(MSE {mse.item():.4g}, energy term {energy_term.item():.4g}, dt {_dt(model):.4g}). "
                         f"{_kept(epoch)}; try a smaller --lr or --dt."
                     )
-                loss.backward()
+                share = len(rows) / len(batch)
+                # gradients are averaged over processes, whatever their shares of the batch
+                (loss * (share * distributed.size())).backward()
                 nn.utils.clip_grad_norm_(network, config.grad_clip)
                 if step_sizes:
                     nn.utils.clip_grad_norm_(step_sizes, config.grad_clip)
                 optimizer.step()
-                sums += torch.stack((mse.detach().float(), energy_term.detach().float()))
+                sums += share * torch.stack((mse.detach().float(), energy_term.detach().float()))
             test_mse = rollout_error(model, test_windows, test_control)
-        train_mse, train_energy = (sums / n_batches).tolist()
+        train_mse, train_energy = (distributed.summed(sums) / n_batches).tolist()
         row = {
             "epoch": epoch,
             "lr": lr,
@@ -325,9 +334,10 @@ def _train(
         if not math.isfinite(row["test_mse"]):
             raise TrainingError(f"{spec.title}: the test error is {row['test_mse']} after epoch {epoch}; try a smaller --lr")
         history.append(row)
-        _save(folder, model, optimizer, dataset, {**facts, "epoch": epoch, "history": history})
-        if log:
-            log(row)
+        if distributed.is_first():
+            _save(folder, model, optimizer, dataset, {**facts, "epoch": epoch, "history": history})
+            if log:
+                log(row)
     return folder / "best.safetensors"
 
 
@@ -361,14 +371,15 @@ def _kept(epoch: int) -> str:
 def rollout_error(model: zoo.Model, windows: Tensor, control: Tensor | None = None) -> float:
     """Mean squared error of rollouts over all windows [n, window, latent_dim], without gradients.
 
-    `control` is [n, window - 1, m], for a model with a port.
+    `control` is [n, window - 1, m], for a model with a port. Processes that work together share the windows out.
     """
     n_steps, total = windows.shape[1] - 1, 0.0
+    own = torch.arange(len(windows), device=windows.device)[distributed.own(len(windows))]
     with torch.no_grad():
-        for rows in torch.arange(len(windows), device=windows.device).split(256):
+        for rows in own.split(256) if len(own) else ():
             found = zoo.states(model, windows[rows, 0], n_steps, None if control is None else control[rows])
             total += (found[:, 1:] - windows[rows, 1:]).square().mean().item() * len(rows)
-    return total / len(windows)
+    return distributed.summed(torch.tensor(total, dtype=torch.float64)).item() / len(windows)
 
 
 def _batches(n: int, size: int, seed: int, epoch: int) -> Iterator[Tensor]:
@@ -551,6 +562,17 @@ def refuse_other_settings(path: Path, facts: dict[str, Any], name: str, config: 
         )
 
 
+def recorded_history(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the epochs that were done in `folder`; empty where nothing readable is."""
+    history = _facts(folder / "last.safetensors").get("history")
+    return history if isinstance(history, list) and all(isinstance(row, dict) for row in history) else []
+
+
+def epoch_work(n_steps: int, config: TrainConfig) -> list[float]:
+    """About how much work each epoch is, in steps of a window: those of its loss, and of the test error's rollouts."""
+    return [max(horizon(epoch, n_steps, config), 1) + n_steps / 4 for epoch in range(1, config.epochs + 1)]
+
+
 def best_epoch(history: list[dict[str, Any]]) -> int:
     """The last of the epochs with the lowest test error, from 1."""
     lowest = min(row["test_mse"] for row in history)
@@ -568,7 +590,7 @@ def _resume(last: Path, facts: dict[str, Any], model: zoo.Model, optimizer: torc
                 f"{last.parent} holds a run with another {key}: found {found!r}, expected {value!r}. "
                 "Choose another folder, or delete this one to start again."
             )
-    settle(last.parent, checkpoint)
+    distributed.on_first(lambda: settle(last.parent, checkpoint))
     checkpoints.load_state(model, checkpoint.model, last)
     state = optimizer.state_dict()
     for index, (name, parameter) in enumerate(model.named_parameters()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError, UsageError
-from . import scenes
+from . import drawing, scenes
 from .scenes import Scene
 
 
@@ -72,14 +72,20 @@ class Truth:
         if n_steps < 0:
             raise UsageError(f"a rollout has at least 0 steps, found {n_steps}")
         with np.errstate(all="ignore"):
-            q, p = self.scene.path(*self.states(z0), n_steps * self.frames_per_step + 1)
-        path = torch.from_numpy(np.concatenate([x[:: self.frames_per_step] for x in (q, p)], axis=-1))
+            path = torch.from_numpy(
+                np.concatenate(self.scene.path(*self.states(z0), n_steps + 1, stride=self.frames_per_step), axis=-1)
+            )
         return ((path - self.mean.cpu().double()) / self.std.cpu().double()).movedim(0, -2)
 
     def positions(self, z: Tensor) -> Tensor:
         """Centres (x, y) in pixels of the balls that are drawn for latents, [..., d] to [..., n_points, 2]."""
         with np.errstate(all="ignore"):
             return torch.from_numpy(np.asarray(self.scene.positions(self.states(z)[0])))
+
+    def frames(self, z: Tensor) -> np.ndarray:
+        """What states look like in a video, [T, d] to uint8 [T, size, size, 3] RGB; black where a state is not finite."""
+        with np.errstate(all="ignore"):
+            return drawing.draw(self.scene, self.positions(z).numpy())
 
 
 def of(encoding: Mapping[str, Any], mean: Tensor, std: Tensor, source: str) -> Truth | None:

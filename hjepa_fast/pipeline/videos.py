@@ -778,7 +778,7 @@ def read_settings(video_path: Path) -> dict[str, Any]:
         There is no ground truth beside the video, or it has no such settings.
     """
     path = Path(video_path).with_suffix(".safetensors")
-    return _settings(files.load_tensors(path, "ground truth")[1], path)
+    return _settings(files.read_metadata(path) or {}, path)
 
 
 def _settings(metadata: dict[str, str], path: Path) -> dict[str, Any]:
