@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa_fast.pipeline import figures, findings, plotting, zoo
+from hjepa_fast.errors import HJEPAError
+from hjepa_fast.pipeline import figures, findings, plotting, schemas, zoo
 from hjepa_fast.pipeline.plotting import COLORS, INTEGRATOR_COLORS, OTHER_INTEGRATOR, PALETTE, SIZE, TRUE, own_style
 from hjepa_fast.pipeline.tables import summary_table
 
@@ -257,20 +258,40 @@ class TestTrueMotion:
         assert summary_table(summary).startswith("| model")
 
     @staticmethod
-    def drawn(hnn_error, mlp_error):
+    def evaluated(hnn_error, mlp_error):
         summary = summary_of((hnn_error, mlp_error, 2.0), (0.03, 0.99, 0.0), (0, 2, 0))
         angle = torch.arange(9) * 0.5
         circle = torch.stack([angle.cos(), angle.sin()], dim=1)
-        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9)}
+        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9), "true/example": circle[:5]}
         for name, size in (("hnn", 1.01), ("baseline-residual", 1e12), ("persistence", 1.0)):
             arrays |= {
                 f"{name}/motion": circle * torch.linspace(1, size, 9)[:, None],
-                f"{name}/motion_error": torch.linspace(0, size, 9).expand(3, 9),
-                f"{name}/motion_energy": torch.linspace(1, size, 9).expand(3, 9),
+                f"{name}/motion_error": torch.linspace(0, size, 9).repeat(3, 1),
+                f"{name}/motion_energy": torch.linspace(1, size, 9).repeat(3, 1),
+                f"{name}/example": circle[:5],
+                f"{name}/step_mse": torch.ones(3, 4),
             }
+        return summary, arrays
+
+    def drawn(self, hnn_error, mlp_error):
+        summary, arrays = self.evaluated(hnn_error, mlp_error)
         rows = {item["name"]: item for item in summary["models"]}
         view = figures.View(summary, rows, arrays, figures.step_label(summary["step"]))
         return own_style(figures._motion)(view)
+
+    def test_files_that_do_not_fit_are_refused(self):
+        summary, arrays = self.evaluated(0.02, 0.4)
+        schemas.check(schemas.Summary, summary, "x")
+        schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="expected floating-point numbers .* in 'hnn/motion_error'"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3)}, COLORS, "x")
+        with pytest.raises(HJEPAError, match=r"arrays of motion_energy differ in shape: \[3, 9\] and \[3, 8\]"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3, 8)}, COLORS, "x")
+        del summary["models"][1]["motion"]["lost"]["8"]
+        with pytest.raises(HJEPAError, match="does not say how 'baseline-residual' compares with the true motion"):
+            schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="x: motion.horizons"):
+            schemas.check(schemas.Summary, summary | {"motion": {"horizons": []}}, "x")
 
     def test_the_picture(self, tmp_path):
         figure = self.drawn(0.02, 0.4)
