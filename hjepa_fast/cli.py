@@ -26,6 +26,7 @@ from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
 from .pipeline import distributed, files
 from .pipeline.config import RECIPES, WORLDS, Config, EncodeConfig, VideoConfig, world
+from .pipeline.places import place
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        with _silent(not distributed.is_first()):
+        with _silent(not distributed.speaks()):
             options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed its message, or the help
         return end.code if isinstance(end.code, int) else EXIT_USAGE
@@ -109,8 +110,8 @@ def _run_command(options: argparse.Namespace) -> None:
         if not options.on_many:
             distributed.refuse(options.name)
         device = options.device = distributed.device(options.device)
-        options.quiet |= not distributed.is_first()
     with distributed.joined(device), _threads(getattr(options, "threads", None)):
+        options.quiet |= not distributed.is_first()
         options.command(options)
 
 
@@ -190,7 +191,7 @@ def _prepare_streams() -> None:
 
 def _say(text: object = "") -> None:
     """Print a result."""
-    if distributed.is_first():
+    if distributed.speaks():
         _print(f"{text}\n")
 
 
@@ -236,12 +237,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(commands, "encode", "encode a folder of videos into latents", _encode, ("encode",))
     command.add_argument("videos", type=Path, help="folder of videos (mp4, mov, avi, mkv, webm, ...)")
     command.add_argument(
-        "--out", type=Path, default=Path("latents"), metavar="DIR", help="folder of latents (default: latents)"
+        "--out", default="latents", metavar="DIR", help="folder of latents, or an address such as s3://... (default: latents)"
     )
     _add_device(command)
 
     command = _command(commands, "train", "train models on a folder of latents", _train, ("data", "train", "evaluate"))
-    command.add_argument("latents", type=Path, help="folder made by 'encode'")
+    command.add_argument("latents", help="folder made by 'encode', or an address such as s3://...")
     command.add_argument(
         "--videos", type=Path, metavar="DIR", help="the videos behind the latents, for the probe, figures and recorded controls"
     )
@@ -477,12 +478,14 @@ def config_of(options: argparse.Namespace, preset: dict[str, dict[str, Any]] | N
     if getattr(options, "config", None):
         recorded = Config.from_dict(files.read_json(options.config, "configuration"), str(options.config))
         values = recorded.to_dict()
+    presets = []
     if getattr(options, "world", None):
         recorded_scene = values.get("videos", {}).get("scene", VideoConfig().scene)
-        for section, fields in world(options.world, vars(options).get("videos.scene", recorded_scene)).items():
-            values.setdefault(section, {}).update(fields)
+        presets.append(world(options.world, vars(options).get("videos.scene", recorded_scene)))
     if getattr(options, "recipe", None):
-        for section, fields in RECIPES[options.recipe].items():
+        presets.append(RECIPES[options.recipe])
+    for named in presets:
+        for section, fields in named.items():
             values.setdefault(section, {}).update(fields)
     for name, value in vars(options).items():
         section, dot, field = name.partition(".")
@@ -510,17 +513,17 @@ def _generate(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from .pipeline.runs import encode
 
-    with distributed.by_first(inside(options.out)):
-        paths = encode(options.videos, options.out, config_of(options), options.device, not options.quiet, _may_fetch(options))
+    out = place(options.out)
+    with distributed.by_first(inside(out)):
+        paths = encode(options.videos, out, config_of(options), options.device, not options.quiet, _may_fetch(options))
     _say(f"latents of {len(paths)} videos in {options.out}")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .pipeline import tensorboard
     from .pipeline.encoders import resolve_device
-    from .pipeline.latents import load_latents
     from .pipeline.runs import check_settings, train_models
-    from .pipeline.windows import prepare
+    from .pipeline.windows import read
 
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
@@ -528,10 +531,11 @@ def _train(options: argparse.Namespace) -> None:
     if options.tensorboard:
         tensorboard.check_available()
     resolve_device(options.device)
-    distributed.on_first(lambda: files.refuse_if_locked(options.latents))
-    dataset = prepare(load_latents(options.latents), config.data, options.videos)
+    latents = place(options.latents)
+    distributed.on_first(lambda: files.refuse_if_locked(latents))
+    dataset = read(latents, config.data, options.videos)
     with distributed.by_first(run.locked()):
-        distributed.on_first(lambda: run.start(config, options.videos, options.latents, names))
+        distributed.on_first(lambda: run.start(config, options.videos, latents, names))
         train_models(run, names, dataset, config, options.device, not options.quiet, _say, options.tensorboard)
 
 

@@ -22,13 +22,13 @@ from hjepa_fast.errors import HJEPAError, UsageError
 from hjepa_fast.pipeline import checkpoints, distributed, evaluate, files, latents, runs, train
 from hjepa_fast.pipeline.config import DataConfig, EncodeConfig, EvaluateConfig, TrainConfig
 from hjepa_fast.pipeline.videos import write_video
-from hjepa_fast.pipeline.windows import prepare
+from hjepa_fast.pipeline.windows import prepare, read
 from synthetic import write_latents
 
 av = pytest.importorskip("av")
 
 DATA = DataConfig(window=5)
-CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal")
+CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal", matching=0.4)
 """Batches of 7, which two processes cannot halve."""
 EVALUATE = EvaluateConfig(extended_steps=9, dream_steps=6, timing_warmup=0, timing_runs=1)
 ENCODE = EncodeConfig(encoder="unused", clip_frames=4, clip_stride=2, encode_batch=3)
@@ -111,6 +111,7 @@ def _work(rank, folder, port):
         found |= {"written": written, "progress": progress[-1]}
         files.save_tensors = save
 
+        found["fingerprint"] = read(folder / "latents", dataclasses.replace(DATA, stream="windows")).fingerprint()
         data = dataset(folder)
         models = {}
         for name in TRAINED:
@@ -183,14 +184,14 @@ def found(together):
     return [json.loads((together / f"found{rank}.json").read_text()) for rank in range(2)]
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, tolerance=1e-5):
     """Nested values that agree, numbers but for rounding."""
     if isinstance(expected, (dict, list)):
         assert len(found) == len(expected)
         for key in expected if isinstance(expected, dict) else range(len(expected)):
-            assert_same(found[key], expected[key])
+            assert_same(found[key], expected[key], tolerance)
     else:
-        assert found == (pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else expected)
+        assert found == (pytest.approx(expected, rel=tolerance, abs=tolerance) if isinstance(expected, float) else expected)
 
 
 def histories(path):
@@ -266,6 +267,11 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(together):
     assert said[1] == f"hjepa-fast: error: {MISFORTUNE}\n"
 
 
+def test_streamed_latents_are_known_to_all(together, found):
+    alone = read(together / "latents", dataclasses.replace(DATA, stream="windows")).fingerprint()
+    assert [f["fingerprint"] for f in found] == [alone] * 2
+
+
 def test_fsdp_trains_as_one_process_does(together):
     expected = sharded_steps().state_dict()
     state = torch.load(together / "state0.pt")
@@ -282,8 +288,8 @@ def test_fsdp_needs_a_process_group():
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc, which only Linux has")
 def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
     write_latents(tmp_path / "latents")
-    config, data = dataclasses.replace(CONFIG, epochs=40, friction="none"), dataclasses.replace(DATA, split_seed=1)
-    options = ["--window", "5", "--split-seed", "1", "--epochs", "40", "--batch-size", "7", "--models", "baseline"]
+    config, data = dataclasses.replace(CONFIG, epochs=25, friction="none"), dataclasses.replace(DATA, split_seed=1)
+    options = ["--window", "5", "--split-seed", "1", "--epochs", "25", "--batch-size", "7", "--models", "baseline"]
     command = [
         sys.executable,
         "-m",
@@ -311,7 +317,7 @@ def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
         "baseline", prepare(latents.load_latents(tmp_path / "latents"), data), tmp_path / "one", config, data
     )
     one, two = (histories(path.with_name("last.safetensors")) for path in (expected, history))
-    assert_same(two[0], one[0])
+    assert_same(two[0], one[0], 1e-3)  # rounding grows over hundreds of steps
 
 
 def _worker(launcher, rank):
@@ -350,6 +356,13 @@ def test_each_process_has_the_gpu_of_its_number(launched):
         distributed.device("auto")
 
 
+def test_a_process_that_has_not_joined_works_for_itself(launched, tmp_path):
+    """A script of a user's own, which torchrun started, may train something else in each process."""
+    write_latents(tmp_path / "latents")
+    path = train.train("baseline", dataset(tmp_path), tmp_path / "m", dataclasses.replace(CONFIG, epochs=1), DATA)
+    assert checkpoints.load(path).facts["epoch"] == 1
+
+
 def test_without_a_gpu_all_have_the_cpu(launched):
     launched.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.device("auto") == "cpu"
@@ -362,6 +375,7 @@ def test_what_one_process_does_is_refused_and_only_the_first_says_what_is_wrong(
         said = []
         for number in ("0", "1"):
             launched.setenv("RANK", number)
+            launched.setenv("LOCAL_RANK", number)
             assert cli.main(arguments) == cli.EXIT_USAGE
             said.append("".join(capfd.readouterr()))
         assert said[0]

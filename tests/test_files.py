@@ -90,7 +90,7 @@ class TestConfig:
         [
             ([], "x: a configuration is a JSON object, found list"),
             ({"video": {}}, "x: unknown section video; known: videos, "),
-            ({"videos": {"frames": 1}}, "x: videos: unknown field frames; known: n_videos, "),
+            ({"videos": {"frames": 1}}, "x: videos: unknown field frames; known: scene, n_videos, "),
             ({"videos": 3}, "x: videos: expected a JSON object, found int"),
             ({"train": {"epochs": "many"}}, "x: train.epochs: expected int, found 'many'"),
             ({"train": {"epochs": True}}, "x: train.epochs: expected int, found True"),

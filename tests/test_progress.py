@@ -41,7 +41,7 @@ class TestOutlook:
         assert outlook.left == 0
 
     def test_epochs_of_longer_rollouts_are_more_work(self):
-        work = epoch_work(15, TrainConfig(epochs=10, matching_epochs=2, horizon_curriculum=0.5))
+        work = epoch_work(15, TrainConfig(epochs=10, matching=0.2, horizon_curriculum=0.5))
         assert len(work) == 10
         assert work == sorted(work)
         assert work[0] == work[1] < work[2] < work[6] == work[9]
@@ -100,8 +100,9 @@ def test_a_history_that_cannot_be_read_is_none(tmp_path):
 @pytest.mark.parametrize(("backend", "said"), [("triton", 1), ("cuda", 0)])
 def test_a_word_before_kernels_are_compiled(backend, said, monkeypatch):
     monkeypatch.setattr(runs, "choose_backend", lambda asked, z0: backend)
-    dataset = types.SimpleNamespace(train=torch.zeros(2, 5, 6))
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    dataset = types.SimpleNamespace(latent_dim=6)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: empty(*shape))
     words = []
     runs._say_what_compiles(Config(), dataset, torch.device("cuda"), words.append)
     runs._say_what_compiles(Config(), dataset, torch.device("cpu"), words.append)

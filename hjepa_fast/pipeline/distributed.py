@@ -46,8 +46,6 @@ def launched() -> bool:
 
 def rank() -> int:
     """This process's number, from 0."""
-    if _group is None and launched():  # before the group is joined, such as for the message about a wrong option
-        return int(os.environ["RANK"])
     return 0 if _group is None else _group.rank
 
 
@@ -57,8 +55,14 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files, draws and speaks."""
+    """Whether this is the process that writes files and draws."""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process speaks for all: the first, and before they have joined, such as of a wrong option, the first of a
+    machine."""
+    return os.environ["LOCAL_RANK"] == "0" if _group is None and launched() else is_first()
 
 
 def device(asked: str) -> str:
@@ -78,13 +82,13 @@ def device(asked: str) -> str:
             f"device {asked!r} is one device, and torchrun started processes that need one each: give --device cuda, by which "
             "each takes its own GPU, or --device cpu"
         )
-    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= found:
+    wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if wanted > found:
         raise UsageError(
-            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {found} GPUs: give it "
-            "--nproc-per-node gpu, or --device cpu to the command"
+            f"torchrun started {wanted} processes on this machine, which has {found} GPUs: give it --nproc-per-node gpu, or "
+            "--device cpu to the command"
         )
-    return f"cuda:{local}"
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 @contextlib.contextmanager
@@ -118,8 +122,8 @@ def joined(device: str = "cpu") -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise HJEPAError(
-            f"process {rank()} cannot reach the others that torchrun started: {_first_line(error)}. On several machines give "
-            "torchrun a --rdzv-endpoint that all can reach, and name their network in GLOO_SOCKET_IFNAME"
+            f"process {os.environ.get('RANK')} cannot reach the others that torchrun started: {_first_line(error)}. On several "
+            "machines give torchrun a --rdzv-endpoint that all can reach, and name their network in GLOO_SOCKET_IFNAME"
         ) from error
     _group = _Group(number, count, store)
     yield
@@ -140,7 +144,7 @@ def end(code: int) -> None:
 def once(text: str) -> bool:
     """Whether no other process has asked this about `text`, so that a message is shown once."""
     if _group is None:
-        return is_first()
+        return speaks()
     try:
         return _group.store.add(f"once/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
     except (RuntimeError, OSError):  # torchrun, which holds the store, is gone

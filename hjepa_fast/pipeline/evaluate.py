@@ -29,6 +29,7 @@ from ..schemes import SCHEMES
 from . import distributed, zoo
 from .config import EvaluateConfig
 from .latents import Latents
+from .streaming import Rows
 from .windows import Dataset
 
 PERSISTENCE = "persistence"
@@ -371,7 +372,7 @@ def time_per_step(rollout: Rollout, z0: Tensor, n_steps: int, config: EvaluateCo
     return statistics.median(times) / n_steps
 
 
-def step_units(latents: Sequence[Latents]) -> dict[str, float | int | None]:
+def step_units(latents: Sequence[Latents | Rows]) -> dict[str, float | int | None]:
     """How long a latent step is: `frames` from clip to clip, `fps` and `seconds`; None for what is unknown or differs."""
     frames = latents[0].metadata["provenance"].get("clip_stride")
     rates = {item.metadata["fps"] for item in latents}

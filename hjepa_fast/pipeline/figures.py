@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HJEPAError
-from . import checkpoints, files, findings, zoo
+from . import checkpoints, files, findings, streaming, zoo
 from .encoder_files import file_sha256
 from .evaluate import PERSISTENCE, step_units
 from .latents import Latents, load_latents
@@ -118,7 +118,7 @@ def draw_locked(run: Run) -> list[Path]:
     }
     folder = run.read_inputs()["latents"]
     assert folder is not None
-    latents = load_latents(folder)
+    latents = load_latents(folder, None if run.read_config().data.stream == "off" else streaming.HELD)
     view = View(summary, rows, arrays, step_label(summary.get("step") or step_units(latents)))
     written = []
     for name, figure in (

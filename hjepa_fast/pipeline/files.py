@@ -20,6 +20,7 @@ import torch
 
 from ..errors import HJEPAError, MissingDependencyError
 from . import untrusted
+from .places import Place, Remote
 
 PARTIAL = ".partial-"
 """Prefix of a file that is still being written; such names are never read as results."""
@@ -74,11 +75,12 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, needed: bool = True) -> Iterator[None]:
+def locked(folder: Place, needed: bool = True) -> Iterator[None]:
     """Make `folder` if it is missing, and keep every other writer of this package out of it.
 
     The lock is the operating system's, so it ends with the process, however that ends. Temporary files that ended processes
-    left in `folder` are removed. A second lock on the folder is refused within one process and one thread too.
+    left in `folder` are removed. A second lock on the folder is refused within one process and one thread too. There are no
+    locks behind an address (see `places`).
 
     Parameters
     ----------
@@ -90,6 +92,9 @@ def locked(folder: Path, needed: bool = True) -> Iterator[None]:
     HJEPAError
         Another process writes there (the message says which), or the folder cannot be written into.
     """
+    if isinstance(folder, Remote):
+        yield
+        return
     folder = Path(folder)
     made = not folder.exists()
     holder = folder / _HOLDER
@@ -118,7 +123,7 @@ def locked(folder: Path, needed: bool = True) -> Iterator[None]:
             lock.release()
 
 
-def refuse_if_locked(folder: Path) -> None:
+def refuse_if_locked(folder: Place) -> None:
     """What another process still writes is not read as if it were complete.
 
     Raises
@@ -126,7 +131,7 @@ def refuse_if_locked(folder: Path) -> None:
     HJEPAError
         Another process writes into `folder`.
     """
-    if (Path(folder) / LOCK).exists():
+    if not isinstance(folder, Remote) and (Path(folder) / LOCK).exists():
         with contextlib.suppress(OSError):  # a lock that cannot be looked at, such as another user's
             lock = _acquire(Path(folder), timeout=1)  # others may be looking at the same moment
             if lock is not None:
@@ -176,7 +181,7 @@ def _holder(folder: Path) -> str:
         return "another process"
 
 
-def natural_order(path: Path) -> tuple[list[int | str], str]:
+def natural_order(path: Place) -> tuple[list[int | str], str]:
     """A key that sorts video_2 before video_10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())], path.name
 
@@ -212,12 +217,15 @@ def read_json(path: Path, what: str) -> Any:
     return untrusted.parse_json(text, source)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(path: Place, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors and string metadata as one safetensors file, atomically."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save, save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if isinstance(path, Remote):
+        path.write(save(contiguous, dict(metadata)))
+        return
     with atomic_path(path) as temporary:
         try:
             save_file(contiguous, temporary, metadata=dict(metadata))
@@ -230,7 +238,20 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
             raise HJEPAError(f"cannot write {path}: its name, or a name to write into it, is no UTF-8 text") from error
 
 
-def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_header(path: Place, what: str) -> untrusted.Header:
+    """The header of a safetensors file, with its metadata as text by name.
+
+    Raises:
+        HJEPAError: the file is missing, truncated or not a safetensors file.
+    """
+    header = untrusted.read_header(path, what)
+    metadata = {} if header.metadata is None else header.metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HJEPAError(f"{what} is not a readable safetensors file: {path}: its metadata are no text")
+    return header._replace(metadata=metadata)
+
+
+def load_tensors(path: Place, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file: tensors on the CPU, and its metadata.
 
     Raises:
@@ -238,6 +259,14 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
     """
     from safetensors import SafetensorError, safe_open
 
+    if isinstance(path, Remote):
+        from safetensors.torch import load
+
+        metadata = read_header(path, what).metadata
+        try:
+            return load(path.read()), metadata
+        except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
+            raise HJEPAError(f"{what} is not a readable safetensors file: {path}: {error}") from error
     path = Path(path)
     untrusted.check_header(path, what)
     try:
@@ -247,11 +276,13 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
         raise HJEPAError(f"{what} is not a readable safetensors file: {path}: {error}") from error
 
 
-def read_metadata(path: Path) -> dict[str, str] | None:
+def read_metadata(path: Place) -> dict[str, str] | None:
     """The metadata of a safetensors file, or None if it is missing or unreadable."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        if isinstance(path, Remote):
+            return dict(read_header(path, "file").metadata)
         untrusted.check_header(path, "file")
         with safe_open(Path(path), framework="pt") as file:
             return dict(file.metadata() or {})

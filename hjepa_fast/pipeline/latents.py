@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from . import distributed, files, preprocess, untrusted
 from .config import STATE_ENCODER, EncodeConfig
 from .encoder_files import file_sha256
 from .encoders import Encoder, encoder_provenance, load_encoder
+from .places import Place, Remote, place
 from .videos import Trajectories, VideoReader, check_regular
 
 SUFFIX = ".safetensors"
@@ -42,18 +43,18 @@ class Latents:
     latents: Tensor
     start_frame: Tensor
     metadata: dict[str, Any]
-    path: Path
+    path: Place
 
 
 def encode_videos(
     videos: Sequence[Path],
-    folder: Path,
+    folder: Place,
     config: EncodeConfig,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     encoder: Encoder | None = None,
     fetch: bool = True,
-) -> list[Path]:
+) -> list[Place]:
     """Encode each video to `folder`/<stem>.safetensors, the complete file or none.
 
     Clip t is frames [t * clip_stride, t * clip_stride + clip_frames); trailing frames that fill no clip are left out.
@@ -67,7 +68,7 @@ def encode_videos(
     Parameters
     ----------
     videos, folder
-        Files with different stems, and another folder than theirs; it is made if missing.
+        Files with different stems, and another folder than theirs, a path or an address (see `places`); it is made if missing.
     device : str
         "auto" or a torch device; unused if `encoder` is given.
     progress : callable, optional
@@ -79,7 +80,7 @@ def encode_videos(
 
     Returns
     -------
-    list of Path, in the order of `videos`
+    list of Path, or of places behind an address, in the order of `videos`
 
     Raises
     ------
@@ -94,7 +95,7 @@ def encode_videos(
         if getattr(config, field) < 1:
             raise UsageError(f"{field} must be at least 1, found {getattr(config, field)}")
     videos = [Path(video) for video in videos]
-    targets = _targets(videos, Path(folder))
+    targets = _targets(videos, place(folder))
     for video in videos:
         check_regular(video)
     hashes = dict(zip(videos, distributed.shared_out(videos, file_sha256), strict=True))
@@ -161,12 +162,12 @@ def encode_videos(
     return list(targets.values())
 
 
-def _targets(videos: list[Path], folder: Path) -> dict[Path, Path]:
+def _targets(videos: list[Path], folder: Place) -> dict[Path, Place]:
     by_name: dict[str, Path] = {}
     for video in videos:
         if other := by_name.get(video.stem):
             raise LatentError(f"{other} and {video} would both be encoded to {video.stem}{SUFFIX}: rename one of them")
-        if video.parent.resolve() == folder.resolve():
+        if isinstance(folder, Path) and video.parent.resolve() == folder.resolve():
             raise UsageError(f"latents cannot go to {folder}, the folder of the videos, where ground truth has the same names")
         by_name[video.stem] = video
     if others := [path.name for path in _list(folder) if path.stem not in by_name]:
@@ -183,7 +184,7 @@ def _source(video: Path, digest: str) -> dict[str, str]:
     return dict(zip(_SOURCE_KEYS[:3], (video.name, digest, FRAMES), strict=True))
 
 
-def is_current(target: Path, wanted: dict[str, Any], video: Path) -> bool:
+def is_current(target: Place, wanted: dict[str, Any], video: Path) -> bool:
     """Whether `target` was made of `video` as `wanted`; what is unknown (None, a commit outside the cache) is not compared."""
     try:
         found = untrusted.parse_json((files.read_metadata(target) or {}).get("provenance", "{}"), str(target))
@@ -277,13 +278,37 @@ def _notes(video: VideoReader, config: EncodeConfig) -> list[str]:
     ]
 
 
-def _list(folder: Path) -> list[Path]:
+def _list(folder: Place) -> Sequence[Place]:
+    if isinstance(folder, Remote):
+        return sorted(folder.files(SUFFIX) if folder.is_dir() else (), key=files.natural_order)
     found = [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
     return sorted(found, key=files.natural_order)
 
 
-def load_latents(folder: Path) -> list[Latents]:
+def list_files(folder: Place) -> Sequence[Place]:
+    """The latent files of a folder, video_2 before video_10; hidden and unfinished ones are ignored.
+
+    Raises
+    ------
+    LatentError
+        The folder is missing, or has none.
+    """
+    folder = place(folder)
+    if not folder.is_dir():
+        raise LatentError(f"latent folder not found: {folder}")
+    found = _list(folder)
+    if not found:
+        raise LatentError(f"no latents in {folder}: expected files ending in {SUFFIX}, as `encode_videos` writes them")
+    return found
+
+
+def load_latents(folder: Place, most: int | None = None) -> list[Latents]:
     """Read every latent file of a folder, video_2 before video_10; hidden and unfinished files are ignored.
+
+    Parameters
+    ----------
+    most : int, optional
+        Bytes. Of larger folders about as many are read, of files evenly spread over all, with a warning.
 
     Raises
     ------
@@ -291,28 +316,65 @@ def load_latents(folder: Path) -> list[Latents]:
         The folder is missing or empty, a file is not a latent file, not finite or of odd latent size, or two files
         differ in latent size or in how they were encoded.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise LatentError(f"latent folder not found: {folder}")
-    videos = [read_latents(path) for path in _list(folder)]
-    if not videos:
-        raise LatentError(f"no latents in {folder}: expected files ending in {SUFFIX}, as `encode_videos` writes them")
-    first = videos[0]
-    for video in videos[1:]:
-        sizes = first.latents.shape[1], video.latents.shape[1]
-        if sizes[0] != sizes[1]:
-            raise LatentError(f"latent sizes differ: {first.path} has {sizes[0]}, {video.path} has {sizes[1]}")
-        ours, theirs = ({k: v for k, v in x.metadata["provenance"].items() if k not in _SOURCE_KEYS} for x in (first, video))
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                raise LatentError(
-                    f"{first.path} and {video.path} were encoded differently: {key} is {ours.get(key)!r} and "
-                    f"{theirs.get(key)!r}. Encode all videos again, or delete the latents that do not belong"
-                )
+    paths = list_files(folder)
+    if most is not None:
+        paths = _some(paths, most, folder)
+    videos = [read_latents(path) for path in paths]
+    check_alike([(video.path, video.latents.shape[1], video.metadata) for video in videos])
     return videos
 
 
-def read_latents(path: Path) -> Latents:
+def _some(paths: Sequence[Place], most: int, folder: Place) -> Sequence[Place]:
+    total = sum(path.size() if isinstance(path, Remote) else path.stat().st_size for path in paths)
+    if total <= most:
+        return paths
+    n = max(1, len(paths) * most // total)
+    warnings.warn(f"{n} of the {len(paths)} latent files in {folder} are read, evenly spread: all are too large", stacklevel=3)
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, n).round().astype(int)]
+
+
+def check_alike(videos: Sequence[tuple[Place, int, dict[str, Any]]]) -> None:
+    """Latent files, each with its latent size and metadata, must belong together.
+
+    Raises
+    ------
+    LatentError
+        Two differ in latent size or in how they were encoded.
+    """
+    first, size, metadata = videos[0]
+    for path, other_size, other in videos[1:]:
+        if size != other_size:
+            raise LatentError(f"latent sizes differ: {first} has {size}, {path} has {other_size}")
+        ours, theirs = ({k: v for k, v in x["provenance"].items() if k not in _SOURCE_KEYS} for x in (metadata, other))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise LatentError(
+                    f"{first} and {path} were encoded differently: {key} is {ours.get(key)!r} and "
+                    f"{theirs.get(key)!r}. Encode all videos again, or delete the latents that do not belong"
+                )
+
+
+def known_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a latent file's metadata say, as `Latents.metadata`; KeyError, ValueError or HJEPAError if they are none."""
+    from . import schemas
+
+    known = {
+        "provenance": untrusted.parse_json(metadata["provenance"], "provenance"),
+        "label": metadata["label"],
+        "fps": float(metadata["fps"]),
+        "n_frames": int(metadata["n_frames"]),
+    }
+    schemas.check(schemas.LatentFacts, known, "metadata")
+    return known
+
+
+def check_even(path: Place, size: int) -> None:
+    """Raises LatentError if latents are of an odd size."""
+    if size % 2:
+        raise LatentError(f"{path} has latents of odd size {size}; z = [q, p] needs an even one")
+
+
+def read_latents(path: Place) -> Latents:
     """Read one latent file.
 
     Raises
@@ -325,13 +387,7 @@ def read_latents(path: Path) -> Latents:
     try:
         tensors, metadata = files.load_tensors(path, "latent file")
         latents, start_frame = tensors["latents"], tensors["start_frame"]
-        known = {
-            "provenance": untrusted.parse_json(metadata["provenance"], "provenance"),
-            "label": metadata["label"],
-            "fps": float(metadata["fps"]),
-            "n_frames": int(metadata["n_frames"]),
-        }
-        schemas.check(schemas.LatentFacts, known, "metadata")
+        known = known_facts(metadata)
         if latents.dtype != torch.float32 or latents.ndim != 2 or start_frame.shape != latents.shape[:1] or not latents.numel():
             raise LatentError(f"shapes {list(latents.shape)} and {list(start_frame.shape)}, {latents.dtype}")
         inside = start_frame.dtype == torch.int64 and (start_frame >= 0).all() and (start_frame < known["n_frames"]).all()
@@ -341,8 +397,7 @@ def read_latents(path: Path) -> Latents:
             )
     except (HJEPAError, KeyError, ValueError) as error:
         raise LatentError(f"{path} is not a readable latent file; delete it and encode again ({error})") from error
-    if latents.shape[1] % 2:
-        raise LatentError(f"{path} has latents of odd size {latents.shape[1]}; z = [q, p] needs an even one")
+    check_even(path, latents.shape[1])
     if not latents.isfinite().all():
         raise LatentError(f"{path} has {int((~latents.isfinite()).sum())} non-finite values; delete it and encode again")
     return Latents(path.stem, latents, start_frame, known, path)

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import HJEPAError, UsageError
 from . import files, zoo
 from .config import Config
+from .places import Place, Remote, place
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,22 @@ class Run:
             raise HJEPAError(f"run folder not found: {self.root}")
         return Config.from_dict(files.read_json(self.config, "the run's configuration"), str(self.config))
 
-    def read_inputs(self) -> dict[str, Path | None]:
-        """The folders `videos` (None if unknown) and `latents`."""
+    def read_inputs(self) -> dict[str, Any]:
+        """The folders `videos`, a Path or None if unknown, and `latents`, a Place."""
         from . import schemas
 
         found = files.read_json(self.inputs, "the run's list of inputs")
         found = schemas.check(schemas.Inputs, found, str(self.inputs))
-        return {key: None if found[key] is None else self._input(Path(found[key])) for key in ("videos", "latents")}
+        videos = None if found["videos"] is None else self._input(Path(found["videos"]))
+        return {"videos": videos, "latents": self._input(place(found["latents"]))}
 
-    def _input(self, recorded: Path) -> Path:
+    def _input(self, recorded: Place) -> Place:
+        if isinstance(recorded, Remote):
+            return recorded
         # what `start` records without a root lies in the run's folder
         return recorded if recorded.is_absolute() else self.own(self.root / recorded)
 
-    def start(self, config: Config, videos: Path | None, latents: Path, names: Sequence[str] = ()) -> None:
+    def start(self, config: Config, videos: Path | None, latents: Place, names: Sequence[str] = ()) -> None:
         """Record configuration, inputs and the models to train, or check that the first two are those recorded before.
 
         Raises
@@ -127,7 +131,9 @@ class Run:
             except OSError as error:
                 raise HJEPAError(f"cannot write into {self.model(name)}: {error.strerror or error}") from error
 
-    def _relative(self, folder: Path) -> str:
+    def _relative(self, folder: Place) -> str:
+        if isinstance(folder, Remote):
+            return str(folder)
         # a run that holds its inputs can be moved as a whole
         return (
             os.path.relpath(folder, self.root)
@@ -137,9 +143,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def inside(path: Path) -> Iterator[None]:
+def inside(path: Place) -> Iterator[None]:
     """Where `path` is, or lies in, a run, keep every other writer out of that run."""
-    run = run_around(path)
+    run = None if isinstance(path, Remote) else run_around(path)
     with run.locked() if run is not None else contextlib.nullcontext():
         yield
 

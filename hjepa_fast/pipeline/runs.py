@@ -12,11 +12,12 @@ import torch
 
 from ..api import choose_backend
 from ..errors import HJEPAError, UsageError
-from . import checkpoints, controls, distributed, evaluate, figures, files, tensorboard, zoo
+from . import checkpoints, controls, distributed, evaluate, figures, files, streaming, tensorboard, zoo
 from .config import OFFLINE_ENCODER, RECIPES, STATE_ENCODER, Config, recipe_of
 from .encoder_files import file_sha256
 from .encoders import resolve_device
 from .latents import encode_videos, load_latents, probe
+from .places import Place
 from .progress import Outlook, Progress, clock, part
 from .run_folder import Run
 from .tables import summary_table
@@ -30,7 +31,7 @@ from .train import (
     train,
 )
 from .videos import find_videos, generate, load_ground_truth
-from .windows import Dataset, prepare
+from .windows import Dataset, read
 
 Say = Callable[[str], None]
 
@@ -77,7 +78,7 @@ def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
         return generate(folder, config.videos, progress.callback)
 
 
-def encode(videos: Path, latents: Path, config: Config, device: str, show: bool, fetch: bool = True) -> list[Path]:
+def encode(videos: Path, latents: Place, config: Config, device: str, show: bool, fetch: bool = True) -> list[Place]:
     """Encode a folder of videos; what is already there with the same provenance is kept. `fetch`: see `load_encoder`."""
     paths = find_videos(videos)
     distributed.on_first(lambda: files.refuse_if_locked(videos))
@@ -88,10 +89,13 @@ def encode(videos: Path, latents: Path, config: Config, device: str, show: bool,
         return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
-def probe_latents(videos: Path, latents: Path) -> dict[str, Any] | None:
-    """How much of the balls' true motion a linear map reads from the latents; None without ground truth or if they are it."""
+def probe_latents(videos: Path, latents: Place, most: int | None = None) -> dict[str, Any] | None:
+    """How much of the balls' true motion a linear map reads from the latents; None without ground truth or if they are it.
+
+    `most`: see `load_latents`.
+    """
     truths = {path.stem: truth for path in find_videos(videos) if (truth := load_ground_truth(path)) is not None}
-    found = load_latents(latents)
+    found = load_latents(latents, most)
     encoded = [item for item in found if item.name in truths and item.metadata["provenance"].get("scene") is None]
     return probe(encoded, [truths[item.name] for item in encoded]) if encoded else None
 
@@ -127,7 +131,7 @@ def train_models(
     check_settings(config, names)
     target = resolve_device(device)
     _say_what_compiles(config, dataset, target, say)
-    work = epoch_work(dataset.train.shape[1] - 1, config.train)
+    work = epoch_work(config.data.window - 1, config.train)
     outlook = Outlook(dict.fromkeys(names, work))
     histories = {name: recorded_history(run.model(name)) for name in names}
     for name, history in histories.items():
@@ -171,7 +175,10 @@ def train_models(
 
 def _say_what_compiles(config: Config, dataset: Dataset, device: torch.device, say: Say) -> None:
     """Triton compiles its kernels, and tries several of each, when a shape is first used, without a word of its own."""
-    if device.type == "cuda" and choose_backend(config.train.backend, dataset.train[:1, 0].to(device)) == "triton":
+    if (
+        device.type == "cuda"
+        and choose_backend(config.train.backend, torch.empty(1, dataset.latent_dim, device=device)) == "triton"
+    ):
         say(
             "the first epoch of a model with a Hamiltonian compiles its Triton kernels, which can take minutes; "
             "Triton's cache keeps them"
@@ -206,8 +213,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
     distributed.on_first(lambda: files.refuse_if_locked(latents))
-    items = load_latents(latents)
-    dataset = prepare(items, config.data, videos)
+    dataset = read(latents, config.data, videos)
     resolved = resolve_device(device)
     models, standings = {}, {}
     for name, path in trained.items():
@@ -233,11 +239,11 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "extended_windows": evaluation.extended_windows,
         "epochs": min(found["epochs_done"] for found in standings.values()),
         "epochs_asked": config.train.epochs,
+        "recipe": recipe_of(config.train),
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
-        "probe": _probe(videos, latents),
-        "recipe": recipe_of(config.train),
-        "step": evaluate.step_units(items),
+        "probe": _probe(videos, latents, None if config.data.stream == "off" else streaming.HELD),
+        "step": evaluate.step_units(streaming.open_latents(latents)),
         "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),
         "checkpoints": {name: file_sha256(path) for name, path in trained.items()},
@@ -259,11 +265,11 @@ def _settle(run: Run, names: Sequence[str]) -> None:
             settle(run.model(name))
 
 
-def _probe(videos: Path | None, latents: Path) -> dict[str, Any] | None:
+def _probe(videos: Path | None, latents: Place, most: int | None) -> dict[str, Any] | None:
     if videos is None:
         return None
     try:
-        return probe_latents(videos, latents)
+        return probe_latents(videos, latents, most)
     except HJEPAError as error:
         warnings.warn(f"the probe is left out of the summary: {error}", stacklevel=2)
         return None
@@ -346,7 +352,7 @@ def _reproduce(
             distributed.on_first(lambda: make_videos(videos, config, show))
     with part(f"stage {made + 1} of {n_stages}"):
         encode(videos, latents, config, device, show, fetch)
-    dataset = prepare(load_latents(latents), config.data, videos)
+    dataset = read(latents, config.data, videos)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     with part(f"stage {made + 2} of {n_stages}"):
         train_models(run, names, dataset, config, device, show, say, curves)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError
-from . import truth
+from . import streaming, truth
 from .animation import Motion
 from .checkpoints import Checkpoint
 from .encoder_files import file_sha256
@@ -125,7 +125,7 @@ def _probe(sequence: Latents, checkpoint: Path) -> Readout | None:
         return None
     try:
         truths = {path.stem: found for path in find_videos(videos) if (found := load_ground_truth(path)) is not None}
-        others = [item for item in load_latents(folder) if item.name in truths and item.name != sequence.name]
+        others = [item for item in load_latents(folder, streaming.HELD) if item.name in truths and item.name != sequence.name]
         return readout(others, [truths[item.name] for item in others]) if others else None
     except HJEPAError:
         return None

@@ -15,17 +15,18 @@ from ..errors import EncoderError, LatentError
 from . import files
 from .config import STATE_ENCODER, EncodeConfig, shown
 from .latents import is_current
+from .places import Place
 from .videos import VideoReader, load_ground_truth, read_settings
 
 LABEL = "state (ground truth, no encoder)"
 
 
 def encode(
-    targets: Mapping[Path, Path],
+    targets: Mapping[Path, Place],
     hashes: Mapping[Path, str],
     config: EncodeConfig,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Path]:
+) -> list[Place]:
     """Write the true states of each video to its target, every `clip_stride` frames from the first frame on.
 
     A clip is one frame: the control of a step between two latents (`controls.of_steps`) is then the mean of what acted between
@@ -42,7 +43,7 @@ def encode(
 
     Returns
     -------
-    list of Path, in the order of `targets`
+    list of Path, or of places behind an address, in the order of `targets`
 
     Raises
     ------

@@ -9,9 +9,10 @@ import stat
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import HJEPAError
+from .places import Place, Remote
 
 MOST_JSON = 2**25
 """Bytes of a JSON file, or of a safetensors file's header. A checkpoint's history of 50,000 epochs needs half of it."""
@@ -134,7 +135,33 @@ def keep_inside(path: Path) -> None:
                     folder.unlink()
 
 
+def _bytes(path: Place, start: int, stop: int) -> bytes:
+    if isinstance(path, Remote):
+        return path.read(start, stop)
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+class Header(NamedTuple):
+    """Of a safetensors file."""
+
+    tensors: dict[str, Any]
+    """By name: an object with a shape. What else it says of a tensor is not checked."""
+    metadata: Any
+    """Not checked."""
+    data: int
+    """Bytes before the tensors' own."""
+    size: int
+    """Bytes of the file."""
+
+
 def check_header(path: Path, what: str) -> dict[str, Any]:
+    """The tensors in the header of a safetensors file; see `read_header`."""
+    return read_header(path, what).tensors
+
+
+def read_header(path: Place, what: str) -> Header:
     """The header of a safetensors file, parsed before a reader allocates what it says.
 
     Raises
@@ -143,15 +170,14 @@ def check_header(path: Path, what: str) -> dict[str, Any]:
         The file is missing or no regular file, or its header is longer than the file or than `MOST_JSON`, is no JSON, or
         names more tensors or elements than a file of this package's can hold.
     """
-    size = _size(path, what)
+    size = path.size() if isinstance(path, Remote) else _size(path, what)
     unreadable = f"{what} is not a readable safetensors file: {path}"
     try:
-        with Path(path).open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 0 < length <= min(size - 8, MOST_JSON):
-                raise HJEPAError(f"{unreadable}: its header has {length:,} bytes, the file {size:,}")
-            header = parse_json(file.read(length).decode("utf-8"), unreadable)
+        start = _bytes(path, 0, min(size, 8))
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= min(size - 8, MOST_JSON):
+            raise HJEPAError(f"{unreadable}: its header has {length:,} bytes, the file {size:,}")
+        header = parse_json(_bytes(path, 8, 8 + length).decode("utf-8"), unreadable)
     except (OSError, UnicodeDecodeError) as error:
         raise HJEPAError(f"{unreadable}: {error}") from error
     if not isinstance(header, dict):
@@ -167,4 +193,4 @@ def check_header(path: Path, what: str) -> dict[str, Any]:
         elements += math.prod(shape)
     if elements > MOST_ELEMENTS:
         raise HJEPAError(f"{unreadable}: {elements:.3g} numbers, expected at most {MOST_ELEMENTS:.3g}")
-    return tensors
+    return Header(tensors, header.get("__metadata__"), 8 + length, size)
