@@ -295,8 +295,19 @@ def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
     write_latents(tmp_path / "latents")
     config, data = dataclasses.replace(CONFIG, epochs=25, friction="none"), dataclasses.replace(DATA, split_seed=1)
     options = ["--window", "5", "--split-seed", "1", "--epochs", "25", "--batch-size", "7", "--models", "baseline"]
-    command = [sys.executable, "-m", "torch.distributed.run", *"--nproc-per-node 2 --max-restarts 1 -m hjepa_fast".split()]
-    command += ["train", str(tmp_path / "latents"), "--out", str(tmp_path / "run"), "--device", "cpu", "--quiet", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += [
+        "-m",
+        "hjepa_fast",
+        "train",
+        str(tmp_path / "latents"),
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--quiet",
+        *options,
+    ]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = tmp_path / "run" / "models" / "baseline" / "history.csv"
     try:
