@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 .PHONY: help setup demo test bench bench-gpu check-memory fuzz lint clean
 
 help:
-	@echo "make demo    install, then the whole pipeline on the offline encoder; ends with the table (OUT=$(OUT))"
-	@echo "make test    install, then every test, by JOBS=$(JOBS) processes"
+	@echo "make demo    install, then in minutes a pendulum's true states and collisions by the offline encoder (OUT=$(OUT))"
+	@echo "make test    install, then every test, by JOBS=$(JOBS) processes: about eight minutes on two cores"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (five quiet minutes; BENCH=options)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"
 	@echo "make check-memory   build the C++ backend with sanitizers, then SECONDS=$(SECONDS) of random rollouts from round FIRST=$(FIRST) on"
@@ -40,10 +40,11 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	@touch $@
 
 demo: setup
-	$(BIN)/hjepa-fast reproduce --encoder offline --background gradient --out $(OUT)
+	$(BIN)/hjepa-fast demo --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	@echo "The tests take about eight minutes on two cores."
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations 15
 
 bench: setup
 	@$(BIN)/python -c 'import jax' 2>/dev/null || $(PIP) 'jax>=0.5' || echo 'JAX could not be installed; it is left out of the comparison'

@@ -1,5 +1,8 @@
 """Fast Hamiltonian world models in PyTorch: whole rollouts of an MLP Hamiltonian, and the H-JEPA system around them."""
 
+from . import waiting as waiting  # before torch is loaded
+
+# isort: split
 from . import diagnostics
 from .api import Rollout, Solve, available_backends, energy, leapfrog, rollout
 from .bit_reversible import BitReversible

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TextIO
 
+import torch
+
 from . import __version__
 from .api import BACKENDS, INTEGRATORS
 from .errors import HJEPAError, UsageError
@@ -28,8 +30,9 @@ from .pipeline.places import place
 from .pipeline.run_folder import Run, inside
 from .pipeline.zoo import MODELS, chosen
 
+MOST_THREADS = 4096
 EXIT_FAILURE, EXIT_USAGE, EXIT_SIGNAL = 1, 2, 128
-ON_MANY = ("encode", "train", "evaluate", "reproduce")
+ON_MANY = ("encode", "train", "evaluate", "reproduce", "demo")
 """Commands that processes started by torchrun do together."""
 GOES_ON = "the same command goes on from here"
 
@@ -107,9 +110,21 @@ def _run_command(options: argparse.Namespace) -> None:
         if not options.on_many:
             distributed.refuse(options.name)
         device = options.device = distributed.device(options.device)
-    with distributed.joined(device):
+    with distributed.joined(device), _threads(getattr(options, "threads", None)):
         options.quiet |= not distributed.is_first()
         options.command(options)
+
+
+@contextlib.contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if n is not None:
+            torch.set_num_threads(n)
+        yield
+    finally:
+        if n is not None:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -234,6 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(command)
     _add_recipe(command)
     _add_models(command)
+    _add_tensorboard(command)
     _add_device(command)
 
     command = _command(commands, "evaluate", "evaluate a run's trained models and write its table", _evaluate)
@@ -286,6 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--latents", type=Path, metavar="FILE", help="start from latents of this file, not from standard normal states"
     )
     command.add_argument("--backend", default="auto", choices=BACKENDS, help="what computes the rollouts (default: auto)")
+    _add_threads(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -311,6 +328,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_models(command)
     _add_partial(command)
+    _add_tensorboard(command)
+    _add_device(command)
+
+    command = _command(
+        commands,
+        "demo",
+        "in minutes: models on a pendulum's true states, then on collisions as the offline encoder sees them",
+        _demo,
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of both runs (default: runs/demo)"
+    )
     _add_device(command)
     return parser
 
@@ -397,6 +426,27 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)")
+    _add_threads(command)
+
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of the computations on the CPU (default: PyTorch's, all cores)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) <= MOST_THREADS):
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {MOST_THREADS}, found {text!r}")
+    return int(text)
+
+
+def _add_tensorboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log the epochs for TensorBoard, into the folder tensorboard of the run (needs the package tensorboard)",
+    )
 
 
 def _add_partial(command: argparse.ArgumentParser) -> None:
@@ -470,6 +520,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .pipeline import tensorboard
     from .pipeline.encoders import resolve_device
     from .pipeline.runs import check_settings, train_models
     from .pipeline.windows import read
@@ -477,13 +528,15 @@ def _train(options: argparse.Namespace) -> None:
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
     check_settings(config, names)
+    if options.tensorboard:
+        tensorboard.check_available()
     resolve_device(options.device)
     latents = place(options.latents)
     distributed.on_first(lambda: files.refuse_if_locked(latents))
     dataset = read(latents, config.data, options.videos)
     with distributed.by_first(run.locked()):
         distributed.on_first(lambda: run.start(config, options.videos, latents, names))
-        train_models(run, names, dataset, config, options.device, not options.quiet, _say)
+        train_models(run, names, dataset, config, options.device, not options.quiet, _say, options.tensorboard)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -563,11 +616,19 @@ def _reproduce(options: argparse.Namespace) -> None:
     config = config_of(options, QUICK if options.quick else None)
     names = chosen(options.models, config.train, config.data)
     summary = reproduce(
-        config, options.out, options.videos, names, options.device, not options.quiet, _say, _may_fetch(options)
-    )
+        config, options.out, options.videos, names, options.device, not options.quiet, _say, _may_fetch(options),
+        options.tensorboard,
+    )  # fmt: skip
     run = Run(options.out)
     _say(f"figures: {run.figures}")
     _refuse_unfinished(run, summary, options)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .pipeline.runs import demo
+
+    for run, _ in demo(options.out, options.device, not options.quiet, _say):
+        _say(f"figures: {run.figures}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

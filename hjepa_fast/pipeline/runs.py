@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..api import choose_backend
 from ..errors import HJEPAError, UsageError
-from . import checkpoints, controls, distributed, evaluate, figures, files, streaming, zoo
-from .config import OFFLINE_ENCODER, STATE_ENCODER, Config
+from . import checkpoints, controls, distributed, evaluate, figures, files, streaming, tensorboard, zoo
+from .config import OFFLINE_ENCODER, RECIPES, STATE_ENCODER, Config
 from .encoder_files import file_sha256
 from .encoders import resolve_device
 from .latents import encode_videos, load_latents, probe
 from .places import Place
-from .progress import Progress
+from .progress import Outlook, Progress, clock, part
 from .run_folder import Run
 from .tables import summary_table
-from .train import check_numbers, refuse_other_settings, settle, standing, train
+from .train import (
+    check_numbers,
+    epoch_work,
+    recorded_history,
+    refuse_other_settings,
+    settle,
+    standing,
+    train,
+)
 from .videos import find_videos, generate, load_ground_truth
 from .windows import Dataset, read
 
@@ -30,6 +42,34 @@ QUICK: dict[str, dict[str, Any]] = {
     "evaluate": {"timing_runs": 20, "extended_steps": 100},
 }
 """Settings of `--quick`: the whole pipeline in less than two minutes on two cores. Too short to mean anything."""
+
+DEMO_VIDEOS, DEMO_EPOCHS = 50, 60
+DEMO_MODELS = ("hnn", "hnn-separable", "baseline", "baseline-residual")
+"""Of the demo on a pendulum's true states."""
+DEMO_OFFLINE_VIDEOS, DEMO_OFFLINE_EPOCHS = 20, 10
+DEMO_OFFLINE_MODELS = ("hnn", "baseline", "baseline-residual")
+"""Of the demo on collisions as the offline encoder sees them."""
+DEMO: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
+    "pendulum": (
+        {
+            "videos": {"scene": "pendulum", "n_videos": DEMO_VIDEOS, "background": "gradient"},
+            "encode": {"encoder": STATE_ENCODER},
+            "train": RECIPES["smooth"]["train"] | {"epochs": DEMO_EPOCHS},
+            "evaluate": {"timing_runs": 20},
+        },
+        DEMO_MODELS,
+    ),
+    "collisions": (
+        {
+            "videos": {"n_videos": DEMO_OFFLINE_VIDEOS, "background": "gradient"},
+            "encode": {"encoder": OFFLINE_ENCODER},
+            "train": {"epochs": DEMO_OFFLINE_EPOCHS},
+            "evaluate": {"timing_runs": 20},
+        },
+        DEMO_OFFLINE_MODELS,
+    ),
+}
+"""Runs of the demo, by the folder that each goes to: settings and models. Together less than six minutes on two cores."""
 
 
 def make_videos(folder: Path, config: Config, show: bool) -> list[Path]:
@@ -74,22 +114,75 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     evaluate.check_config(config.evaluate)
 
 
-def train_models(run: Run, names: Sequence[str], dataset: Dataset, config: Config, device: str, show: bool, say: Say) -> None:
-    """Train the named models one after the other; finished ones are kept, interrupted ones go on."""
+def train_models(
+    run: Run,
+    names: Sequence[str],
+    dataset: Dataset,
+    config: Config,
+    device: str,
+    show: bool,
+    say: Say,
+    curves: bool = False,
+) -> None:
+    """Train the named models one after the other; finished ones are kept, interrupted ones go on.
+
+    With `curves` the histories also go to TensorBoard, into a folder for each model in `tensorboard` of the run.
+    """
     check_settings(config, names)
     target = resolve_device(device)
-    for name in names:
-        with Progress(name, config.train.epochs, unit="epoch", enabled=show) as progress:
+    _say_what_compiles(config, dataset, target, say)
+    work = epoch_work(config.data.window - 1, config.train)
+    outlook = Outlook(dict.fromkeys(names, work))
+    histories = {name: recorded_history(run.model(name)) for name in names}
+    for name, history in histories.items():
+        for row in history[: config.train.epochs]:
+            outlook.add(name, row["seconds"])
 
-            def log(row: dict[str, Any], progress: Progress = progress) -> None:
+    def left() -> dict[str, str]:
+        return {} if outlook.left is None else {"left in all models": clock(outlook.left)}
+
+    for number, name in enumerate(names, start=1):
+        history = histories[name]
+        with contextlib.ExitStack() as stack:
+            title = f"model {number} of {len(names)}, {name}"
+            progress = stack.enter_context(
+                Progress(title, config.train.epochs, unit="epoch", enabled=show, initial=len(history))
+            )
+            progress.announce(**left())
+            written = None
+            if curves and distributed.is_first():
+                written = tensorboard.Curves(run.own(run.root / "tensorboard" / name), history)
+                stack.callback(written.close)
+
+            def log(
+                row: dict[str, Any],
+                name: str = name,
+                progress: Progress = progress,
+                written: tensorboard.Curves | None = written,
+            ) -> None:
+                outlook.add(name, row["seconds"])
                 fields = {"loss": row["train_loss"], "test": row["test_mse"], "lambda": row["energy_weight"], "dt": row["dt"]}
                 shown = {name: value for name, value in fields.items() if value is not None}
-                progress.update(row["epoch"] - progress.done, **shown)
+                progress.update(row["epoch"] - progress.done, **shown, **left())
+                if written is not None:
+                    written.add(row)
 
             best = train(name, dataset, run.model(name), config.train, config.data, target, log)
         facts, title = checkpoints.load(best).facts, zoo.spec_in(name, config.train, dataset.control_dim).title
         if facts["history"]:  # the folder may be anybody's
             say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
+
+
+def _say_what_compiles(config: Config, dataset: Dataset, device: torch.device, say: Say) -> None:
+    """Triton compiles its kernels, and tries several of each, when a shape is first used, without a word of its own."""
+    if (
+        device.type == "cuda"
+        and choose_backend(config.train.backend, torch.empty(1, dataset.latent_dim, device=device)) == "triton"
+    ):
+        say(
+            "the first epoch of a model with a Hamiltonian compiles its Triton kernels, which can take minutes; "
+            "Triton's cache keeps them"
+        )
 
 
 def evaluate_run(run: Run, device: str, show: bool) -> dict[str, Any]:
@@ -190,6 +283,7 @@ def reproduce(
     show: bool,
     say: Say,
     fetch: bool = True,
+    curves: bool = False,
 ) -> dict[str, Any]:
     """The whole pipeline into one folder: videos, latents, training, evaluation, figures.
 
@@ -199,6 +293,8 @@ def reproduce(
         A folder of own videos to use instead of synthetic ones.
     fetch : bool
         See `load_encoder`.
+    curves : bool
+        See `train_models`.
 
     Returns
     -------
@@ -206,6 +302,8 @@ def reproduce(
         The summary, as written to `summary.json`.
     """
     check_settings(config, names)
+    if curves:
+        tensorboard.check_available()
     _check_controls(config, videos)
     target = resolve_device(device)
     figures.check_available()
@@ -216,7 +314,7 @@ def reproduce(
         say(f"encoder: none, the latents are the true states of the videos ({STATE_ENCODER}); results are of the models alone")
     run = Run(out)
     with distributed.by_first(run.locked()):
-        return _reproduce(run, config, videos, names, device, show, say, fetch)
+        return _reproduce(run, config, videos, names, device, show, say, fetch, curves)
 
 
 def _check_controls(config: Config, videos: Path | None) -> None:
@@ -234,18 +332,54 @@ def _check_controls(config: Config, videos: Path | None) -> None:
 
 
 def _reproduce(
-    run: Run, config: Config, videos: Path | None, names: Sequence[str], device: str, show: bool, say: Say, fetch: bool
+    run: Run,
+    config: Config,
+    videos: Path | None,
+    names: Sequence[str],
+    device: str,
+    show: bool,
+    say: Say,
+    fetch: bool,
+    curves: bool,
 ) -> dict[str, Any]:
     out, latents = run.root, run.own(run.root / "latents")
     distributed.on_first(lambda: run.start(config, videos or out / "videos", latents, names))
+    n_stages, made = (5, 1) if videos is None else (4, 0)
     if videos is None:
         videos = run.own(out / "videos")
-        distributed.on_first(lambda: make_videos(videos, config, show))
-    encode(videos, latents, config, device, show, fetch)
+        with part(f"stage 1 of {n_stages}"):
+            distributed.on_first(lambda: make_videos(videos, config, show))
+    with part(f"stage {made + 1} of {n_stages}"):
+        encode(videos, latents, config, device, show, fetch)
     dataset = read(latents, config.data, videos)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
-    train_models(run, names, dataset, config, device, show, say)
-    summary = _evaluate(run, device, show)
+    with part(f"stage {made + 2} of {n_stages}"):
+        train_models(run, names, dataset, config, device, show, say, curves)
+    with part(f"stage {made + 3} of {n_stages}"):
+        summary = _evaluate(run, device, show)
     say(f"\n{summary_table(summary)}")  # before a figure can fail
-    distributed.on_first(lambda: figures.draw_locked(run))
+    with part(f"stage {n_stages} of {n_stages}"):
+        distributed.on_first(lambda: _draw(run, show))
     return summary
+
+
+def _draw(run: Run, show: bool) -> None:
+    with Progress("figures", enabled=show, unit="file") as progress:
+        progress.announce()
+        progress.update(len(figures.draw_locked(run)))
+
+
+def demo(out: Path, device: str, show: bool, say: Say) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs of `DEMO`, each into a folder of its own in `out`, with settings and errors as of `reproduce`.
+
+    Returns
+    -------
+    list of (Run, dict)
+        Each run and its summary.
+    """
+    found = []
+    for number, (folder, (settings, names)) in enumerate(DEMO.items(), start=1):
+        config = Config.from_dict(settings, f"the demo's {folder}")
+        with part(f"run {number} of {len(DEMO)}"):
+            found.append((Run(out / folder), reproduce(config, out / folder, None, names, device, show, say)))
+    return found

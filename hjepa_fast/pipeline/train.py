@@ -563,6 +563,17 @@ def refuse_other_settings(path: Path, facts: dict[str, Any], name: str, config: 
         )
 
 
+def recorded_history(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the epochs that were done in `folder`; empty where nothing readable is."""
+    history = _facts(folder / "last.safetensors").get("history")
+    return history if isinstance(history, list) and all(isinstance(row, dict) for row in history) else []
+
+
+def epoch_work(n_steps: int, config: TrainConfig) -> list[float]:
+    """About how much work each epoch is, in steps of a window: those of its loss, and of the test error's rollouts."""
+    return [max(horizon(epoch, n_steps, config), 1) + n_steps / 4 for epoch in range(1, config.epochs + 1)]
+
+
 def best_epoch(history: list[dict[str, Any]]) -> int:
     """The last of the epochs with the lowest test error, from 1."""
     lowest = min(row["test_mse"] for row in history)
