@@ -96,8 +96,16 @@ class TestAxes:
 
     def test_a_band_counts_what_diverges_as_largest(self):
         values = torch.tensor([[1.0, 1.0], [2.0, math.nan], [3.0, math.inf]])
-        band = own_style(lambda: plotting.band(plotting.new_figure("")[1][0, 0], np.arange(2), values, PALETTE[0], ""))()
-        assert band.values.tolist() == [2.0, math.inf]
+        for mean, expected in ((False, [2.0, math.inf]), (True, [2.0, math.inf])):
+            band = own_style(
+                lambda m=mean: plotting.band(plotting.new_figure("")[1][0, 0], np.arange(2), values, PALETTE[0], "", mean=m)
+            )()
+            assert band.values.tolist() == expected
+        one = torch.tensor([[1.0], [1.0], [math.nan]])
+        bands = [
+            plotting.band(plotting.new_figure("")[1][0, 0], np.arange(1), one, PALETTE[0], "", mean=m) for m in (True, False)
+        ]
+        assert [band.values.tolist() for band in bands] == [[math.inf], [1.0]]
 
 
 def row(name, title=None, **facts):
@@ -112,9 +120,9 @@ class TestFindings:
             return findings.prediction([row("hnn", mse_relative=hnn), row("baseline", mse_relative=mlp)], 15)
 
         assert said(0.1, 0.4) == (
-            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4 times as much)"
+            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4x as much)"
         )
-        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2 times as much)" in said(0.8, 0.4)
+        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2x as much)" in said(0.8, 0.4)
         assert "the data's mean" not in said(0.8, 0.4)
         assert said(1.2, 1.0).endswith("None is nearer than the data's mean (1)")
         assert said(None, 0.4).endswith("Baseline MLP, 0.4; every Hamiltonian model diverges")
@@ -131,7 +139,7 @@ class TestFindings:
             rows, 1000
         )
         rows[2]["drift_extended_mean"] = 0.01
-        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20 times as much)" in findings.energy(rows, 1000)
+        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20x as much)" in findings.energy(rows, 1000)
         for item in rows:
             item["drift_extended_mean"] = None
         assert findings.energy(rows, 9) == "Energy drift over 9 steps: no model has one that stays finite"
@@ -210,7 +218,8 @@ def summary_of(errors, drifts, lost=(0, 0, 0)):
     return {
         "encoder": "state", "split": "video", "standardized": True, "n_train": 3, "n_test": 3, "latent_dim": 2, "n_steps": 4,
         "extended_steps": 8, "extended_windows": 3, "epochs": 1, "probe": None, "integrators": [], "models": models,
-        "hardware": {"device": "x", "threads": 1, "torch": "2"}, "step": {"frames": 4, "fps": 30.0, "seconds": 4 / 30},
+        "hardware": {"device": "x", "threads": 1, "torch": "2"}, "recipe": "smooth",
+        "step": {"frames": 4, "fps": 30.0, "seconds": 4 / 30},
         "motion": {"horizons": [4, 8], "conservative": True, "energy_scale": 2.0},
     }  # fmt: skip
 
@@ -218,14 +227,13 @@ def summary_of(errors, drifts, lost=(0, 0, 0)):
 class TestTrueMotion:
     def test_the_table_says_what_was_found(self):
         table = summary_table(summary_of((0.02, 0.4, 2.0), (0.03, 0.99, 0.0)))
-        assert table.startswith(
-            "**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20 times as much).**\n"
-        )
+        assert table.startswith("**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20x as much).**\n")
         assert (
-            "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33 times as much)."
+            "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33x as much)."
             in table
         )
         assert "| error, 4 steps (0.533 s) | error, 8 steps (1.07 s) | true energy's drift, 8 steps |" in table
+        assert "; recipe smooth; 1 epochs;" in table
         lines = [line for line in table.splitlines() if line.startswith("| ")]
         assert [line.split()[1] for line in lines[1:4]] == ["HNN", "Residual", "Persistence"]
         assert [cell.strip() for cell in lines[2].split("|")[2:7]] == ["0.2", "0.4", "0.99", "0 of 3", "-"]
@@ -233,7 +241,7 @@ class TestTrueMotion:
     def test_and_the_opposite(self):
         table = summary_table(summary_of((0.4, 0.02, 0.001), (None, 0.1, 0.0), (3, 0, 0)))
         assert table.startswith(
-            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20 times as much).**\n"
+            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20x as much).**\n"
         )
         assert "over 8 steps: Residual MLP, 0.1; every Hamiltonian model diverges.**" in table
         assert "| diverged" in table
@@ -277,7 +285,7 @@ class TestTrueMotion:
         assert sum("Residual MLP: off the axis from step 1" in note for note in notes) == 2
         assert any(note.startswith("Residual MLP: out of view from step") for note in notes)
         assert not any("HNN (full)" in note for note in notes)
-        assert any("left the motion: Residual MLP 2 of 3" in text.get_text() for text in figure.texts)
+        assert any("left the motion: Residual MLP 2 of 3" in text.get_text().replace("\n", " ") for text in figure.texts)
         for axis in figure.axes:
             assert "(" in axis.get_xlabel(), "a unit"
             assert axis.get_legend() is None, "legends lie off the data"

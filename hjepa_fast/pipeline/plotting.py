@@ -61,7 +61,7 @@ _STYLE = {
     "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
-_TITLE, _ABOUT, _LEGEND = 110, 165, 0.033
+_TITLE, _ABOUT, _LEGEND = 110, 180, 0.033
 """Characters in a line of a title and of what stands below, and the height of a row of the legend, of the figure's."""
 
 
@@ -215,17 +215,20 @@ def curve(axis: Axes, x: np.ndarray, values: np.ndarray, color: str, label: str,
     return Curve(np.asarray(x), np.asarray(values, dtype=float), color, label)
 
 
-def band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-", shaded: bool = True) -> Curve:
-    """Draw median and 10th to 90th percentile over the first dimension of values [n, T].
+def band(
+    axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-", shaded: bool = True, mean: bool = True
+) -> Curve:
+    """Draw mean, or median, and 10th to 90th percentile over the first dimension of values [n, T].
 
-    What is not finite counts as larger than everything else, so that a curve leaves the axis where half of the rows diverge.
+    What is not finite counts as larger than everything else, so that a mean leaves the axis where one row diverges, and a
+    median where half of them do.
     """
     values = values.double()
     values = torch.where(values.isfinite() & (values.abs() < LARGEST), values, math.inf).sort(dim=0).values
     low, middle, high = (values[round(q * (len(values) - 1))].numpy() for q in (0.1, 0.5, 0.9))
     if shaded:
         axis.fill_between(x, np.minimum(low, LARGEST), np.minimum(high, LARGEST), color=color, alpha=0.13, lw=0)
-    return curve(axis, x, middle, color, label, style)
+    return curve(axis, x, values.mean(dim=0).numpy() if mean else middle, color, label, style)
 
 
 def in_view(axis: Axes, curves: Sequence[Curve], what: str = "step", scale: str = "linear", always: float = 0.0) -> None:

@@ -13,7 +13,7 @@ import torch
 from ..api import choose_backend
 from ..errors import HJEPAError, UsageError
 from . import checkpoints, controls, distributed, evaluate, figures, files, streaming, tensorboard, zoo
-from .config import OFFLINE_ENCODER, RECIPES, STATE_ENCODER, Config
+from .config import OFFLINE_ENCODER, RECIPES, STATE_ENCODER, Config, recipe_of
 from .encoder_files import file_sha256
 from .encoders import resolve_device
 from .latents import encode_videos, load_latents, probe
@@ -242,6 +242,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
         "finished": len(trained) == len(asked) and all(found["finished"] for found in standings.values()),
         "missing": [name for name in asked if name not in trained],
         "probe": _probe(videos, latents, None if config.data.stream == "off" else streaming.HELD),
+        "recipe": recipe_of(config.train),
         "step": evaluate.step_units(streaming.open_latents(latents)),
         "motion": evaluation.motion,
         "hardware": evaluate.hardware(resolved),

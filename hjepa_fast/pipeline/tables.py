@@ -95,7 +95,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         f"Encoder: {summary['encoder']}; latents of {summary['latent_dim']} dimensions, "
         + ("standardised with training statistics." if summary["standardized"] else "not standardised."),
         f"{summary['n_train']} training and {summary['n_test']} test windows, split by {summary['split']}{leak}; "
-        f"{epochs}; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
+        + (f"recipe {summary['recipe']}; " if "recipe" in summary else "")
+        + f"{epochs}; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
         f"Energy drift: max |H(z_t) - H(z_0)| of a rollout; over {extended} steps, the mean over {summary['extended_windows']} "
         "test windows, evenly spread. Diverged: some rollout leaves the finite numbers.",
         "The checkpoint with the best test MSE is kept, as published, so MSE is optimistic. "
