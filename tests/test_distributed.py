@@ -28,7 +28,7 @@ from synthetic import write_latents
 av = pytest.importorskip("av")
 
 DATA = DataConfig(window=5)
-CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal")
+CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal", matching=0.4)
 """Batches of 7, which two processes cannot halve."""
 EVALUATE = EvaluateConfig(extended_steps=9, dream_steps=6, timing_warmup=0, timing_runs=1)
 ENCODE = EncodeConfig(encoder="unused", clip_frames=4, clip_stride=2, encode_batch=3)

@@ -41,7 +41,7 @@ class TestOutlook:
         assert outlook.left == 0
 
     def test_epochs_of_longer_rollouts_are_more_work(self):
-        work = epoch_work(15, TrainConfig(epochs=10, matching_epochs=2, horizon_curriculum=0.5))
+        work = epoch_work(15, TrainConfig(epochs=10, matching=0.2, horizon_curriculum=0.5))
         assert len(work) == 10
         assert work == sorted(work)
         assert work[0] == work[1] < work[2] < work[6] == work[9]

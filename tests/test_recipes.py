@@ -19,7 +19,7 @@ from synthetic import write_latents
 
 DATA = DataConfig(window=5)
 SMALL = TrainConfig(epochs=6, batch_size=8, widths=(8, 8))
-STAGED = dataclasses.replace(SMALL, matching_epochs=2, horizon_curriculum=0.5, warmup_epochs=1, learn_dt=False, gain=1.5)
+STAGED = dataclasses.replace(SMALL, matching=0.3, horizon_curriculum=0.5, warmup=0.2, learn_dt=False, gain=1.5)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def numbers(history):
 
 class TestSchedules:
     def test_the_horizon_by_epoch(self):
-        config = TrainConfig(epochs=20, matching_epochs=4, horizon_curriculum=0.5)
+        config = TrainConfig(epochs=20, matching=0.2, horizon_curriculum=0.5)
         # ten epochs for 15 steps: ceil(1.5 k)
         expected = [0] * 4 + [2, 3, 5, 6, 8, 9, 11, 12, 14, 15] + [15] * 6
         assert [train.horizon(epoch, 15, config) for epoch in range(1, 21)] == expected
@@ -46,7 +46,7 @@ class TestSchedules:
 
     def test_cosine_with_warm_up_and_constant_are_torchs(self):
         for schedule in ("cosine", "constant"):
-            config = TrainConfig(epochs=12, warmup_epochs=3, lr=1e-2, lr_end=1e-4, lr_schedule=schedule)
+            config = TrainConfig(epochs=12, warmup=0.25, lr=1e-2, lr_end=1e-4, lr_schedule=schedule)
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
             rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
             then = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -116,7 +116,7 @@ class TestLosses:
 
     def test_an_epoch_has_its_horizon(self):
         model, windows = model_of("hnn", SMALL), torch.randn(3, 5, 6, dtype=torch.float64)
-        config = dataclasses.replace(STAGED, epochs=8)
+        config = dataclasses.replace(STAGED, epochs=8, matching=0.25)
         assert torch.equal(train.epoch_loss(model, windows, config, 1, True)[0], train.matching_loss(model, windows))
         mse, energy = train.epoch_loss(model, windows, config, 4, True)  # the second of four epochs for four steps
         expected = train.loss_terms(model, windows[:, :3], config, True)
@@ -235,7 +235,7 @@ class TestResuming:
         for name in ("best", "last"):
             path = tmp_path / f"{name}.safetensors"
             old = checkpoints.load(path)
-            for key in ("lr_schedule", "warmup_epochs", "matching_epochs", "horizon_curriculum", "starts", "widths",
+            for key in ("lr_schedule", "warmup", "matching", "horizon_curriculum", "starts", "widths",
                         "activation", "gain", "sub_steps", "learn_dt"):  # fmt: skip
                 del old.facts["train"][key]
             checkpoints.save(path, old)
@@ -249,10 +249,9 @@ class TestOptions:
         ("change", "message"),
         [
             ({"horizon_curriculum": 1.5}, "horizon_curriculum must be a share of the epochs, from 0 to 1, found 1.5"),
-            ({"matching_epochs": 7}, "matching_epochs must be at most epochs, 6, found 7"),
-            ({"matching_epochs": -1}, "matching_epochs must not be negative, found -1"),
-            ({"warmup_epochs": 6}, "warmup_epochs must leave epochs for the cosine schedule, found all 6"),
-            ({"warmup_epochs": 1, "lr_schedule": "one-cycle"}, "warmup_epochs is for cosine and constant: .*, found 1"),
+            ({"matching": 7.0}, "matching must be a share of the epochs, from 0 to 1, found 7.0"),
+            ({"warmup": -0.1}, "warmup must be a share of the epochs, from 0 to 1, found -0.1"),
+            ({"warmup": 0.1, "lr_schedule": "one-cycle"}, "warmup is for cosine and constant: .*, found 0.1"),
             ({"widths": (8, 0)}, "widths must be positive, found 8, 0"),
             ({"gain": 0.0}, "gain must be positive, found 0.0"),
             ({"sub_steps": 0}, "sub_steps must be positive, found 0"),
@@ -286,7 +285,7 @@ class TestOptions:
     def test_a_run_with_options_from_the_command_line_to_its_evaluation(self, tmp_path, capsys):
         write_latents(tmp_path / "latents")
         options = ("--epochs", "2", "--batch-size", "8", "--window", "5", "--timing-runs", "1", "--timing-warmup", "0",
-                   "--extended-steps", "9", "--quiet", "--widths", "8,8", "--sub-steps", "2", "--matching-epochs", "1",
+                   "--extended-steps", "9", "--quiet", "--widths", "8,8", "--sub-steps", "2", "--matching", "0.5",
                    "--activation", "silu", "--no-learn-dt")  # fmt: skip
         out = ["--out", str(tmp_path / "run"), "--models", "hnn", "baseline"]
         assert main(["train", str(tmp_path / "latents"), *out, *options]) == 0

@@ -119,14 +119,13 @@ class TrainConfig:
         "learning rate of the epochs: cosine annealing from --lr to --lr-end, as published; constant; or one-cycle, which "
         "rises to --lr over the first three tenths of the epochs, from a 25th of it",
     )
-    warmup_epochs: int = _option(
-        0, "epochs at the start over which the learning rate of a cosine or constant schedule rises linearly", most=50_000
+    warmup: float = _option(
+        0.0, "share of the epochs, at the start, over which the learning rate of a cosine or constant schedule rises linearly"
     )
-    matching_epochs: int = _option(
-        0,
-        "epochs at the start that match the single steps between all consecutive states of the windows; rollouts follow "
-        "(published: none)",
-        most=50_000,
+    matching: float = _option(
+        0.0,
+        "share of the epochs, at the start, that match the single steps between all consecutive states of the windows; "
+        "rollouts follow (published: none)",
     )
     horizon_curriculum: float = _option(
         0.0,
@@ -202,26 +201,24 @@ def _recipe(**settings: Any) -> dict[str, dict[str, Any]]:
 
 
 _RECIPE_FIELDS = (
-    "lr", "lr_end", "lr_schedule", "warmup_epochs", "weight_decay", "energy_weight_start", "energy_weight_end",
-    "matching_epochs", "horizon_curriculum", "starts", "widths", "activation", "gain", "sub_steps", "dt", "learn_dt",
-    "integrator", "epochs", "batch_size",
+    "lr", "lr_end", "lr_schedule", "warmup", "weight_decay", "energy_weight_start", "energy_weight_end",
+    "matching", "horizon_curriculum", "starts", "widths", "activation", "gain", "sub_steps", "dt", "learn_dt",
+    "integrator", "batch_size",
 )  # fmt: skip
-"""Settings of TrainConfig that make a recipe."""
+"""Settings of TrainConfig that make a recipe; for how many epochs is another question."""
 
 RECIPES = {
     "published": _recipe(),
     "smooth": _recipe(
-        epochs=60,
         batch_size=64,
-        lr=1e-2,
+        lr=2e-2,
         lr_end=1e-5,
-        warmup_epochs=3,
+        warmup=0.05,
         energy_weight_start=0.0,
         energy_weight_end=0.0,
-        matching_epochs=30,
-        horizon_curriculum=0.3,
+        matching=1.0,
         widths=(128, 128),
-        activation="silu",
+        activation="gelu",
         gain=2.0,
         learn_dt=False,
         integrator="implicit-midpoint",

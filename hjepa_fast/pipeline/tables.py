@@ -86,6 +86,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         done = ["epochs", *(_epochs(row) for row in summary["models"])]
         rows = [(row[0], cell, *row[1:]) for row, cell in zip(rows, done, strict=True)]
     epochs = f"{summary['epochs']} epochs"
+    recipe = f"; recipe {summary['recipe']}" if "recipe" in summary else ""
     if open_ended:
         epochs = f"at least {summary['epochs']} of {summary['epochs_asked']} epochs"
     leak = " (windows of one video overlap, so the test set is not new)" if summary["split"] == "window" else ""
@@ -95,8 +96,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         f"Encoder: {summary['encoder']}; latents of {summary['latent_dim']} dimensions, "
         + ("standardised with training statistics." if summary["standardized"] else "not standardised."),
         f"{summary['n_train']} training and {summary['n_test']} test windows, split by {summary['split']}{leak}; "
-        + (f"recipe {summary['recipe']}; " if "recipe" in summary else "")
-        + f"{epochs}; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
+        f"{epochs}{recipe}; {summary['n_steps']}-step rollouts; mean ± standard deviation over test windows.",
         f"Energy drift: max |H(z_t) - H(z_0)| of a rollout; over {extended} steps, the mean over {summary['extended_windows']} "
         "test windows, evenly spread. Diverged: some rollout leaves the finite numbers.",
         "The checkpoint with the best test MSE is kept, as published, so MSE is optimistic. "

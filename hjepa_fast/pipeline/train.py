@@ -40,7 +40,7 @@ def learning_rate(epoch: int, config: TrainConfig) -> float:
     """The schedule's learning rate in epoch e = 1..E.
 
     "cosine" anneals from `lr` in the first epoch to `lr_end` after the last, "constant" stays at `lr`, and "one-cycle" rises
-    from `lr` / 25 and falls to `lr_end`, both along cosines. The first two start after `warmup_epochs` W, in which the rate
+    from `lr` / 25 and falls to `lr_end`, both along cosines. The first two start after W = `warmup` E epochs, in which the rate
     is lr e / (W + 1).
     """
     if config.lr_schedule == "one-cycle":
@@ -49,11 +49,12 @@ def learning_rate(epoch: int, config: TrainConfig) -> float:
         if epoch - 1 < peak:
             return _between(config.lr / ONE_CYCLE_START, config.lr, epoch - 1, peak)
         return _between(config.lr, config.lr_end, epoch - 1 - peak, last - peak or 1)
-    if epoch <= config.warmup_epochs:
-        return config.lr * epoch / (config.warmup_epochs + 1)
+    warmup = min(round(config.warmup * config.epochs), config.epochs - 1)
+    if epoch <= warmup:
+        return config.lr * epoch / (warmup + 1)
     if config.lr_schedule == "constant":
         return config.lr
-    return _between(config.lr, config.lr_end, epoch - 1 - config.warmup_epochs, config.epochs - config.warmup_epochs)
+    return _between(config.lr, config.lr_end, epoch - 1 - warmup, config.epochs - warmup)
 
 
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 25.0
@@ -69,9 +70,10 @@ def _between(first: float, last: float, done: float, of: float) -> float:
 def horizon(epoch: int, n_steps: int, config: TrainConfig) -> int:
     """Steps of the loss's rollouts in epoch e = 1..E, from windows of `n_steps` steps; 0 where single steps are matched.
 
-    After the M epochs of matching it grows linearly over C = `horizon_curriculum` E epochs: ceil(n_steps (e - M) / C).
+    After the M = `matching` E epochs of matching it grows linearly over C = `horizon_curriculum` E epochs:
+    ceil(n_steps (e - M) / C).
     """
-    after = epoch - config.matching_epochs
+    after = epoch - round(config.matching * config.epochs)
     growing = config.horizon_curriculum * config.epochs
     if after <= 0:
         return 0
@@ -163,19 +165,15 @@ def check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} must be positive, found {value}")
-    for name in ("lr_end", "weight_decay", "energy_weight_start", "energy_weight_end", "warmup_epochs", "matching_epochs"):
+    for name in ("lr_end", "weight_decay", "energy_weight_start", "energy_weight_end"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{name} must not be negative, found {value}")
-    if not 0 <= config.horizon_curriculum <= 1:
-        raise UsageError(f"horizon_curriculum must be a share of the epochs, from 0 to 1, found {config.horizon_curriculum}")
-    if config.warmup_epochs and config.lr_schedule == "one-cycle":
-        raise UsageError(f"warmup_epochs is for cosine and constant: one-cycle rises by itself, found {config.warmup_epochs}")
-    for name in ("warmup_epochs", "matching_epochs"):
-        if getattr(config, name) > config.epochs:
-            raise UsageError(f"{name} must be at most epochs, {config.epochs}, found {getattr(config, name)}")
-    if config.lr_schedule != "constant" and config.warmup_epochs == config.epochs:
-        raise UsageError(f"warmup_epochs must leave epochs for the {config.lr_schedule} schedule, found all {config.epochs}")
+    for name in ("warmup", "matching", "horizon_curriculum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"{name} must be a share of the epochs, from 0 to 1, found {getattr(config, name)}")
+    if config.warmup and config.lr_schedule == "one-cycle":
+        raise UsageError(f"warmup is for cosine and constant: one-cycle rises by itself, found {config.warmup}")
     if config.widths is not None and min(config.widths) < 1:
         raise UsageError(f"widths must be positive, found {', '.join(map(str, config.widths))}")
     if config.friction_per_dimension and config.friction == "none":
@@ -287,7 +285,7 @@ def _train(
     learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     network = [parameter for name, parameter in learned if name != "dt"]
     step_sizes = [parameter for name, parameter in learned if name == "dt"]
-    losses = distributed.data_parallel(model, epoch_loss, varying=config.matching_epochs > 0)
+    losses = distributed.data_parallel(model, epoch_loss, varying=config.matching > 0)
     for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
         lr, weight = learning_rate(epoch, config), energy_weight(epoch, config)
