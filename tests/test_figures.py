@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa_fast.pipeline import figures, findings, plotting, zoo
+from hjepa_fast.errors import HJEPAError
+from hjepa_fast.pipeline import figures, findings, plotting, schemas, zoo
 from hjepa_fast.pipeline.plotting import COLORS, INTEGRATOR_COLORS, OTHER_INTEGRATOR, PALETTE, SIZE, TRUE, own_style
 from hjepa_fast.pipeline.tables import summary_table
 
@@ -120,9 +121,9 @@ class TestFindings:
             return findings.prediction([row("hnn", mse_relative=hnn), row("baseline", mse_relative=mlp)], 15)
 
         assert said(0.1, 0.4) == (
-            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4x as much)"
+            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4x)"
         )
-        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2x as much)" in said(0.8, 0.4)
+        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2x)" in said(0.8, 0.4)
         assert "the data's mean" not in said(0.8, 0.4)
         assert said(1.2, 1.0).endswith("None is nearer than the data's mean (1)")
         assert said(None, 0.4).endswith("Baseline MLP, 0.4; every Hamiltonian model diverges")
@@ -139,7 +140,7 @@ class TestFindings:
             rows, 1000
         )
         rows[2]["drift_extended_mean"] = 0.01
-        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20x as much)" in findings.energy(rows, 1000)
+        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20x)" in findings.energy(rows, 1000)
         for item in rows:
             item["drift_extended_mean"] = None
         assert findings.energy(rows, 9) == "Energy drift over 9 steps: no model has one that stays finite"
@@ -227,11 +228,8 @@ def summary_of(errors, drifts, lost=(0, 0, 0)):
 class TestTrueMotion:
     def test_the_table_says_what_was_found(self):
         table = summary_table(summary_of((0.02, 0.4, 2.0), (0.03, 0.99, 0.0)))
-        assert table.startswith("**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20x as much).**\n")
-        assert (
-            "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33x as much)."
-            in table
-        )
+        assert table.startswith("**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20x).**\n")
+        assert "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33x)." in table
         assert "| error, 4 steps (0.533 s) | error, 8 steps (1.07 s) | true energy's drift, 8 steps |" in table
         assert "; recipe smooth; 1 epochs;" in table
         lines = [line for line in table.splitlines() if line.startswith("| ")]
@@ -241,7 +239,7 @@ class TestTrueMotion:
     def test_and_the_opposite(self):
         table = summary_table(summary_of((0.4, 0.02, 0.001), (None, 0.1, 0.0), (3, 0, 0)))
         assert table.startswith(
-            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20x as much).**\n"
+            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20x).**\n"
         )
         assert "over 8 steps: Residual MLP, 0.1; every Hamiltonian model diverges.**" in table
         assert "| diverged" in table
@@ -257,20 +255,40 @@ class TestTrueMotion:
         assert summary_table(summary).startswith("| model")
 
     @staticmethod
-    def drawn(hnn_error, mlp_error):
+    def evaluated(hnn_error, mlp_error):
         summary = summary_of((hnn_error, mlp_error, 2.0), (0.03, 0.99, 0.0), (0, 2, 0))
         angle = torch.arange(9) * 0.5
         circle = torch.stack([angle.cos(), angle.sin()], dim=1)
-        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9)}
+        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9), "true/example": circle[:5]}
         for name, size in (("hnn", 1.01), ("baseline-residual", 1e12), ("persistence", 1.0)):
             arrays |= {
                 f"{name}/motion": circle * torch.linspace(1, size, 9)[:, None],
-                f"{name}/motion_error": torch.linspace(0, size, 9).expand(3, 9),
-                f"{name}/motion_energy": torch.linspace(1, size, 9).expand(3, 9),
+                f"{name}/motion_error": torch.linspace(0, size, 9).repeat(3, 1),
+                f"{name}/motion_energy": torch.linspace(1, size, 9).repeat(3, 1),
+                f"{name}/example": circle[:5],
+                f"{name}/step_mse": torch.ones(3, 4),
             }
+        return summary, arrays
+
+    def drawn(self, hnn_error, mlp_error):
+        summary, arrays = self.evaluated(hnn_error, mlp_error)
         rows = {item["name"]: item for item in summary["models"]}
         view = figures.View(summary, rows, arrays, figures.step_label(summary["step"]))
         return own_style(figures._motion)(view)
+
+    def test_files_that_do_not_fit_are_refused(self):
+        summary, arrays = self.evaluated(0.02, 0.4)
+        schemas.check(schemas.Summary, summary, "x")
+        schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="expected floating-point numbers .* in 'hnn/motion_error'"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3)}, COLORS, "x")
+        with pytest.raises(HJEPAError, match=r"arrays of motion_energy differ in shape: \[3, 9\] and \[3, 8\]"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3, 8)}, COLORS, "x")
+        del summary["models"][1]["motion"]["lost"]["8"]
+        with pytest.raises(HJEPAError, match="does not say how 'baseline-residual' compares with the true motion"):
+            schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="x: motion.horizons"):
+            schemas.check(schemas.Summary, summary | {"motion": {"horizons": []}}, "x")
 
     def test_the_picture(self, tmp_path):
         figure = self.drawn(0.02, 0.4)

@@ -42,7 +42,7 @@ def least(rows: Sequence[Row], value: Value) -> tuple[Row, float] | None:
 
 
 def ranked(rows: Sequence[Row], value: Value) -> str | None:
-    """ "A, 0.1; best MLP: B, 0.3 (3x as much)"; None if no trained model has a value.
+    """ "A, 0.1; best MLP: B, 0.3 (3x)"; None if no trained model has a value.
 
     The second part is of the kind of models that the best one is not of, with or without a Hamiltonian, if there are any.
     """
@@ -61,7 +61,7 @@ def ranked(rows: Sequence[Row], value: Value) -> str | None:
         return f"{text}; every {kind} diverges"
     ratio = second[1] / x if x > 0 else math.inf
     much = f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
-    times = f" ({much}x as much)" if 1.05 <= ratio < 1e4 else ""
+    times = f" ({much}x)" if 1.05 <= ratio < 1e4 else ""
     return f"{text}; best {kind}: {second[0]['title']}, {shown(second[1], 2)}{times}"
 
 
