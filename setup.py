@@ -1,8 +1,9 @@
 """The C++ and CUDA backends; everything else is declared in pyproject.toml.
 
-The package works without them, so by default a failure to build one is reported and the installation goes on.
-HJEPA_FAST_BUILD=0 leaves the C++ backend out, HJEPA_FAST_BUILD=1 makes a failure fatal; HJEPA_FAST_BUILD_CUDA is the same for
-the CUDA backend, whose GPUs TORCH_CUDA_ARCH_LIST chooses. HJEPA_FAST_FLAGS are given to the C++ compiler and linker last.
+The package works without them, so by default a C++ backend that cannot be built is reported and the installation goes on: the
+wheel is then pure, and the package says what is missing when it is used. HJEPA_FAST_BUILD=0 leaves the C++ backend out,
+HJEPA_FAST_BUILD=1 makes a failure fatal. The CUDA backend is built with HJEPA_FAST_BUILD_CUDA=1 only, which makes its failure
+fatal too; TORCH_CUDA_ARCH_LIST chooses its GPUs. HJEPA_FAST_FLAGS are given to the C++ compiler and linker last.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CPP, CUDA = "hjepa_fast._C", "hjepa_fast._CUDA"
 NAMES = {CPP: "C++", CUDA: "CUDA"}
@@ -37,8 +40,6 @@ def without(extension: str, reason: object) -> None:
 
 
 def cpp_lacks() -> str:
-    if wanted(CPP) == "0":
-        return f"{SWITCHES[CPP]}=0"
     return "it needs GCC or Clang and POSIX threads" if os.name == "nt" else ""
 
 
@@ -51,8 +52,6 @@ def toolkit_version(home: str | None) -> tuple[int, int] | None:
 
 
 def cuda_lacks() -> str:
-    if wanted(CUDA) == "0":
-        return f"{SWITCHES[CUDA]}=0"
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -78,18 +77,35 @@ def gpus(version: tuple[int, int] | None) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
 
 
+def find_ninja() -> None:
+    """Makes the ninja of this environment known, which need not be activated; PyTorch's build looks for it on the PATH."""
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+class Wheel(bdist_wheel):
+    """A wheel that is tagged by what it holds: a pure one if no extension could be built."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 def arguments() -> dict[str, object]:
-    lacks = {CPP: cpp_lacks()}
+    chosen = [name for name, yes in ((CPP, wanted(CPP) != "0"), (CUDA, wanted(CUDA) == "1")) if yes]
+    if not chosen:
+        return {}
     try:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        for name in NAMES:
+        for name in chosen:
             without(name, error)
         return {}
-    lacks[CUDA] = cuda_lacks()
+    lacks = {name: cpp_lacks() if name == CPP else cuda_lacks() for name in chosen}
     for name, reason in lacks.items():
         if reason:
             without(name, reason)
+    find_ninja()
 
     class Build(BuildExtension):
         """Each extension alone, so that one that fails leaves the other."""
@@ -104,10 +120,11 @@ def arguments() -> dict[str, object]:
                     built.append(extension)
                 except Exception as error:
                     without(extension.name, error)
-            self.extensions = built
+            # what is left tells the wheel its tag, and an editable installation what to look for
+            self.extensions = self.distribution.ext_modules = built
 
     extensions = []
-    if not lacks[CPP]:
+    if lacks.get(CPP) == "":
         # vectors are passed between inlined functions only, so the ABI notes of -Wpsabi do not apply
         flags = [
             "-std=c++20",
@@ -129,7 +146,7 @@ def arguments() -> dict[str, object]:
                 py_limited_api=True,
             )
         )
-    if not lacks[CUDA]:
+    if lacks.get(CUDA) == "":
         extensions.append(
             CUDAExtension(
                 CUDA,
@@ -146,7 +163,7 @@ def arguments() -> dict[str, object]:
         return {}
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 

@@ -330,9 +330,9 @@ GPU = (
     *(
         _on_gpu(kind, batch, arithmetic, EXTENDED if (kind, batch) in _COMPILED and arithmetic == "float32" else rivals)
         for kind, batches, arithmetics, rivals in (
-            ("rollout", (1, 8, 32, 64, 256, 1024, 4096, 16384), ("float32", "tf32"), (*STANDARD, "func")),
+            ("rollout", (1, 8, 32, 64, 128, 256, 1024, 4096, 16384), ("float32", "tf32"), (*STANDARD, "func")),
             # JAX keeps bfloat16 where the others do not
-            ("rollout", (1, 8, 32, 64, 256, 1024, 4096, 16384), ("bfloat16",), ("eager", "manual", "baseline")),
+            ("rollout", (1, 8, 32, 64, 128, 256, 1024, 4096, 16384), ("bfloat16",), ("eager", "manual", "baseline")),
             ("training", (32, 1024, 4096), ("float32", "tf32"), (*STANDARD, "func")),
             ("backward", (1, 32, 1024, 4096), ("float32", "tf32"), ("eager", "manual", "baseline")),
         )

@@ -24,7 +24,7 @@ LOCAL = HERE / "local"
 """Results of the machines that this checkout is used on, a folder each; git ignores it."""
 VARIABLES = (
     *("ATEN_", "CUBLAS_", "CUDA_LAUNCH_BLOCKING", "DNNL_", "GOMP_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_"),
-    *("NVIDIA_TF32_OVERRIDE", "OMP_", "ONEDNN_", "TRITON_INTERPRET", "XLA_FLAGS"),
+    *("HJEPA_FAST_CUDA_SAMPLES", "HJEPA_FAST_TUNE", "NVIDIA_TF32_OVERRIDE", "OMP_", "ONEDNN_", "TRITON_INTERPRET", "XLA_FLAGS"),
 )
 """Environment variables that change how fast products are; OMP_NUM_THREADS shows in the number of threads."""
 

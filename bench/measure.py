@@ -249,6 +249,7 @@ def checked(
     device: torch.device,
     longest_call: float = math.inf,
     tell: Tell = lambda text: None,
+    keep_going: bool = False,
 ) -> tuple[Any, list[Contestant], dict[str, Any], dict[str, str]]:
     """A case's contestants, each run once and found right.
 
@@ -256,7 +257,8 @@ def checked(
     -------
     tuple
         The problem; the contestants; by name what is known of each; by name why one is not among them: it does not fit into a
-        GPU's memory, or it is a rival that failed, or that takes more than `longest_call` seconds for a call.
+        GPU's memory, or it is a rival that failed, or that takes more than `longest_call` seconds for a call; with
+        `keep_going` it may be any that failed or was wrong.
 
     Raises
     ------
@@ -283,6 +285,8 @@ def checked(
                     continue
             contestant = build(problem)
             first_call = clock(lambda run=contestant.run, out=outputs: out.extend(run()))
+            if device.type == "cuda":  # a graph's next replay writes where this one did
+                outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
             seconds = first_call
             if not contestant.ours and seconds > longest_call and name not in EAGER:  # it may have compiled
                 seconds = clock(contestant.run)
@@ -290,8 +294,10 @@ def checked(
             left_out[name] = TOO_LARGE
             continue
         except Exception as error:
-            if is_ours(name):
+            if is_ours(name) and not keep_going:
                 raise
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the device itself has failed: then nothing more will run
             first_line = (str(error).strip().splitlines() or [""])[0]
             left_out[name] = f"{FAILED}{type(error).__name__}: {first_line}"
             continue
@@ -302,6 +308,9 @@ def checked(
             tell(f"float64 reference of {contestant.predicts}")
             references[contestant.predicts] = expected(problem, contestant.predicts)
         error = references[contestant.predicts].error(contestant, outputs)
+        if not error <= tolerance and keep_going:
+            left_out[name] = f"{FAILED}wrong: error {error:.2e}, at most {tolerance:.0e} is allowed"
+            continue
         if not error <= tolerance:
             raise WrongResultError(
                 f"{contestant.name} is wrong in {case.name}: error {error:.2e} relative to the float64 reference, "
@@ -324,6 +333,7 @@ def measure(
     device: torch.device,
     effort: Effort,
     tell: Tell = lambda text: None,
+    keep_going: bool = False,
 ) -> dict[str, Any]:
     """Check and time one case.
 
@@ -335,7 +345,7 @@ def measure(
     """
     begin = time.perf_counter()
     with matmul_precision(case.precision):
-        problem, contestants, facts, left_out = checked(case, builders, device, effort.longest_call, tell)
+        problem, contestants, facts, left_out = checked(case, builders, device, effort.longest_call, tell, keep_going)
         most = effort.budget - (time.perf_counter() - begin)
         times = time_interleaved(contestants, effort.rounds, effort.seconds, device, most=most, tell=tell)
     for contestant in contestants:
@@ -370,8 +380,11 @@ def measure(
 
 
 def release() -> None:
-    """Give back what a case took: JAX keeps what it compiled, and the C library what was freed, gigabytes after large cases."""
+    """Give back what a case took: JAX keeps what it compiled, the C library what was freed, gigabytes after large cases, and
+    PyTorch a GPU's memory, which JAX could not have then."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     with contextlib.suppress(OSError, AttributeError):  # of another C library

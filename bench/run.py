@@ -22,7 +22,7 @@ from .chip import beside_case, measure_chip
 from .machine import environment
 from .measure import CHECKED_ROWS, FAILED, FEWEST_ROUNDS, NOT_TIMED, TOO_LARGE, Effort, WrongResultError, measure, release
 from .progress import Progress, duration, prepare_streams
-from .rivals import Builder, entrants
+from .rivals import Builder, entrants, is_ours
 
 QUICK_MINUTES, ZOO_MINUTES, SMALL_MINUTES, SMALL_COMPILE_MINUTES = 5.0, 4.0, 40.0, 30.0
 """A quick run on a processor is planned to end in, one of the zoo, one of the grid, and what that takes more with
@@ -76,7 +76,12 @@ def kept(known: dict[str, Any] | None, case: Case, builders: dict[str, Builder],
     same_limit = limit is None or effort.longest_call <= limit
     reasons = (TOO_LARGE, FAILED, *([NOT_TIMED] if same_limit else []))
     settled = {name for name, reason in known.get("left_out", {}).items() if reason.startswith(reasons)}
+    settled -= set(_ours_that_failed(known))  # perhaps they no longer do
     return builders.keys() <= known["contestants"].keys() | settled
+
+
+def _ours_that_failed(entry: dict[str, Any]) -> list[str]:
+    return [name for name, reason in entry.get("left_out", {}).items() if is_ours(name) and reason.startswith(FAILED)]
 
 
 class Watch:
@@ -101,6 +106,7 @@ def run(
     longest_call: float = math.inf,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    keep_going: bool = False,
 ) -> dict[str, Any]:
     """Measure the cases that `path` does not hold yet, writing it after each one; returns all it holds.
 
@@ -135,7 +141,8 @@ def run(
                     continue
                 progress.start(case, list(builders))
                 budget = progress.share(case.name)
-                entry = measure(case, builders, device, Effort(rounds, seconds, longest_call, budget), progress.tell)
+                effort_left = Effort(rounds, seconds, longest_call, budget)
+                entry = measure(case, builders, device, effort_left, progress.tell, keep_going)
                 if device.type == "cpu":
                     results["chip"] = beside_case(results["chip"], device)
                 extra = {"chip": results["chip"], "load": load_average}
@@ -263,7 +270,14 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="also torch.compile, which takes minutes a case to compile (default: with --full, and on CUDA)",
     )
-    parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains it or matches it as a shell pattern")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="cases whose name contains one or matches one as a shell pattern"
+    )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="one of ours that fails or is wrong is left out; exits with 1 at the end",
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--out",
@@ -352,9 +366,12 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
     asked = [name for name in ("quick", "zoo", "small", "full") if getattr(options, name)]
     (subset,) = asked or ["full" if options.only else "quick"]
     quick, every = cases.of_device(device.type)
-    selected = cases.select({"quick": quick, "zoo": cases.ZOO, "small": cases.SMALL, "full": every}[subset], options.only)
-    if not selected:
-        parser.error(f"no case matches {options.only!r}; there are {', '.join(c.name for c in every)}")
+    pool = {"quick": quick, "zoo": cases.ZOO, "small": cases.SMALL, "full": every}[subset]
+    chosen = {pattern: cases.select(pool, pattern) for pattern in options.only or [None]}
+    for pattern, found in chosen.items():
+        if not found:
+            parser.error(f"no case matches {pattern!r}; there are {', '.join(c.name for c in every)}")
+    selected = tuple(dict.fromkeys(case for found in chosen.values() for case in found))
     compile = options.full or device.type == "cuda" if options.compile is None else options.compile
     minutes = options.minutes
     if minutes is None:
@@ -385,19 +402,23 @@ def _main(options: argparse.Namespace, parser: argparse.ArgumentParser, progress
         longest_call=options.longest_call or (QUICK_LONGEST_CALL if subset == "quick" else LONGEST_CALL),
         progress=progress,
         watch=_Shown(path, selected, progress),
+        keep_going=options.keep_going,
     )
     progress.clear()
     names = [case.name for case in selected]
     print(report.details({**results, "cases": {name: e for name, e in results["cases"].items() if name in names}}))
     report.write(path, results, report.beside_of(path, results))
     progress.say(f"{duration(progress.elapsed())}; results in {path}, table in {path.with_suffix('.md')}")
+    failed = [f"{name}: {ours}" for name in names for ours in _ours_that_failed(results["cases"].get(name, {}))]
+    if failed:
+        progress.say(f"error: ours failed: {'; '.join(failed)}")
     if before is None:
-        return 0
+        return int(bool(failed))
     text, holds = against.told(
         against.compare(before, results, names), 0.1 if options.tolerance is None else options.tolerance, str(options.against)
     )
     print(text)
-    return 0 if holds else 1
+    return 0 if holds and not failed else 1
 
 
 def _path(options: argparse.Namespace, name: str, device: torch.device, parser: argparse.ArgumentParser) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,13 @@ class Activation(NamedTuple):
             linear, e = a > 0, self.beta * torch.exp(a.clamp_max(0))
             return self(a), e.masked_fill(linear, 1.0), e.masked_fill(linear, 0.0)
         return _DERIVATIVES[self.name](a)
+
+    def pull(self, a: Tensor, g: Tensor) -> Tensor:
+        """s'(a) g, elementwise, in one operation where PyTorch has one."""
+        if self.name == "softplus":
+            return torch.ops.aten.softplus_backward(g, a, self.beta, self.threshold)
+        known = _PULLS.get(self.name)
+        return self.derivatives(a)[1] * g if known is None else known(g, a)
 
     def module(self) -> nn.Module:
         """A fresh module that computes s."""
@@ -163,6 +171,13 @@ _DERIVATIVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "sin": _sin,
     "sigmoid": _sigmoid,
     "quadratic": _quadratic,
+}
+_PULLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": lambda g, a: torch.ops.aten.tanh_backward(g, torch.tanh(a)),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu-tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "sigmoid": lambda g, a: torch.ops.aten.sigmoid_backward(g, torch.sigmoid(a)),
 }
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,

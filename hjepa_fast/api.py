@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor, nn
 
 from . import driven, hamiltonian, rolling, validation
 from .backends import cpp, cuda, triton
+from .names import Backend, Integrator, Memory, Options, States, Unconverged
 from .ports import PortHNN
-from .rolling import BACKENDS, INTEGRATORS, MEMORY, Backend, Rollout, Solve, choose_backend
+from .rolling import BACKENDS, INTEGRATORS, MEMORY, Rollout, Solve, choose_backend
 
 __all__ = [
     "BACKENDS", "INTEGRATORS", "MEMORY", "Backend", "Rollout", "Solve", "available_backends", "choose_backend", "energy",
@@ -17,24 +19,36 @@ __all__ = [
 ]  # fmt: skip
 
 
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: Literal[True], **options: Unpack[Options]
+) -> Rollout[Tensor]: ...
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: Literal[False] = False, **options: Unpack[Options]
+) -> Rollout[None]: ...
+@overload
+def rollout(
+    hnn: nn.Module, z0: Tensor, dt: float | Tensor, n_steps: int, *, energy: bool, **options: Unpack[Options]
+) -> Rollout: ...
 def rollout(
     hnn: nn.Module,
     z0: Tensor,
     dt: float | Tensor,
     n_steps: int,
     *,
-    integrator: str = "leapfrog",
+    integrator: Integrator = "leapfrog",
     energy: bool = False,
-    states: str = "all",
-    memory: str = "store",
-    backend: str = "auto",
+    states: States = "all",
+    memory: Memory = "store",
+    backend: Backend = "auto",
     tolerance: float | None = None,
     max_evaluations: int = 50,
-    unconverged: str = "raise",
+    unconverged: Unconverged = "raise",
     omega: float = 1.0,
     control: Tensor | None = None,
     condition: Tensor | None = None,
-) -> Rollout:
+) -> Rollout[Any]:
     """Roll an MLP Hamiltonian's dynamics q' = dH/dp, p' = -dH/dq forward in time, all steps in one call.
 
     Parameters
@@ -72,7 +86,8 @@ def rollout(
     max_evaluations : int
         Of implicit integrators: the most gradients of H that one implicit point may take.
     unconverged : str
-        What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`.
+        What a point that is not solved leads to: "raise", or "flag", which leaves it to the caller to look at `.solve`. Then a
+        warning tells of inexact gradients on a CPU alone, since on a device the host would wait for what it says.
     omega : float
         Of "tao": how strongly its two copies of the state are coupled.
     control : Tensor [..., m] or [..., n_steps, m], optional
@@ -86,9 +101,10 @@ def rollout(
         autograd, of any module; it knows no `memory`). Whatever the backend, tangents (forward mode) and second derivatives
         run in PyTorch operations, on the states themselves, and not in graphs of torch.compile.
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"
-        runs "leapfrog" and "euler" as one kernel each way, for at most 64 samples in float32 or bfloat16, and leaves
+        runs "leapfrog" and "euler" as one kernel each way, for at most 400 samples in float32 or bfloat16, and leaves
         everything else to "triton", or to "torch" where that is missing. A `SeparableHNN` runs in "cpp", or in PyTorch
         operations: on a GPU, under "tao", and under integrators that stay implicit for it.
+        A product of float32 in "triton" is three of TF32, as exact, or one under `torch.set_float32_matmul_precision("high")`.
 
     Returns
     -------

@@ -21,6 +21,7 @@ from . import hamiltonian, validation
 from .hamiltonian import Term
 from .hidden_space.network import evaluate_term
 from .models import SeparableHNN
+from .names import Integrator
 from .schemes import SCHEMES, SubStep, for_separable
 
 STATE_LIMIT = 2**62
@@ -80,7 +81,7 @@ class BitReversible:
         An argument that cannot be used; the message shows it.
     """
 
-    def __init__(self, hnn: SeparableHNN, dt: float, *, integrator: str = "leapfrog", bits: int = 40) -> None:
+    def __init__(self, hnn: SeparableHNN, dt: float, *, integrator: Integrator = "leapfrog", bits: int = 40) -> None:
         if not isinstance(hnn, SeparableHNN):
             raise TypeError(f"only H = T(p) + V(q), a SeparableHNN, is bit-reversible; found {type(hnn).__name__}")
         H = hamiltonian.from_module(hnn)

@@ -24,6 +24,7 @@ from .driven import given
 from .errors import ConvergenceError
 from .integrators import SymplecticIntegrator
 from .matching import gradient, vector_field
+from .names import Backend, Integrator
 from .ports import PortHNN
 from .schemes import SCHEMES, Properties
 
@@ -129,8 +130,8 @@ def step_jacobian(
     z: Tensor,
     dt: float,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Jacobian dz_1/dz_0 of one step.
@@ -176,8 +177,8 @@ def symplecticity_defect(
     z: Tensor,
     dt: float,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
     contraction: float | Tensor = 0.0,
 ) -> Tensor:
@@ -195,8 +196,8 @@ def volume_defect(
     z: Tensor,
     dt: float,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """|det J - 1| of one step's Jacobian J: zero for a map that keeps phase space volume, as every symplectic one does.
@@ -248,8 +249,8 @@ def reversal_error(
     dt: float,
     n_steps: int,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """n_steps with dt, then n_steps with -dt: max |z - z0| over max(1, max |z0|). Rounding for a reversible method.
@@ -268,8 +269,8 @@ def convergence_order(
     t_end: float,
     n_steps: Sequence[int] = (8, 16, 32, 64),
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
 ) -> Order:
     """The order that the global error at t_end shows, in float64.
 
@@ -305,8 +306,8 @@ def energy_drift(
     dt: float,
     n_steps: int,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
 ) -> Drift:
     """|H(z_t) - H(z_0)| along rollouts, and whether it grows. States are not kept, so n_steps may be large.
@@ -362,8 +363,8 @@ def energy_growth(
     n_steps: int,
     *,
     control: Tensor | None = None,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The largest rise of H over a step of a rollout, max_t H(z_{t+1}) - H(z_t); negative where H falls in every step.
@@ -390,7 +391,7 @@ class Power(NamedTuple):
     """Hp . (g p) of conformal friction, Hp . (g Hp) of Rayleigh's, which is never negative."""
 
 
-def power_balance(model: PortHNN, z: Tensor, control: Tensor | None = None, *, backend: str = "auto") -> Power:
+def power_balance(model: PortHNN, z: Tensor, control: Tensor | None = None, *, backend: Backend = "auto") -> Power:
     """dH/dt at states z [..., 2d] under a control [..., m], beside the power put in and the power lost.
 
     Raises
@@ -425,7 +426,7 @@ class Balance(NamedTuple):
 
 
 def energy_balance(
-    hnn: nn.Module, states: Tensor, dt: float | Tensor, control: Tensor | None = None, *, backend: str = "auto"
+    hnn: nn.Module, states: Tensor, dt: float | Tensor, control: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Balance:
     """The energy balance along a path of states, H(z_t) - H(z_0) = integral of (Hp . G u - Hp . friction) + error.
 
@@ -494,8 +495,8 @@ def gradient_check(
     dt: float,
     n_steps: int = _GRADIENT_STEPS,
     *,
-    integrator: str = "leapfrog",
-    backend: str = "auto",
+    integrator: Integrator = "leapfrog",
+    backend: Backend = "auto",
     n_directions: int = 3,
     seed: int = 0,
 ) -> Gradients:
@@ -548,9 +549,9 @@ def check(
     z0: Tensor,
     dt: float | None = None,
     *,
-    integrators: Sequence[str] | None = None,
+    integrators: Sequence[Integrator] | None = None,
     n_steps: int = 1000,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> list[Report]:
     """Measure everything of this module, in float64, and hold it against what is known of each integrator.
 
@@ -580,7 +581,7 @@ def check(
     TypeError, ValueError
         No dt, an unknown integrator, no state; and as `hjepa_fast.rollout`.
     """
-    own = "leapfrog"
+    own: Integrator = "leapfrog"
     if isinstance(hnn, SymplecticIntegrator):
         own = hnn.integrator
         dt = hnn.step_size.item() / hnn.sub_steps if dt is None else dt
@@ -626,9 +627,9 @@ def _report(
     network: nn.Module,
     z0: Tensor,
     dt: float,
-    integrator: str,
+    integrator: Integrator,
     n_steps: int,
-    backend: str,
+    backend: Backend,
     separability: float,
     exact: Callable[[int], tuple[Tensor, float]],
 ) -> Report:
@@ -669,7 +670,7 @@ def _report(
     return Report(integrator, scheme.source, dt, n_steps, separability, claimed, verdicts, order, drift)
 
 
-def _reversal(network: nn.Module, z0: Tensor, dt: float, integrator: str, backend: str) -> tuple[float, float]:
+def _reversal(network: nn.Module, z0: Tensor, dt: float, integrator: Integrator, backend: Backend) -> tuple[float, float]:
     """What is lost there and back; and what becomes of one rounding of the turning point, which no method can do without."""
     there = _end(network, z0, dt, _REVERSAL_STEPS, integrator, backend)
     nudged = there * (1 + torch.finfo(there.dtype).eps)
@@ -677,7 +678,7 @@ def _reversal(network: nn.Module, z0: Tensor, dt: float, integrator: str, backen
     return _distance(back, z0).max().item(), _distance(other, back).max().item()
 
 
-def _exact(network: nn.Module, z0: Tensor, t_end: float, finest: int, backend: str) -> tuple[Tensor, float]:
+def _exact(network: nn.Module, z0: Tensor, t_end: float, finest: int, backend: Backend) -> tuple[Tensor, float]:
     """States at t_end, far nearer to the solution than `finest` steps of order 4 come, and a bound of their error."""
     coarse, fine = (_end(network, z0, t_end / steps, steps, "rk4", backend) for steps in (4 * finest, 8 * finest))
     exact = fine + (fine - coarse) / 15
@@ -689,8 +690,8 @@ def _order(
     z0: Tensor,
     t_end: float,
     n_steps: Sequence[int],
-    integrator: str,
-    backend: str,
+    integrator: Integrator,
+    backend: Backend,
     exact: Tensor,
     own_error: float,
 ) -> Order:
@@ -707,7 +708,12 @@ def _order(
 
 
 def _asymptotic_order(
-    network: nn.Module, z0: Tensor, t_end: float, integrator: str, backend: str, exact: Callable[[int], tuple[Tensor, float]]
+    network: nn.Module,
+    z0: Tensor,
+    t_end: float,
+    integrator: Integrator,
+    backend: Backend,
+    exact: Callable[[int], tuple[Tensor, float]],
 ) -> Order:
     """The order with dt, dt / 2, dt / 4, dt being t_end / 4, if both slopes are the same there, else with half of those,
     and so on; with longer steps than dt where its errors are rounding. `exact` is `_exact` as a function of `finest`."""
@@ -828,7 +834,7 @@ def _copies(hnn: nn.Module, z: Tensor, dtype: torch.dtype) -> tuple[nn.Module, T
     return network, validation.as_state(z, hamiltonian.of_any_module(inner, z, "reference"), "z")
 
 
-def _end(network: nn.Module, z: Tensor, dt: float, n_steps: int, integrator: str, backend: str) -> Tensor:
+def _end(network: nn.Module, z: Tensor, dt: float, n_steps: int, integrator: Integrator, backend: Backend) -> Tensor:
     with torch.no_grad():
         return rollout(network, z, dt, n_steps, integrator=integrator, states="final", backend=backend).states
 

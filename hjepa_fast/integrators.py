@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import validation
 from .api import INTEGRATORS, Rollout, Solve, rollout
+from .names import Backend, Integrator, TrajectoryOptions
 from .schemes import SCHEMES
 
 DT_BOUNDS = (0.1, 2.0)
@@ -115,8 +116,8 @@ class SymplecticIntegrator(nn.Module):
         dt: float = 1.0,
         *,
         dt_bounds: Bounds | None = DT_BOUNDS,
-        integrator: str = "leapfrog",
-        backend: str = "auto",
+        integrator: Integrator = "leapfrog",
+        backend: Backend = "auto",
         sub_steps: int = 1,
     ) -> None:
         super().__init__()
@@ -124,8 +125,8 @@ class SymplecticIntegrator(nn.Module):
         if not isinstance(hnn, nn.Module):
             raise TypeError(f"hnn must be an nn.Module, found {type(hnn).__name__}")
         self.hnn = hnn
-        self.integrator = integrator
-        self.backend = backend
+        self.integrator: Integrator = integrator
+        self.backend: Backend = backend
         self.sub_steps = validation.as_count(sub_steps, "sub_steps", 1)
         like = next(hnn.parameters(), torch.empty(0))
         if not like.is_floating_point():
@@ -139,7 +140,30 @@ class SymplecticIntegrator(nn.Module):
         """dt as it is used: clamped to `dt_bounds`, 0-d, differentiable."""
         return self.dt if self.dt_bounds is None else self.dt.clamp(*self.dt_bounds)
 
-    def trajectory(self, z0: Tensor, n_steps: int, *, integrator: str | None = None, **options: Any) -> Rollout:
+    @overload
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: Literal[True], integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[Tensor]: ...  # fmt: skip
+    @overload
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: Literal[False] = False, integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[None]: ...  # fmt: skip
+    @overload
+    def trajectory(
+        self,
+        z0: Tensor,
+        n_steps: int,
+        *,
+        energy: bool,
+        integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout: ...
+    def trajectory(
+        self, z0: Tensor, n_steps: int, *, energy: bool = False, integrator: Integrator | None = None,
+        **options: Unpack[TrajectoryOptions],
+    ) -> Rollout[Any]:  # fmt: skip
         """`hjepa_fast.rollout` with this module's network, step size, scheme and backend; `options` are its others.
 
         What is returned is of whole steps: with sub-steps, the states, energies and distances at their ends, the largest
@@ -150,19 +174,22 @@ class SymplecticIntegrator(nn.Module):
         integrator : str, optional
             Another scheme than the module's.
         """
-        options |= {"integrator": integrator or self.integrator, "backend": self.backend}
-        k = self.sub_steps
+        scheme, k = integrator or self.integrator, self.sub_steps
         if k == 1:
-            return rollout(self.hnn, z0, self.step_size, n_steps, **options)
+            return rollout(
+                self.hnn, z0, self.step_size, n_steps, energy=energy, integrator=scheme, backend=self.backend, **options
+            )
         n_steps = validation.as_count(n_steps, "n_steps")
         control = options.get("control")
         if isinstance(control, Tensor) and control.ndim > z0.ndim:  # of each step
             options["control"] = control.repeat_interleave(k, dim=-2)
-        fine = rollout(self.hnn, z0, self.step_size / k, n_steps * k, **options)
+        fine = rollout(
+            self.hnn, z0, self.step_size / k, n_steps * k, energy=energy, integrator=scheme, backend=self.backend, **options
+        )
         states = fine.states if options.get("states") == "final" else fine.states[..., ::k, :]
-        energy = None if fine.energy is None else fine.energy[..., ::k]
+        energies = None if fine.energy is None else fine.energy[..., ::k]
         distance = None if fine.distance is None else fine.distance[..., k - 1 :: k]
-        return Rollout(states, energy, None if fine.solve is None else _of_whole_steps(fine.solve, n_steps, k), distance)
+        return Rollout(states, energies, None if fine.solve is None else _of_whole_steps(fine.solve, n_steps, k), distance)
 
     def rollout(self, z0: Tensor, n_steps: int) -> Tensor:
         """States [..., n_steps + 1, 2d] from z0 [..., 2d], z0 first."""
@@ -206,7 +233,7 @@ class EulerIntegrator(SymplecticIntegrator):
         dt: float = 1.0,
         *,
         dt_bounds: Bounds | None = DT_BOUNDS,
-        backend: str = "auto",
+        backend: Backend = "auto",
         sub_steps: int = 1,
     ) -> None:
         super().__init__(hnn, dt, dt_bounds=dt_bounds, integrator="euler", backend=backend, sub_steps=sub_steps)

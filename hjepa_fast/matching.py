@@ -5,20 +5,23 @@ Each is differentiable with respect to states and every parameter, by a written-
 
 from __future__ import annotations
 
+import typing
+
 import torch
 from torch import Tensor, nn
 
 from . import inputs, ports, rolling, validation
 from .api import BACKENDS, rollout
 from .driven import Given, given
+from .names import Backend, StepScheme
 from .ports import PortHNN
 
-STEPS = ("implicit-midpoint", "symplectic-euler", "leapfrog", "euler")
+STEPS: tuple[str, ...] = typing.get_args(StepScheme)
 """Schemes of `step_residual`."""
 
 
 def gradient(
-    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: str = "auto"
+    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """grad H = (Hq, Hp) at every state, in one fused pass.
 
@@ -58,7 +61,7 @@ def _gradient(
 
 
 def vector_field(
-    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: str = "auto"
+    hnn: nn.Module, z: Tensor, *, control: Tensor | None = None, condition: Tensor | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """J grad H = (Hp, -Hq) at every state: z' of Hamilton's equations q' = Hp, p' = -Hq; with a `PortHNN`'s friction and force.
 
@@ -77,10 +80,10 @@ def step_residual(
     z1: Tensor,
     dt: float | Tensor,
     *,
-    scheme: str = "implicit-midpoint",
+    scheme: StepScheme = "implicit-midpoint",
     control: Tensor | None = None,
     condition: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """z1 minus the step from z0: zero where the data follow the network's step. One-step matching minimises its square.
 

@@ -422,7 +422,8 @@ def _depends_on_net_alone(code: CodeType) -> bool:
     known = {z}
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOP", "PRECALL", "PUSH_NULL")]
     for this, following in zip(instructions, [*instructions[1:], None], strict=True):
-        if this.opname not in _PLAIN:
+        subscript = this.opname == "BINARY_OP" and this.argrepr == "[]"  # what it is from Python 3.14 on
+        if this.opname not in _PLAIN and not subscript:
             return False
         if this.opname.startswith("STORE_FAST"):
             if this.argval == owner:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import typing
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,23 @@ from .errors import NotFusedError, warn
 from .hamiltonian import Hamiltonian, MechanicalHamiltonian, ModuleHamiltonian, SumHamiltonian, Term
 from .hidden_space.outline import work_dtype
 from .hidden_space.program import UNDRIVEN, Drive
+from .names import Backend, Memory, States, Unconverged
 from .schemes import SCHEMES, for_separable
 from .state_space import ops as state_ops
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Energy = TypeVar("Energy", bound=Tensor | None, default=Tensor | None)
+else:
+    Energy = typing.TypeVar("Energy")  # a default takes Python 3.13
+
 INTEGRATORS = tuple(SCHEMES)
-Backend = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = typing.get_args(Backend)
-MEMORY = ("store", "recompute", "checkpoint", "reversible")
+MEMORY: tuple[str, ...] = typing.get_args(Memory)
+
+said = False
+"""Whether this process was told what "auto" would rather take."""
 
 
 class Solve(NamedTuple):
@@ -35,12 +46,12 @@ class Solve(NamedTuple):
     """[..., n_steps], int32: gradients of H that a step took."""
 
 
-class Rollout(NamedTuple):
-    """What `rollout` returns."""
+class Rollout(NamedTuple, Generic[Energy]):
+    """What `rollout` returns; to a type checker a `Rollout[Tensor]` with energy=True, a `Rollout[None]` without."""
 
     states: Tensor
     """[..., n_steps + 1, 2d], the initial state first; with `states="final"` the last one only, [..., 2d]."""
-    energy: Tensor | None
+    energy: Energy
     """H at every state, [..., n_steps + 1], or None if it was not asked for."""
     solve: Solve | None = None
     """Of an implicit integrator; None for an explicit one, and for backend="reference"."""
@@ -79,9 +90,9 @@ def rollout(
     n_steps = validation.as_count(n_steps, "n_steps")
     validation.check_choice(integrator, INTEGRATORS, "integrator")
     energy = validation.as_flag(energy, "energy")
-    validation.check_choice(states, ("all", "final"), "states")
+    validation.check_choice(states, typing.get_args(States), "states")
     validation.check_choice(memory, MEMORY, "memory")
-    validation.check_choice(unconverged, ("raise", "flag"), "unconverged")
+    validation.check_choice(unconverged, typing.get_args(Unconverged), "unconverged")
     tolerance = validation.as_tolerance(tolerance, work_dtype(z0.dtype))
     max_evaluations = validation.as_count(max_evaluations, "max_evaluations", least=1)
     omega = validation.as_number(omega, "omega") if integrator == "tao" else 1.0
@@ -97,7 +108,7 @@ def rollout(
         backend = _for_mechanical(backend, integrator, memory)
         backend = through_transforms(backend, (z0, dt, *mlp.tensors))
     tensors = (*mlp.tensors, *externals)
-    backend = choose_backend(backend, z0)
+    backend = _taken(backend, z0)
     separable = isinstance(mlp, SumHamiltonian) and mlp.separable
     _check_combination(integrator, separable, memory)
     differentiate = torch.is_grad_enabled() and any(transforms.requires_grad(t) for t in (z0, dt, *tensors))
@@ -162,7 +173,7 @@ def gradient(
         backend = "reference"
     if isinstance(H, MechanicalHamiltonian):
         backend = through_transforms(backend, (z, *H.tensors))
-    backend = choose_backend(backend, rows)
+    backend = _taken(backend, rows)
     if isinstance(H, ModuleHamiltonian) or backend == "reference":
         g = reference.gradient(H.given(control, condition) if isinstance(H, SumHamiltonian) and H.takes_inputs else H, rows)
         return (gradient_ops.rotate(g) if rotated else g).reshape(z.shape)
@@ -276,6 +287,28 @@ def _check_combination(integrator: str, separable: bool, memory: str) -> None:
     if memory == "reversible" and not separable and not _is_reversible(integrator, False):
         able = [name for name in INTEGRATORS if SCHEMES[name].general.reversible]
         raise ValueError(f'memory="reversible" needs a reversible integrator, one of {", ".join(able)}; found "{integrator}"')
+
+
+def _taken(backend: str, z0: Tensor) -> str:
+    """`choose_backend`; says it once where "auto" stands for plain PyTorch and something that can be installed is missing."""
+    global said
+    choice = choose_backend(backend, z0)
+    if backend == "auto" and choice == "torch" and not torch.compiler.is_compiling() and not said:
+        lacks = missing(z0.device.type)
+        if lacks:
+            said = True
+            warn(
+                f'backend="auto" takes "torch", plain PyTorch operations, since {lacks}. '
+                'This is said once; backend="torch" takes it without a word'
+            )
+    return choice
+
+
+def missing(device: str) -> str:
+    """What "auto" would rather take on this type of device, and how to install it; "" if there is no such thing."""
+    if device == "cpu" and os.name == "posix":
+        return cpp.why_not()
+    return triton.why_not() if device == "cuda" else ""
 
 
 def choose_backend(backend: str, z0: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import transforms, validation
 from .api import rollout
 from .matching import vector_field
+from .names import Backend, Integrator, Memory
 
 
 def odeint(
@@ -20,12 +21,12 @@ def odeint(
     t: Tensor | Sequence[float],
     dt: float | None = None,
     *,
-    integrator: str = "implicit-leapfrog",
+    integrator: Integrator = "implicit-leapfrog",
     dense: bool = False,
     control: Tensor | None = None,
     condition: Tensor | None = None,
-    memory: str = "store",
-    backend: str = "auto",
+    memory: Memory = "store",
+    backend: Backend = "auto",
 ) -> Tensor:
     """States of Hamilton's equations at the times t, where t[0] is that of z0.
 

@@ -7,9 +7,14 @@ import os
 import pytest
 import torch
 
+from hjepa_fast import rolling
+
 
 def pytest_configure() -> None:
+    # some tests ask for deterministic operators, which cuBLAS gives with a workspace of its own only
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # processes of pytest-xdist share the cores
+    rolling.said = True  # what is not installed is no test's affair
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

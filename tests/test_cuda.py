@@ -6,12 +6,14 @@ There the same source is compiled with g++ against a few lines that do what the 
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,9 @@ from hjepa_fast.backends import torch as torch_backend
 from hjepa_fast.backends import triton as triton_backend
 from hjepa_fast.testing import make_hnn, make_states
 from test_cpp import Case, error
+from test_gpu_paths import Watched
 from test_ops import assert_all_close, gradients
+from tools import check_kernel
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 CLUSTER, GRID = 1, 2
@@ -35,6 +39,8 @@ KINDS = tuple(cuda_backend._KINDS)
 VARIANTS = pytest.mark.parametrize("variant", [CLUSTER, GRID], ids=["cluster", "grid"])
 PAPER = (512, 512, 256)
 
+# where another backend runs instead, nothing here would be tested
+pytestmark = pytest.mark.filterwarnings("error:the device does not take a launch")
 on_gpu = pytest.mark.skipif(not cuda_backend.available(), reason=cuda_backend.why_not())
 
 
@@ -54,8 +60,9 @@ class Emulator:
         monkeypatch.setattr(cuda_backend, "_operators", lambda: torch.ops.hjepa_fast_cuda_emulated)
         monkeypatch.setattr(cuda_backend, "require", lambda a: None)
 
-    def set(self, variant, team, rows, n_teams=0, threads=64, order=0, shared=227 << 10) -> None:
+    def set(self, variant, team, rows, n_teams=0, threads=64, order=0, shared=227 << 10, refuse=()) -> None:
         self.library.set_emulated(threads, n_teams, order, shared)
+        self.library.refuse(CLUSTER in refuse, GRID in refuse)
         for name, value in (("variant", variant), ("team", team), ("rows", rows)):
             self.monkeypatch.setattr(cuda_backend, name, value)
 
@@ -257,7 +264,8 @@ def test_operands_of_any_layout(emulator):
 def test_what_it_does_not_do_is_another_backends(emulator, monkeypatch):
     monkeypatch.setattr(cuda_backend, "_operators", lambda: pytest.fail("the kernel was asked for"))
     single = torch.float32
-    cases = [Case(2, (5, 4), scheme="implicit-midpoint").to(single), Case(65, (5, 4)).to(single), Case(2, (4,) * 9).to(single)]
+    cases = [Case(2, (5, 4), scheme="implicit-midpoint").to(single), Case(2, (4,) * 9).to(single)]
+    cases += [Case(cuda_backend.MOST_SAMPLES + 1, (5, 4)).to(single)]
     cases += [Case(2, (5, 4)), Case(2, (5, 4), n_steps=1).to(single)]
     cases[-1].a, cases[-1].dt = cases[-1].a[:0], cases[-1].dt[:0]
     for case in cases:
@@ -265,10 +273,61 @@ def test_what_it_does_not_do_is_another_backends(emulator, monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_a_launch_that_cannot_be_is_an_error(emulator):
-    emulator.set(CLUSTER, team=2, rows=4, shared=1000)
-    with pytest.raises(RuntimeError, match="too little shared memory"):
-        Case(2, (33, 40)).to(torch.float32).forward(cuda_backend)
+@VARIANTS
+def test_teams_take_turns(variant, emulator):
+    """A sample's numbers do not depend on how many teams there are, nor on what its team took before it."""
+    case = Case(13, (9, 7, 5), n_steps=1, per_sample=False).to(torch.float32)
+    results = []
+    for n_teams, turns in ((4, 1), (1, 4)):
+        emulator.set(variant, team=2, rows=4, n_teams=n_teams, threads=32, order=2)
+        out = case.forward(cuda_backend)
+        assert emulator.library.turns_of_a_team() == turns
+        results.append([*out, *case.backward(cuda_backend, out[-1])])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert all(x.isfinite().all() for x in results[0])
+
+
+@pytest.mark.parametrize("refuse", [(CLUSTER,), (CLUSTER, GRID), ()], ids=["clusters", "both", "no room"])
+def test_what_the_device_does_not_take_runs_elsewhere(refuse, emulator, monkeypatch):
+    """Without clusters on a grid, without that in another backend, which a warning tells once."""
+    monkeypatch.setattr(cuda_backend, "_told", set())
+    emulator.set(0, team=2, rows=4, refuse=refuse, shared=227 << 10 if refuse else 1000)
+    single, exact = Case(3, (9, 8, 7), n_steps=2).to(torch.float32), Case(3, (9, 8, 7), n_steps=2).to(torch.float32)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = single.forward(cuda_backend)
+        single.forward(cuda_backend)
+        back = single.backward(cuda_backend, found[-1])
+    expected = exact.forward(torch_backend)
+    expected_back = exact.backward(torch_backend, expected[-1])
+    by_torch = all(torch.equal(x, y) for x, y in zip([*found, *back], [*expected, *expected_back], strict=True))
+    assert error(found, expected) < 3e-6
+    assert error(back, expected_back) < 3e-5
+    if refuse == (CLUSTER,):
+        assert (len(told), by_torch) == (0, False)
+        return
+    assert by_torch
+    reason = "no clusters today; no grid today" if refuse else "too little shared memory"
+    assert [str(x.message) for x in told] == [
+        f'the device does not take a launch of the CUDA kernel ({reason}); backend "torch" runs instead'
+    ]
+
+
+def test_barriers_are_counted_past_the_largest_number(emulator):
+    """A grid meets some twenty times a step: 2^32 times in the longest rollouts."""
+    reached, last = emulator.library.counter_reached, 2**32 - 1
+    assert [bool(reached(seen, 7)) for seen in (6, 7, 8, last)] == [False, True, True, False]
+    assert [bool(reached(seen, last)) for seen in (last - 1, last, 0, 5)] == [False, True, True, True]
+
+
+def test_the_most_samples_can_be_chosen():
+    def found(value: str) -> subprocess.CompletedProcess[str]:
+        code = "from hjepa_fast.backends import cuda; print(cuda.MOST_SAMPLES)"
+        environment = {**os.environ, "HJEPA_FAST_CUDA_SAMPLES": value, "PYTHONPATH": str(SOURCES.parent.parent)}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert found("96").stdout.strip() == "96"
+    assert "HJEPA_FAST_CUDA_SAMPLES must be a number of samples, 0 or more; found '-3'" in found("-3").stderr
 
 
 @VARIANTS
@@ -281,6 +340,30 @@ def test_through_the_operators(memory, variant, emulator):
     expected = gradients(hnn.double(), z0.double().detach().requires_grad_(), dt.double().detach().requires_grad_(), 5)
     found = gradients(hnn.float(), z0, dt, 5, backend="cuda", memory=memory)
     assert_all_close([x.double() for x in found], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_call_launches_few_kernels(emulator):
+    """The kernel, the products before and after it, one packing of vectors; no matrix of zeros that nothing reads, no copy."""
+    emulator.set(CLUSTER, team=2, rows=4)
+    hnn, z0 = make_hnn(16, (8, 8, 16)).float(), make_states(3, 16).float()
+    options = {"n_steps": 4, "dt": 0.1, "backend": "cuda"}
+    hf.rollout(hnn.requires_grad_(False), z0, states="final", **options)  # K is remembered on a CPU
+    with Watched() as watched:
+        hf.rollout(hnn, z0, states="final", **options)
+    assert watched.launched == ["full", "addmm", "cat", "forward", "mm", "add", "mm", "add"]
+    with Watched() as watched:
+        out = hf.rollout(hnn.requires_grad_(), z0.requires_grad_(), energy=True, **options)
+    assert len(watched.launched) <= 18
+    assert not {"zeros_like", "new_zeros", "zeros", "clone", "_to_copy"} & set(watched.launched)
+    given = [torch.ones_like(out.states), torch.ones_like(out.energy)]
+    with Watched() as watched:
+        torch.autograd.grad([out.states, out.energy], [z0, *hnn.parameters()], given)
+    launched = collections.Counter(watched.launched)
+    assert launched["backward"] == 1
+    assert launched.total() <= 60
+    assert sum(launched[name] for name in ("zeros_like", "new_zeros", "zeros", "_foreach_zero_")) <= 4
+    assert launched["clone"] <= 4
+    assert launched["_to_copy"] == 0
 
 
 def test_the_backend_is_listed_and_what_it_lacks_is_named():
@@ -306,8 +389,9 @@ def test_auto_takes_it_for_few_samples(triton, extension, monkeypatch):
             self.shape = shape
 
     rest = "triton" if triton else "torch"
-    assert choose_backend("auto", OnGpu(64, 8)) == ("cuda" if extension else rest)
-    assert choose_backend("auto", OnGpu(65, 8)) == rest
+    most = cuda_backend.MOST_SAMPLES
+    assert choose_backend("auto", OnGpu(most, 8)) == ("cuda" if extension else rest)
+    assert choose_backend("auto", OnGpu(most + 1, 8)) == rest
     assert choose_backend("auto", torch.zeros(1, 8)) == ("cpp" if cpp.available() else "torch")
 
 
@@ -334,6 +418,8 @@ HOPPER, AMPERE, GEFORCE = (132, 227 << 10, 16), (108, 163 << 10, 0), (170, 99 <<
         (HOPPER, PAPER, 8, False, (1, 16, 1, 8, 3)),
         (HOPPER, PAPER, 32, False, (1, 16, 4, 8, 3)),
         (HOPPER, PAPER, 64, True, (1, 16, 8, 8, 3)),
+        (HOPPER, PAPER, 65, False, (1, 16, 8, 5, 3)),  # nine groups: two turns, for which five clusters do
+        (HOPPER, PAPER, 400, True, (1, 16, 8, 8, 3)),  # 50 groups, seven turns
         (HOPPER, (1024, 1024, 1024), 1, False, (0, 132, 1, 1, 3)),  # 12 MB: no cluster holds them
         (HOPPER, (64, 64), 4, False, (1, 4, 1, 4, 2)),
         (HOPPER, (5,), 1, False, (1, 1, 1, 1, 1)),
@@ -444,7 +530,7 @@ def skip_without(variant: int) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("batch", [1, 5, 64])
+@pytest.mark.parametrize("batch", [1, 5, 64, cuda_backend.MOST_SAMPLES])
 @pytest.mark.parametrize("widths", [*WIDTHS, PAPER, (1024, 1024, 1024)], ids=str)
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_equals_torch_on_a_gpu(precision, widths, batch):
@@ -496,29 +582,30 @@ def test_captured_in_a_cuda_graph(variant, monkeypatch):
 
 
 @on_gpu
-def test_a_launch_that_the_device_refuses_is_an_error(monkeypatch):
+def test_what_a_gpu_does_not_take_runs_elsewhere(monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_told", set())
     on_variants(monkeypatch, GRID, 10**4, 1)
-    with pytest.raises(RuntimeError, match="teams? of 10000 blocks|cannot run this rollout"):
-        to_gpu(Case(1, (33, 20))).forward(cuda_backend)
-
-
-SANITIZED = """
-import torch
-from hjepa_fast.backends import cuda
-from test_cpp import Case
-for cuda.variant in (1, 2) if torch.cuda.get_device_capability()[0] >= 9 else (2,):
-    cuda.team, cuda.rows = 4, 4
-    Case(5, (33, 20, 18), scheme="many", n_steps=1).to(torch.float32).to("cuda").forward(cuda)
-torch.cuda.synchronize()
-"""
+    case = Case(1, (33, 20))
+    expected = case.to(torch.float32).to(torch.float64).forward(torch_backend)
+    with pytest.warns(UserWarning, match="the device does not take a launch of the CUDA kernel"):
+        found = to_gpu(case).forward(cuda_backend)
+    assert error([x.cpu() for x in found], expected) < 3e-6
 
 
 @on_gpu
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_is_clean_under_the_sanitizer(tool):
-    root = SOURCES.parent.parent
-    path = os.pathsep.join((str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")))
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+    done = check_kernel.check(tool, seconds=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_what_the_sanitizer_runs_is_the_kernels(emulator, monkeypatch):
+    """Its cases are right, so that what it finds is the kernel's."""
+    for team, rows, batch, widths, scheme, low in check_kernel.CASES[:3]:
+        emulator.set(CLUSTER, team, rows)
+        case = Case(batch, widths, scheme=scheme, n_steps=2).to(torch.float32)
+        if low:
+            case.tail = case.tail._replace(weights=[w.bfloat16() for w in case.tail.weights])
+        out = case.forward(cuda_backend)
+        assert all(x.isfinite().all() for x in [*out, *case.backward(cuda_backend, out[-1])])

@@ -64,7 +64,7 @@ HJEPA_INLINE Vec<double> reduced_exp(Vec<double> x, IntVec<double>& k) {
   Vec<double> r = x - n * 6.93147180369123816490e-01;  // ln 2 in two parts: n times the first is exact
   r = r - n * 1.90821492927058770002e-10;
   constexpr double taylor[] = {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
-                               1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5};
+                               1 / 5040.0,       1 / 720.0,       1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5};
   return r + (r * r) * polynomial(taylor, r);
 }
 HJEPA_INLINE Vec<double> exp(Vec<double> x) {

@@ -304,8 +304,7 @@ HJEPA_INLINE void product(const Crew& crew, const T* X, i64 ldx, i64 rows, i64 i
           if constexpr (MR <= WIDE_ROWS) {
             product_tile_as_is<T, MR, WIDE_PANELS>(X, ldx, M.raw + column, M.ld, inner, left, wide);
             for (i64 i = 0; i < MR; ++i)
-              for (i64 j = 0; j < WIDE_PANELS; ++j)
-                epilogue(wide + (i * WIDE_PANELS + j) * NR<T>, i, column + j * NR<T>);
+              for (i64 j = 0; j < WIDE_PANELS; ++j) epilogue(wide + (i * WIDE_PANELS + j) * NR<T>, i, column + j * NR<T>);
           }
         });
         panel += WIDE_PANELS - 1;
@@ -367,9 +366,7 @@ template <class T>
 void add_outer(const Crew& crew, const T* L, i64 ldl, i64 m, const T* R, i64 ldr, i64 columns, i64 n, T* C, i64 ldc) {
   const i64 panels = n_panels<T>(columns);
   for (i64 column = crew.first(panels) * NR<T>; column < crew.last(panels) * NR<T>; column += NR<T>)
-    over_rows(m, [&]<int MR>(i64 row) {
-      outer_tile<T, MR>(L + row, ldl, R + column, ldr, n, C + row * ldc + column, ldc);
-    });
+    over_rows(m, [&]<int MR>(i64 row) { outer_tile<T, MR>(L + row, ldl, R + column, ldr, n, C + row * ldc + column, ldc); });
 }
 
 }  // namespace hjepa_fast::HJEPA_ISA

@@ -2,8 +2,9 @@
 #pragma once
 
 // parameters: weights, then biases. numbers: of each hidden layer's activation its kind, beta and threshold.
-constexpr const char* GRADIENT = "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, Tensor x, Tensor[] parameters, "
-                                 "Tensor numbers, int options) -> ()";
+constexpr const char* GRADIENT =
+    "gradient(Tensor(a!) gradient, Tensor(b!) value, Tensor(c!) tape, Tensor x, Tensor[] parameters, "
+    "Tensor numbers, int options) -> ()";
 constexpr const char* GRADIENT_BACKWARD =
     "gradient_backward(Tensor(a!) g_x, Tensor(b!)[] sums, Tensor(c!)[] factors, Tensor[] given, Tensor tape, Tensor x, "
     "Tensor[] parameters, Tensor numbers, int options) -> ()";
@@ -13,7 +14,8 @@ struct GradientArguments {
   std::vector<Tensor> weights, biases;
   Options options;
 
-  GradientArguments(const Tensor& tape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& numbers, i64 options)
+  GradientArguments(const Tensor& tape, const Tensor& x, const std::vector<Tensor>& parameters, const Tensor& numbers,
+                    i64 options)
       : tape(tape), x(x), numbers(numbers), weights(parameters.begin(), parameters.begin() + parameters.size() / 2),
         biases(parameters.begin() + parameters.size() / 2, parameters.end()), options{options} {}
 };
@@ -92,7 +94,8 @@ struct GradientCall {
     g.g_value = data<T>(g_value);
     const double work = this->work();
     // as in backward_as: tasks, and with them the order of summation, do not depend on how many threads there are
-    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.options.n_threads(), g.B), share = (g.B + n_tasks - 1) / n_tasks;
+    const i64 n_tasks = work < WORTH_A_THREAD ? 1 : std::min(in.options.n_threads(), g.B),
+              share = (g.B + n_tasks - 1) / n_tasks;
     const i64 tiles = (share + kernels.tile_rows - 1) / kernels.tile_rows, rows = (share + tiles - 1) / tiles;
     Team team(int(n_tasks), 3 * work);
     std::vector<T*> scratch(team.size());
@@ -112,8 +115,8 @@ struct GradientCall {
       for (int l = 0; l <= last; ++l) add(sums[1 + l], [=](GradientSums<T>& own) -> T*& { return own.tail.b[l]; });
       add(sums[2 + last], [=](GradientSums<T>& own) -> T*& { return own.tail.W[last]; });
       if (!factors.empty()) return;
-      parts.push_back(part_of<T>(sums[3 + last], task_sums, [](GradientSums<T>& own) -> T*& { return own.W; }, memory, kernels,
-                                 g.n < g.NARROW));
+      parts.push_back(part_of<T>(
+          sums[3 + last], task_sums, [](GradientSums<T>& own) -> T*& { return own.W; }, memory, kernels, g.n < g.NARROW));
       for (int l = 0; l < last; ++l) add(sums[4 + last + l], [=](GradientSums<T>& own) -> T*& { return own.tail.W[l]; });
     });
     run(packs, team, kernels);
@@ -150,8 +153,8 @@ void gradient(Tensor gradient, Tensor value, Tensor tape, Tensor x, std::vector<
 }
 
 // given: cotangents of the gradient and of the value, or nothing.
-void gradient_backward(Tensor g_x, std::vector<Tensor> sums, std::vector<Tensor> factors, std::vector<Tensor> given, Tensor tape,
-                       Tensor x, std::vector<Tensor> parameters, Tensor numbers, int64_t options) {
+void gradient_backward(Tensor g_x, std::vector<Tensor> sums, std::vector<Tensor> factors, std::vector<Tensor> given,
+                       Tensor tape, Tensor x, std::vector<Tensor> parameters, Tensor numbers, int64_t options) {
   const GradientArguments in(tape, x, parameters, numbers, options);
   const Tensor &g_gradient = given.at(0), &g_value = given.at(1);
   check({&g_x, &g_gradient, &g_value, &tape, &x}, in);

@@ -73,7 +73,7 @@ struct Network {
   T* a;                              // [rows, ld(h)]
   T *e[MAX_LAYERS], *d[MAX_LAYERS];  // z_l, overwritten by e_l; s'(a_l)
   RowSums<T> row_sums;
-  T* converted;  // this thread's
+  T* converted;                           // this thread's
   i64 h, w, lds[MAX_LAYERS], widest = 0;  // h_1; ld of each width, w = lds[0]
 
   Network(const Net<T>& p, const Crew& crew, i64 rows, Pieces<T>& pieces) : p(p), crew(crew), h(p.width[0]), w(ld<T>(h)) {
@@ -103,12 +103,11 @@ struct Network {
     }
     for (int l = last - 1; l >= 0; --l) {
       crew.meet();
-      product<P>(crew, e[l + 1], lds[l + 1], R, p.width[l + 1], p.by_W[l], p.width[l], converted,
-                 [&](T* x, i64 r, i64 column) {
-                   if (keep.g[l]) put(keep.g[l] + r * keep.stride[l], x, column, p.width[l]);
-                   T *to = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
-                   for (i64 i = 0; i < NR<T>; i += LANES<T>) store(to + i, load(x + i) * load(slope + i));
-                 });
+      product<P>(crew, e[l + 1], lds[l + 1], R, p.width[l + 1], p.by_W[l], p.width[l], converted, [&](T* x, i64 r, i64 column) {
+        if (keep.g[l]) put(keep.g[l] + r * keep.stride[l], x, column, p.width[l]);
+        T *to = e[l] + r * lds[l] + column, *slope = d[l] + r * lds[l] + column;
+        for (i64 i = 0; i < NR<T>; i += LANES<T>) store(to + i, load(x + i) * load(slope + i));
+      });
     }
     if (!H) return;
     if (last == 0) crew.meet();
@@ -140,7 +139,7 @@ struct NetworkAdjoint : Network<P> {
   using Network<P>::p, Network<P>::crew, Network<P>::a, Network<P>::e, Network<P>::d, Network<P>::h, Network<P>::w,
       Network<P>::lds;
   static constexpr i64 GATHER = 96, PART = 8;  // rows that are multiplied together; whose sum is formed apart
-  Layers<T> kept;  // a_l and g_l of the evaluation, copied from the tape or computed again
+  Layers<T> kept;                              // a_l and g_l of the evaluation, copied from the tape or computed again
   const Sums<T>* sums;
   i64 capacity, gathered = 0;               // evaluations
   T *left[MAX_LAYERS], *right[MAX_LAYERS];  // (e_{l+1}, r_{l+1}) and (zd_l, z_l), 2 rows for each evaluation and sample

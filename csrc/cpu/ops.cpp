@@ -27,8 +27,8 @@ extern const Kernels<double> avx2_double, avx512_double;
 
 namespace {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 enum Isa : i64 { GENERIC, AVX2, AVX512, AVX512_BF16 };
 enum Path : i64 { CHOOSE, ROWS, FEATURES, CREW };
@@ -105,7 +105,8 @@ struct Arguments {
   Options options;
 
   Arguments(const std::vector<Tensor>& parameters, const Tensor& dt, const Tensor& numbers, i64 begin, i64 end, i64 options)
-      : K(parameters.at(0)), dt(dt), numbers(numbers), weights(parameters.begin() + 1, parameters.begin() + 1 + parameters.size() / 2),
+      : K(parameters.at(0)), dt(dt), numbers(numbers),
+        weights(parameters.begin() + 1, parameters.begin() + 1 + parameters.size() / 2),
         biases(parameters.begin() + 1 + parameters.size() / 2, parameters.end()), begin(begin), end(end), options{options} {}
 
   // what follows the activations
@@ -127,7 +128,8 @@ void check(const Tensor& a, const Arguments& in) {
   const auto dtype = a.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "hjepa_fast_cpp: float32 or float64 expected");
   STD_TORCH_CHECK(!in.weights.empty() && in.weights.size() <= MAX_LAYERS, "hjepa_fast_cpp: unsupported number of layers");
-  STD_TORCH_CHECK(in.numbers.scalar_type() == ScalarType::Double && in.numbers.is_contiguous() && in.numbers.numel() >= in.rest() + 2,
+  STD_TORCH_CHECK(in.numbers.scalar_type() == ScalarType::Double && in.numbers.is_contiguous() &&
+                      in.numbers.numel() >= in.rest() + 2,
                   "hjepa_fast_cpp: numbers must be float64");
   for (const auto* list : {&in.weights, &in.biases})
     for (const Tensor& x : *list)
@@ -437,8 +439,12 @@ struct Part {
 template <class T, class S, class F>
 Part<T> part_of(const Tensor& total, std::vector<S>& task_sums, F of, Memory& memory, const Kernels<T>& kernels,
                 bool transposed = false) {
-  Part<T> part{total.dim() == 2 ? total.size(0) : 1, total.size(total.dim() - 1),
-               total.dim() == 2 ? total.stride(0) : total.numel(), transposed, data<T>(total), {}};
+  Part<T> part{total.dim() == 2 ? total.size(0) : 1,
+               total.size(total.dim() - 1),
+               total.dim() == 2 ? total.stride(0) : total.numel(),
+               transposed,
+               data<T>(total),
+               {}};
   for (S& own : task_sums) part.of_task.push_back(of(own) = memory.take<T>(part.size(kernels)));
   return part;
 }
@@ -553,8 +559,9 @@ void forward(Tensor a, Tensor sq, Tensor sp, Tensor energy, Tensor tape, Tensor 
 }
 
 // given: cotangents of sq, sp and the energies.
-void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, Tensor residual, std::vector<Tensor> sums, std::vector<Tensor> given,
-              Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor numbers, int64_t begin, int64_t end, int64_t options) {
+void backward(Tensor la, Tensor lsq, Tensor lsp, Tensor gdt, Tensor residual, std::vector<Tensor> sums,
+              std::vector<Tensor> given, Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor numbers, int64_t begin,
+              int64_t end, int64_t options) {
   const Arguments in(parameters, dt, numbers, begin, end, options);
   check(la, in);
   const auto run = la.scalar_type() == ScalarType::Float ? backward_as<float> : backward_as<double>;

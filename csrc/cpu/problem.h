@@ -65,9 +65,9 @@ struct Net {
   Activation activation[MAX_LAYERS];
   const T* W[MAX_LAYERS];  // [width[l+1], width[l]], for the last l the output weights w [1, h_L], padded
   i64 ldW[MAX_LAYERS];
-  const T* b[MAX_LAYERS];                     // padded with zeros; the last is that of H
+  const T* b[MAX_LAYERS];                        // padded with zeros; the last is that of H
   Right<T> by_WT[MAX_LAYERS], by_W[MAX_LAYERS];  // x W^T, x W
-  i64 tape_width;                             // numbers of an evaluation and sample: 0, h_1, or all a_l and g_l
+  i64 tape_width;                                // numbers of an evaluation and sample: 0, h_1, or all a_l and g_l
   bool tape_layers;
 };
 
@@ -84,9 +84,9 @@ struct Problem : Net<T> {
   bool implicit;         // whether any of the last two is not zero
   double tolerance;
   i64 max_evaluations;
-  const T* dt;           // [1 or B, n_steps]
+  const T* dt;  // [1 or B, n_steps]
   i64 dt_stride;
-  i64 n_kept;      // states in sq, sp (or their cotangents): n_steps, or 1 for the last alone
+  i64 n_kept;  // states in sq, sp (or their cotangents): n_steps, or 1 for the last alone
 
   // forward: a in and out; sq, sp [B, n_kept, h]; energy [B, n_steps] or null
   T *a, *sq, *sp, *energy, *tape;
@@ -189,10 +189,10 @@ struct Program {
   Rows<T> cotangent[MAX_REGISTERS], value[MAX_REGISTERS];
   Rows<const T> g_path[MAX_REGISTERS];
   const T* gE;
-  T* gdt;  // [B, n_steps]
+  T* gdt;                             // [B, n_steps]
   Rows<const T> external[MAX_ITEMS];  // numbers of every step, rows or steps 0 apart where they are the same
   Rows<T> of_external[MAX_ITEMS];     // backward: [B, n_steps, width], added to
-  bool again;  // whether each tile runs forward first, on a tape of its own
+  bool again;                         // whether each tile runs forward first, on a tape of its own
 
   const Code& code(i64 step) const { return step ? later : first; }
   const Code& back_code(i64 step) const { return step ? back_later : back_first; }
@@ -215,9 +215,9 @@ struct Gradient {
   Right<T> by_WT, by_W;
   const T* b;  // padded
   const T* x;
-  T *gradient, *value;                // forward: [B, n], [B]
-  const T *g_gradient, *g_value;      // backward: their cotangents, or null
-  T* g_x;                             // [B, n]
+  T *gradient, *value;            // forward: [B, n], [B]
+  const T *g_gradient, *g_value;  // backward: their cotangents, or null
+  T* g_x;                         // [B, n]
   // Factors of the weights' gradients, if these are to be multiplied by the caller: W's is delta^T g_gradient + nu^T x, that of the next ones left^T right
   // with (e_{l+1}; r_{l+1}) on the left and (zd_l; z_l) on the right, [2 B, width] each.
   T *delta, *nu, *left[MAX_LAYERS], *right[MAX_LAYERS];
@@ -323,7 +323,8 @@ struct Kernels {
   void (*forward)(const Problem<T>&, i64 row, i64 rows, int thread, int crew_size, Barrier*, T* scratch);
   i64 (*backward_scratch)(const Problem<T>&, i64 rows, bool with_sums, int crew_size);
   // rows row..last-1, in tiles of at most `rows`
-  void (*backward)(const Problem<T>&, i64 row, i64 last, i64 rows, int thread, int crew_size, Barrier*, T* scratch, const Sums<T>*);
+  void (*backward)(const Problem<T>&, i64 row, i64 last, i64 rows, int thread, int crew_size, Barrier*, T* scratch,
+                   const Sums<T>*);
   i64 (*shared_scratch)(const Problem<T>&);
   i64 (*thread_scratch)(const Problem<T>&);
   void (*forward_features)(const Problem<T>&, int thread, int n_threads, Barrier&, T* shared, T* scratch);

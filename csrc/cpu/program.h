@@ -6,7 +6,8 @@ namespace hjepa_fast::HJEPA_ISA {
 
 // y += c_r x M for each row r, in this thread's columns; c(r) is that row's factor.
 template <class P, class T, class Scale>
-HJEPA_INLINE void add_times(const Crew& crew, const Program<T>& p, const Line& x, T* const* value, i64 R, T* converted, Scale c) {
+HJEPA_INLINE void add_times(const Crew& crew, const Program<T>& p, const Line& x, T* const* value, i64 R, T* converted,
+                            Scale c) {
   const i64 from = p.width[x.x], to = p.width[x.y], ldx = ld<T>(from), ldy = ld<T>(to);
   const T* source = value[x.x];
   T* target = value[x.y];
@@ -20,11 +21,12 @@ HJEPA_INLINE void add_times(const Crew& crew, const Program<T>& p, const Line& x
     return;
   }
   const Matrix<T>& M = p.matrix[x.matrix];
-  product<P>(crew, source, ldx, R, from, x.transposed ? M.transposed : M.straight, to, converted, [&](T* panel, i64 r, i64 column) {
-    T* y = target + r * ldy + column;
-    const T factor = c(r);
-    for (i64 j = 0; j < NR<T>; j += LANES<T>) store(y + j, load(y + j) + factor * load(panel + j));
-  });
+  product<P>(crew, source, ldx, R, from, x.transposed ? M.transposed : M.straight, to, converted,
+             [&](T* panel, i64 r, i64 column) {
+               T* y = target + r * ldy + column;
+               const T factor = c(r);
+               for (i64 j = 0; j < NR<T>; j += LANES<T>) store(y + j, load(y + j) + factor * load(panel + j));
+             });
 }
 
 template <class T>
@@ -137,7 +139,8 @@ struct ProgramForward {
       product<P>(crew, z, p.z0.stride, R, p.inner[from.network], p.first_WT[from.network], n, converted,
                  [&](T* x, i64 r, i64 column) {
                    for (i64 j = 0; j < NR<T>; j += LANES<T>)
-                     store(to + r * w + column + j, hjepa_fast::HJEPA_ISA::load(x + j) + hjepa_fast::HJEPA_ISA::load(b + column + j));
+                     store(to + r * w + column + j,
+                           hjepa_fast::HJEPA_ISA::load(x + j) + hjepa_fast::HJEPA_ISA::load(b + column + j));
                  });
     }
   }
@@ -174,7 +177,8 @@ struct ProgramForward {
       }
       for (int i = 0; ends && i < p.n_state; ++i) {
         const i64 n = p.width[p.state[i]];
-        if (p.out[i].at) copy_own(crew, p.out[i].at + row * p.out[i].stride, p.out[i].stride, value[p.state[i]], ld<T>(n), R, n);
+        if (p.out[i].at)
+          copy_own(crew, p.out[i].at + row * p.out[i].stride, p.out[i].stride, value[p.state[i]], ld<T>(n), R, n);
       }
       if (crew.leaves(t - p.begin)) return;
     }
@@ -291,9 +295,7 @@ struct ProgramBackward {
       for (i64 r = 0; (x->op == ADD || x->op == ADJOINT) && r < R; ++r)
         c_of[r] = x->scaled ? T(x->c) * p.dt[(row + r) * p.dt_stride + at_dt] : T(x->c);
       switch (x->op) {
-        case RESTORE:
-          restore(*x, R, t, tape, stride);
-          break;
+        case RESTORE: restore(*x, R, t, tape, stride); break;
         case HESSIAN: {
           NetworkAdjoint<P>& network = at[x->item];
           restore(*x, R, t, tape, stride);
@@ -309,32 +311,20 @@ struct ProgramBackward {
           if (sums && ++network.gathered == network.capacity) flush_network(x->item, R);
           break;
         }
-        case ADD:
-          add_times<P>(crew, p, *x, value, R, converted, [&](i64 r) { return c_of[r]; });
-          break;
-        case CLEAR:
-          clear_own(crew, value[x->y], R, p.width[x->y]);
-          break;
-        case FORGET:
-          clear_own(crew, given[x->y], R, p.width[x->y]);
-          break;
+        case ADD: add_times<P>(crew, p, *x, value, R, converted, [&](i64 r) { return c_of[r]; }); break;
+        case CLEAR: clear_own(crew, value[x->y], R, p.width[x->y]); break;
+        case FORGET: clear_own(crew, given[x->y], R, p.width[x->y]); break;
         case LOAD: {
           const Item& item = p.item[x->item];
-          copy_own(crew, value[x->x], ld<T>(item.width), tape + item.offset + (item.before(t) + x->slot) * item.width, stride, R,
-                   item.width);
+          copy_own(crew, value[x->x], ld<T>(item.width), tape + item.offset + (item.before(t) + x->slot) * item.width, stride,
+                   R, item.width);
           break;
         }
-        case ADJOINT:
-          adjoint(*x, R, c_of);
-          break;
+        case ADJOINT: adjoint(*x, R, c_of); break;
         case TAKE:
-        case SCALE:
-          take_external(crew, p, *x, value, row, R, t);
-          break;
+        case SCALE: take_external(crew, p, *x, value, row, R, t); break;
         case GIVE:
-        case UNSCALE:
-          give_external(*x, row, R, t);
-          break;
+        case UNSCALE: give_external(*x, row, R, t); break;
       }
     }
   }

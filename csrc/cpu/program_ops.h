@@ -45,7 +45,8 @@ struct ProgramCall {
   int half_of[MAX_MATRICES];  // of which network's first layer a matrix is some columns, from `column` on; or -1
   i64 column[MAX_MATRICES];
 
-  ProgramCall(const ProgramArguments& in, i64 batch, bool keep) : in(in), kernels(kernels_for<T>(in.options.isa(), in.options.bf16())) {
+  ProgramCall(const ProgramArguments& in, i64 batch, bool keep)
+      : in(in), kernels(kernels_for<T>(in.options.isa(), in.options.bf16())) {
     const double* next = data<double>(in.program);
     const auto number = [&] { return i64(*next++); };
     p.n_registers = int(number());
@@ -326,7 +327,8 @@ struct ProgramCall {
 };
 
 void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor energy, Tensor z0, std::vector<Tensor> start,
-                     Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
+                     Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end,
+                     int64_t options) {
   const ProgramArguments in{tape, parameters, dt, program, begin, end, {options}};
   check_program({out, path, start, {energy, tape, z0}}, in);
   expect_writes({&tape});
@@ -344,8 +346,8 @@ void program_forward(std::vector<Tensor> out, std::vector<Tensor> path, Tensor e
 }
 
 void program_backward(std::vector<Tensor> cotangents, std::vector<Tensor> values, Tensor gdt, std::vector<Tensor> sums,
-                      std::vector<Tensor> g_path, Tensor g_energy, Tensor z0, Tensor tape, std::vector<Tensor> parameters, Tensor dt, Tensor program, int64_t begin, int64_t end,
-                      int64_t options) {
+                      std::vector<Tensor> g_path, Tensor g_energy, Tensor z0, Tensor tape, std::vector<Tensor> parameters,
+                      Tensor dt, Tensor program, int64_t begin, int64_t end, int64_t options) {
   const ProgramArguments in{tape, parameters, dt, program, begin, end, {options}};
   check_program({cotangents, values, sums, g_path, {gdt, g_energy, tape, z0}}, in);
   const auto run = [&]<class T>(T) {

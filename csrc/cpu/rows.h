@@ -39,7 +39,8 @@ struct ForwardTile {
   i64 rows;
 
   ForwardTile(const Problem<T>& p, Crew& crew, i64 rows, Pieces<T>& pieces)
-      : p(p), crew(crew), at(p, crew, rows, pieces), point(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces), rows(rows) {
+      : p(p), crew(crew), at(p, crew, rows, pieces), point(p.implicit ? rows : 0, p.width[0], ld<T>(p.width[0]), pieces),
+        rows(rows) {
     const i64 all = rows * ld<T>(p.width[0]);
     for (T** x : {&step, &sq, &sp}) *x = pieces.take(all);
     for (T** x : {&base, &target}) *x = pieces.take(p.implicit ? all : 0);
@@ -301,8 +302,7 @@ struct BackwardTile {
     const auto add_to_u = [&](const Right<T>& M, T c, const T* l) {
       product<P>(crew, la, w, R, h, M, h, at.converted, [=, this](T* x, i64 r, i64 column) {
         const i64 to = r * w + column;
-        for (i64 j = 0; j < NR<T>; j += LANES<T>)
-          store(u + to + j, load(u + to + j) + c * (load(l + to + j) + load(x + j)));
+        for (i64 j = 0; j < NR<T>; j += LANES<T>) store(u + to + j, load(u + to + j) + c * (load(l + to + j) + load(x + j)));
       });
     };
     if (s.kick) add_to_u(p.by_K, -s.kick, lsp);

@@ -8,8 +8,7 @@ constexpr int EXTRAPOLATION = 5;  // earlier values that a polynomial goes throu
 
 // The next value of a polynomial through the last n, the last one first.
 HJEPA_INLINE int extrapolation(int n, int i) {
-  constexpr int coefficients[EXTRAPOLATION][EXTRAPOLATION] = {
-      {1}, {2, -1}, {3, -3, 1}, {4, -6, 4, -1}, {5, -10, 10, -5, 1}};
+  constexpr int coefficients[EXTRAPOLATION][EXTRAPOLATION] = {{1}, {2, -1}, {3, -3, 1}, {4, -6, 4, -1}, {5, -10, 10, -5, 1}};
   return coefficients[n - 1][i];
 }
 

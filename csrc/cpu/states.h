@@ -184,11 +184,11 @@ struct SystemTile {
   const Crew& crew;
   const i64 R, d, s, sx, sm;
   DenseTile<T> V, N;
-  T *of_x, *of_x_tangent;                  // [R, sx]
-  T *x;                                    // features
-  T *positive, *slope, *bend, *w;          // L's or M^-1's entries as they are, s' and s'' of the diagonal ones, L^T p
-  T *c, *c_tangent;                        // dT/dy and its tangent, [R, sm]
-  const T* at = nullptr;                   // y
+  T *of_x, *of_x_tangent;          // [R, sx]
+  T* x;                            // features
+  T *positive, *slope, *bend, *w;  // L's or M^-1's entries as they are, s' and s'' of the diagonal ones, L^T p
+  T *c, *c_tangent;                // dT/dy and its tangent, [R, sm]
+  const T* at = nullptr;           // y
 
   SystemTile(const Mechanical<T>& p, const Crew& crew, i64 rows, i64 R, bool tangents, Pieces<T>& pieces)
       : p(p), crew(crew), R(R), d(p.d), s(ld<T>(2 * p.d)), sx(ld<T>(p.n)), sm(ld<T>(p.m)),
@@ -335,8 +335,7 @@ struct SystemTile {
     for (i64 r = 0; r < R; ++r) {
       const T *own = g + r * sx, *xr = x + r * sx;
       for (int i = 0; i < k; ++i) to[r * s + p.others[i]] = factor * own[i];
-      for (int i = 0; i < a; ++i)
-        to[r * s + p.angles[i]] = factor * (xr[k + i] * own[k + a + i] - xr[k + a + i] * own[k + i]);
+      for (int i = 0; i < a; ++i) to[r * s + p.angles[i]] = factor * (xr[k + i] * own[k + a + i] - xr[k + a + i] * own[k + i]);
     }
   }
 
@@ -444,8 +443,9 @@ struct Coefficients {
   bool implicit, of_p, of_q;
 
   Coefficients(const Mechanical<T>& p, int i)
-      : move_q(T(p.scheme[4 * i + 1])), move_p(T(p.scheme[4 * i])), point_q(T(p.scheme[4 * i + 3])), point_p(T(p.scheme[4 * i + 2])),
-        implicit(point_q != 0 || point_p != 0), of_p(implicit || p.mixes || move_q != 0), of_q(implicit || p.mixes || move_p != 0) {}
+      : move_q(T(p.scheme[4 * i + 1])), move_p(T(p.scheme[4 * i])), point_q(T(p.scheme[4 * i + 3])),
+        point_p(T(p.scheme[4 * i + 2])), implicit(point_q != 0 || point_p != 0), of_p(implicit || p.mixes || move_q != 0),
+        of_q(implicit || p.mixes || move_p != 0) {}
   HJEPA_INLINE T move(i64 i, i64 d) const { return i < d ? move_q : move_p; }
   HJEPA_INLINE T point(i64 i, i64 d) const { return i < d ? point_q : point_p; }
 };

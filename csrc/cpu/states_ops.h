@@ -12,8 +12,7 @@ constexpr const char* STATES_FORWARD =
 constexpr const char* STATES_BACKWARD =
     "states_backward(Tensor(a!) later, Tensor(b!) gdt, Tensor(c!) residual, Tensor(d!)[] sums, Tensor g_states, Tensor "
     "tape, " STATES_ARGUMENTS "Tensor dt, int begin, int end, int options) -> ()";
-constexpr const char* STATES_GRADIENT =
-    "states_gradient(Tensor(a!) gradient, Tensor z, " STATES_ARGUMENTS "int options) -> ()";
+constexpr const char* STATES_GRADIENT = "states_gradient(Tensor(a!) gradient, Tensor z, " STATES_ARGUMENTS "int options) -> ()";
 constexpr const char* STATES_GRADIENT_BACKWARD =
     "states_gradient_backward(Tensor(a!) g_z, Tensor(b!)[] sums, Tensor[] given, Tensor z, " STATES_ARGUMENTS
     "int options) -> ()";
@@ -138,14 +137,15 @@ struct StatesCall {
         const int L = (mass ? p.N : p.V).L;
         const auto of = [mass](MechanicalSums<T>& own) -> Sums<T>& { return mass ? own.N : own.V; };
         for (int l = 0; l < L; ++l)
-          parts.push_back(part_of<T>(sums[at++], task_sums, [=](MechanicalSums<T>& own) -> T*& { return of(own).W[l]; }, memory,
-                                     kernels, l == 0));
+          parts.push_back(part_of<T>(
+              sums[at++], task_sums, [=](MechanicalSums<T>& own) -> T*& { return of(own).W[l]; }, memory, kernels, l == 0));
         for (int l = 0; l < L; ++l)
           parts.push_back(
               part_of<T>(sums[at++], task_sums, [=](MechanicalSums<T>& own) -> T*& { return of(own).b[l]; }, memory, kernels));
       }
       if (p.entries)
-        parts.push_back(part_of<T>(sums[at], task_sums, [](MechanicalSums<T>& own) -> T*& { return own.entries; }, memory, kernels));
+        parts.push_back(
+            part_of<T>(sums[at], task_sums, [](MechanicalSums<T>& own) -> T*& { return own.entries; }, memory, kernels));
     });
     run(packs, team, kernels);
     clear(parts, team, kernels);
@@ -180,8 +180,8 @@ void check_states(const Tensor& like, const std::vector<const Tensor*>& tensors,
 }
 
 // states [B, n_steps + 1, 2d]: those at step `begin` are there.
-void states_forward(Tensor states, Tensor tape, Tensor residual, Tensor evaluations, std::vector<Tensor> parameters, Tensor numbers,
-                    Tensor dt, int64_t begin, int64_t end, int64_t options) {
+void states_forward(Tensor states, Tensor tape, Tensor residual, Tensor evaluations, std::vector<Tensor> parameters,
+                    Tensor numbers, Tensor dt, int64_t begin, int64_t end, int64_t options) {
   check_states(states, {&states, &tape, &residual, &dt}, parameters, numbers);
   expect_writes({&tape});
   const auto run = [&]<class T>(T) {

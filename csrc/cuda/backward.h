@@ -179,18 +179,18 @@ struct Backward : Blocks<W, R, Team> {
       // la, lsq, lsp and where they are
       const auto own = [&](int i, int r, auto f) {
         const i64 at = i64(first_sample + r) * p.width[0] + first(0) + i;
-        f(p.la, at, shared[p.a_at + i * R + r]);
-        f(p.lsq, at, shared[p.sq_at + i * R + r]);
-        f(p.lsp, at, shared[p.sp_at + i * R + r]);
+        f(p.la, p.la_before, at, shared[p.a_at + i * R + r]);
+        f(p.lsq, p.lsq_before, at, shared[p.sq_at + i * R + r]);
+        f(p.lsp, p.lsp_before, at, shared[p.sp_at + i * R + r]);
       };
       each(0, [&](int i, int r) {
-        own(i, r, [&](const float* from, i64 at, float& mine) { mine = live(r) ? from[at] : 0.0f; });
+        own(i, r, [&](const float* from, float*, i64 at, float& mine) { mine = live(r) ? from[at] : 0.0f; });
       });
       for (i64 t = p.end_step - 1; t >= p.begin_step; --t)
         for (int sub = p.n_sub - 1; sub >= 0; --sub) sub_step(t, sub);
       sync();
       each(0, [&](int i, int r) {
-        if (live(r)) own(i, r, [](float* to, i64 at, float& mine) { to[at] = mine; });
+        if (live(r)) own(i, r, [](const float*, float* to, i64 at, float& mine) { to[at] = mine; });
       });
     }
   }

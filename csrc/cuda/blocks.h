@@ -239,7 +239,7 @@ struct Blocks {
     if (r >= R) return;
     float* const to = shared + step_place(t) + r;
     if (live(r))
-      copy_async(to, p.dt + i64(first_sample + r) * p.dt_stride + t);
+      copy_async(to, p.dt + i64(first_sample + r) * p.dt_stride + t * p.dt_step);
     else
       to[0] = 0.0f;
     if (live(r) && p.gE)

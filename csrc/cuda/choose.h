@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
@@ -22,14 +21,13 @@ class Chooser {
   Chooser(Problem& p, bool bf16, const Wish& wish, const Device& device)
       : p(p), element(bf16 ? 2 : 4), wish(wish), device(device), widest(*std::max_element(p.width, p.width + p.L)) {}
 
-  // Whether in clusters. Those that hold every matrix are taken where there are any: their barrier should be the faster one (not measured).
-  bool choose() {
-    if (wish.variant != 2 && clusters() && (wish.variant == 1 || in_shared() == p.L)) return true;
-    if (wish.variant != 1 && grid()) return false;
-    throw std::runtime_error("hjepa_fast: the device cannot run this rollout in one launch: widths up to " +
-                             std::to_string(widest) + ", " + std::to_string(device.most_shared) +
-                             " bytes of shared memory a block, " +
-                             (device.cooperative ? "cooperative launches" : "no cooperative launches"));
+  // Clusters that hold every matrix are taken where there are any: their barrier should be the faster one (not measured).
+  Choice choose() {
+    if (wish.variant != 2 && clusters() && (wish.variant == 1 || in_shared() == p.L)) return {How::CLUSTERS, ""};
+    if (wish.variant != 1 && grid()) return {How::GRID, ""};
+    return {How::NOT, "it has no room for " + std::to_string(p.B) + " samples of widths up to " + std::to_string(widest) + ": " +
+                          std::to_string(device.most_shared) + " bytes of shared memory a block, " +
+                          (device.cooperative ? "cooperative launches" : "no cooperative launches")};
   }
 
   i64 in_shared() const {
@@ -42,6 +40,12 @@ class Chooser {
   static int fewer(int rows) { return rows == 8 ? 4 : rows / 4; }
   static int ratio(int a, int b) { return (a + b - 1) / b; }
 
+  // As many, of `most` that run at once, as finish together: each takes its turns with the matrices that it has loaded.
+  int teams(int rows, int most) const {
+    const int groups = ratio(p.B, rows);
+    return ratio(groups, ratio(groups, most));
+  }
+
   bool lay_out(int rows, int team, int n_teams, bool cluster) {
     return cuda::lay_out(p, rows, team, n_teams, MAX_THREADS, cluster, element, device.most_shared);
   }
@@ -52,15 +56,15 @@ class Chooser {
     int largest = 16;
     while (largest > 1 && largest / 2 >= ratio(widest, FEATURES)) largest /= 2;
     for (int team = wish.team ? wish.team : largest; team; team = wish.team ? 0 : team / 2) {
-      int rows = 0;
+      int rows = 0, n = 0;
       // the fewest samples with which all clusters run at once, or as many as there is room for
       for (int r = wish.rows ? wish.rows : 1; r <= (wish.rows ? wish.rows : MOST_ROWS); r = more(r)) {
         if (!lay_out(r, team, ratio(p.B, r), true)) break;
-        const int n = device.clusters(p);
-        if (n) rows = r;
-        if (n >= p.n_teams) break;
+        const int at_once = device.clusters(p);
+        if (at_once) rows = r, n = at_once;
+        if (at_once >= p.n_teams) break;
       }
-      if (rows) return lay_out(rows, team, ratio(p.B, rows), true);
+      if (rows) return lay_out(rows, team, teams(rows, n), true);
     }
     return false;
   }
@@ -72,8 +76,7 @@ class Chooser {
     int rows = wish.rows ? wish.rows : 1;
     while (!wish.rows && rows < MOST_ROWS && ratio(p.B, rows) > most_teams) rows = more(rows);
     for (; rows; rows = wish.rows ? 0 : fewer(rows)) {
-      // as many teams as finish together
-      const int turns = ratio(ratio(p.B, rows), most_teams), n_teams = ratio(ratio(p.B, rows), turns);
+      const int n_teams = teams(rows, most_teams);
       const int most_blocks = std::min(MAX_THREADS, ratio(widest, FEATURES));  // a thread looks after one block's flag
       const int team = wish.team ? wish.team : std::min(device.multiprocessors / n_teams, most_blocks);
       if (lay_out(rows, team, n_teams, false)) return true;

@@ -1,6 +1,8 @@
 // The few things that the kernel takes from the machine, so that the same source runs on the CPU too (see emulate.h).
 #pragma once
 
+#include "problem.h"
+
 #ifdef __CUDACC__
 
 #define HJEPA_DEVICE __device__ __forceinline__
@@ -72,15 +74,15 @@ HJEPA_DEVICE void copies_done() {
 #endif
 }
 
-HJEPA_DEVICE void publish(int* flag, int value) {
+HJEPA_DEVICE void publish(unsigned* flag, unsigned value) {
   __threadfence();
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-HJEPA_DEVICE void await(const int* flag, int value) {
-  int seen;
+HJEPA_DEVICE void await(const unsigned* flag, unsigned value) {
+  unsigned seen;
   do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-  } while (seen < value);
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (!reached(seen, value));
 }
 
 }  // namespace hjepa_fast::cuda

@@ -16,7 +16,9 @@ struct {
   int n_threads = 64, n_teams = 0;
   unsigned order = 0;
   std::size_t most_shared = 227 << 10;
-  std::size_t shared = 0, in_shared = 0;  // of the last launch: bytes a block, and matrices in them
+  bool refuse_clusters = false, refuse_grid = false;
+  // of the last launch: bytes a block, and matrices in them; how many samples' turns its longest team took
+  std::size_t shared = 0, in_shared = 0, turns = 0;
 } settings;
 
 template <class W, int R, class Team>
@@ -37,17 +39,22 @@ void run(const Problem& p, bool cluster) {
 
 }  // namespace
 
-bool choose(Problem& p, bool bf16, const Wish& wish) {
+Choice choose(Problem& p, bool bf16, const Wish& wish) {
   const int n_groups = (p.B + wish.rows - 1) / wish.rows, n_teams = settings.n_teams ? settings.n_teams : n_groups;
-  const bool cluster = wish.variant == 1;
+  const bool cluster = wish.variant < 2;
   if (!lay_out(p, wish.rows, wish.team, n_teams, settings.n_threads, cluster, bf16 ? 2 : 4, settings.most_shared))
-    throw std::runtime_error("hjepa_fast: too little shared memory");
+    return {How::NOT, "too little shared memory"};
   settings.shared = p.shared_size * sizeof(float);
   settings.in_shared = std::count_if(p.matrix_at, p.matrix_at + p.L, [](int at) { return at >= 0; });
-  return cluster;
+  settings.turns = (n_groups + n_teams - 1) / n_teams;
+  return {cluster ? How::CLUSTERS : How::GRID, ""};
 }
 
-void launch(const Problem& p, bool bf16, bool cluster, void*) { (bf16 ? run<bf16_t> : run<float>)(p, cluster); }
+std::string launch(const Problem& p, bool bf16, bool cluster, void*) {
+  if (cluster ? settings.refuse_clusters : settings.refuse_grid) return cluster ? "no clusters today" : "no grid today";
+  (bf16 ? run<bf16_t> : run<float>)(p, cluster);
+  return "";
+}
 
 }  // namespace hjepa_fast::cuda
 
@@ -55,6 +62,12 @@ extern "C" void set_emulated(int n_threads, int n_teams, unsigned order, long mo
   auto& s = hjepa_fast::cuda::settings;
   s.n_threads = n_threads, s.n_teams = n_teams, s.order = order, s.most_shared = most_shared;
 }
+extern "C" void refuse(int clusters, int grid) {
+  auto& s = hjepa_fast::cuda::settings;
+  s.refuse_clusters = clusters, s.refuse_grid = grid;
+}
+extern "C" int counter_reached(unsigned seen, unsigned value) { return hjepa_fast::cuda::reached(seen, value); }
+extern "C" long turns_of_a_team() { return hjepa_fast::cuda::settings.turns; }
 extern "C" long emulated_shared() { return hjepa_fast::cuda::settings.shared; }
 extern "C" long matrices_in_shared() { return hjepa_fast::cuda::settings.in_shared; }
 
@@ -72,7 +85,7 @@ extern "C" void chosen_on(int multiprocessors, long most_shared, int largest, in
   const Device device{multiprocessors, std::size_t(most_shared), true, clusters};
   const Wish wish{};
   Chooser chooser(p, bf16, wish, device);
-  out[0] = chooser.choose();
+  out[0] = chooser.choose().how == How::CLUSTERS;
   out[1] = p.team, out[2] = p.rows, out[3] = p.n_teams, out[4] = int(chooser.in_shared());
 }
 

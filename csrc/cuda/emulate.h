@@ -35,7 +35,8 @@ namespace hjepa_fast::cuda {
 namespace emulated {
 
 struct Barrier {
-  int n, arrived = 0, generation = 0;
+  int n, arrived = 0;
+  unsigned generation = 0;
 };
 
 struct Warp {
@@ -47,15 +48,16 @@ struct Block {
   std::vector<float4> memory;
   Barrier barrier;
   std::vector<Warp> warps;
+  int started = 0, done = 0;  // threads
 };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int thread, block;
-  const int* awaited;  // it goes on when this is at least `value`
-  int value;
-  bool done;
+  const unsigned* awaited;  // it goes on when this has come to `value`
+  unsigned value;
+  bool started, done;
   std::vector<std::pair<float*, const float*>> copies;
 };
 
@@ -65,7 +67,7 @@ struct Machine {
   std::vector<Barrier> clusters;
   std::vector<Fiber> fibers;
   Fiber* now;
-  bool misaligned;
+  bool misaligned, absent;
   ucontext_t scheduler;
   std::function<void()> kernel;
 };
@@ -73,9 +75,9 @@ inline Machine machine;
 
 inline Block& this_block() { return machine.blocks[machine.now->block]; }
 
-inline void wait_until(const int* word, int value) {
+inline void wait_until(const unsigned* word, unsigned value) {
   Fiber& fiber = *machine.now;
-  if (*word >= value) return;
+  if (reached(*word, value)) return;
   fiber.awaited = word;
   fiber.value = value;
   swapcontext(&fiber.context, &machine.scheduler);
@@ -103,7 +105,7 @@ inline void run(int n_blocks, int n_threads, int cluster, std::size_t shared_flo
   constexpr std::size_t STACK = 1 << 16;
   machine.n_threads = n_threads;
   machine.cluster = cluster;
-  machine.misaligned = false;
+  machine.misaligned = machine.absent = false;
   machine.kernel = std::move(kernel);
   machine.clusters.assign(n_blocks / cluster, {cluster * n_threads});
   const float nan = std::nanf("");
@@ -116,7 +118,7 @@ inline void run(int n_blocks, int n_threads, int cluster, std::size_t shared_flo
     for (int t = 0; t < n_threads; ++t) {
       Fiber& fiber = machine.fibers[n++];
       fiber.stack.reset(new char[STACK]);
-      fiber.thread = t, fiber.block = b, fiber.awaited = nullptr, fiber.done = false;
+      fiber.thread = t, fiber.block = b, fiber.awaited = nullptr, fiber.started = fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = STACK;
@@ -132,16 +134,20 @@ inline void run(int n_blocks, int n_threads, int cluster, std::size_t shared_flo
     bool moved = false;
     for (const std::size_t i : turns) {
       Fiber& fiber = machine.fibers[i];
-      if (fiber.done || (fiber.awaited && *fiber.awaited < fiber.value)) continue;
+      if (fiber.done || (fiber.awaited && !reached(*fiber.awaited, fiber.value))) continue;
       fiber.awaited = nullptr;
       machine.now = &fiber;
+      this_block().started += !fiber.started;
+      fiber.started = true;
       swapcontext(&machine.scheduler, &fiber.context);
       moved = true;
       done += fiber.done;
+      this_block().done += fiber.done;
     }
     if (!moved) throw std::runtime_error("every thread waits for another");
   }
   if (machine.misaligned) throw std::runtime_error("an address is not a multiple of what is read or written there");
+  if (machine.absent) throw std::runtime_error("a block wrote to one that had not started, or that had ended");
 }
 
 }  // namespace emulated
@@ -186,7 +192,9 @@ inline void cluster_sync() { emulated::wait(emulated::machine.clusters[block() /
 template <class V>
 void store_remote(float* at, int rank, V v) {
   const int other = block() / emulated::machine.cluster * emulated::machine.cluster + rank;
-  float* const memory = reinterpret_cast<float*>(emulated::machine.blocks[other].memory.data());
+  emulated::Block& theirs = emulated::machine.blocks[other];
+  if (theirs.started < n_threads() || theirs.done == n_threads()) emulated::machine.absent = true;
+  float* const memory = reinterpret_cast<float*>(theirs.memory.data());
   check_aligned(reinterpret_cast<V*>(at));
   std::memcpy(memory + (at - shared_memory()), &v, sizeof v);
 }
@@ -208,7 +216,7 @@ inline void copies_done() {
   emulated::machine.now->copies.clear();
 }
 
-inline void publish(int* flag, int value) { *flag = value; }
-inline void await(const int* flag, int value) { emulated::wait_until(flag, value); }
+inline void publish(unsigned* flag, unsigned value) { *flag = value; }
+inline void await(const unsigned* flag, unsigned value) { emulated::wait_until(flag, value); }
 
 }  // namespace hjepa_fast::cuda

@@ -51,10 +51,33 @@ std::string asked(const Problem& p, bool bf16, bool cluster) {
          std::to_string(p.shared_size * sizeof(float)) + " bytes of shared memory a block";
 }
 
+std::string text_of(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error); }
+
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is reported here and must not be found by whoever asks next
-  throw std::runtime_error("hjepa_fast: " + what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error("hjepa_fast: " + what + ": " + text_of(error) +
+                           ". An earlier kernel may be the cause: CUDA_LAUNCH_BLOCKING=1 tells which");
+}
+
+// Whether the device does not take a launch that is right: others have some of its multiprocessors (MPS, green contexts), or
+// no machine code is for it.
+bool refused(cudaError_t error) {
+  switch (error) {
+    case cudaErrorCooperativeLaunchTooLarge:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorInvalidClusterSize:
+    case cudaErrorNotSupported:
+    case cudaErrorNotPermitted:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      return true;
+    default:
+      return false;
+  }
 }
 
 struct Launch {
@@ -79,10 +102,24 @@ struct Launch {
   }
 };
 
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "properties of device " + std::to_string(device));
+  return value;
+}
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "no CUDA device");
+  return device;
+}
+
+// What the kernel may be launched with. The device's own limit, not what p needs: another thread may launch the same kernel
+// between this call and the launch.
 cudaError_t prepare(Kernel kernel, const Problem& p, bool cluster) {
   const auto function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(p.shared_size * sizeof(float)));
+  const int most_shared = attribute_of(current_device(), cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
   if (error == cudaSuccess && cluster && p.team > 8)
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
@@ -96,10 +133,14 @@ int most_clusters(const Problem& p, bool bf16, int device) {
   const auto key = std::make_tuple(device, p.back, bf16, p.rows, p.team, p.shared_size);
   if (const auto at = known.find(key); at != known.end()) return at->second;
   const Kernel kernel = kernel_of(p, bf16, true);
+  const auto function = reinterpret_cast<const void*>(kernel);
   int n = 0;
   const Launch launch(p, true, nullptr);
-  if (prepare(kernel, p, true) != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&n, reinterpret_cast<const void*>(kernel), &launch.config) != cudaSuccess) {
+  cudaFuncAttributes compiled{};
+  // what was compiled for older devices, and by the driver for this one, has no clusters in it
+  if (cudaFuncGetAttributes(&compiled, function) != cudaSuccess || compiled.ptxVersion < 90 ||
+      prepare(kernel, p, true) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&n, function, &launch.config) != cudaSuccess) {
     cudaGetLastError();
     n = 0;
   }
@@ -108,26 +149,25 @@ int most_clusters(const Problem& p, bool bf16, int device) {
 
 }  // namespace
 
-bool choose(Problem& p, bool bf16, const Wish& wish) {
-  int id, multiprocessors, most_shared, cooperative, major;
-  check(cudaGetDevice(&id), "no CUDA device");
-  const auto get = [&](int& value, cudaDeviceAttr attribute) {
-    check(cudaDeviceGetAttribute(&value, attribute, id), "properties of device " + std::to_string(id));
-  };
-  get(multiprocessors, cudaDevAttrMultiProcessorCount);
-  get(most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(cooperative, cudaDevAttrCooperativeLaunch);
-  get(major, cudaDevAttrComputeCapabilityMajor);
-  const auto clusters = [&](const Problem& p) { return major >= 9 ? most_clusters(p, bf16, id) : 0; };
-  const Device device{multiprocessors, std::size_t(most_shared), cooperative != 0, clusters};
+Choice choose(Problem& p, bool bf16, const Wish& wish) {
+  const int id = current_device(), most_shared = attribute_of(id, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const bool has_clusters = attribute_of(id, cudaDevAttrClusterLaunch), cooperative = attribute_of(id, cudaDevAttrCooperativeLaunch);
+  const auto clusters = [&](const Problem& p) { return has_clusters ? most_clusters(p, bf16, id) : 0; };
+  const Device device{attribute_of(id, cudaDevAttrMultiProcessorCount), std::size_t(most_shared), cooperative, clusters};
   return Chooser(p, bf16, wish, device).choose();
 }
 
-void launch(const Problem& p, bool bf16, bool cluster, void* stream) {
+std::string launch(const Problem& p, bool bf16, bool cluster, void* stream) {
   const Kernel kernel = kernel_of(p, bf16, cluster);
   const Launch launch(p, cluster, static_cast<cudaStream_t>(stream));
-  check(prepare(kernel, p, cluster), asked(p, bf16, cluster));
-  check(cudaLaunchKernelEx(&launch.config, kernel, p), asked(p, bf16, cluster));
+  cudaError_t error = prepare(kernel, p, cluster);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch.config, kernel, p);
+  if (refused(error)) {
+    cudaGetLastError();
+    return asked(p, bf16, cluster) + ": " + text_of(error);
+  }
+  check(error, asked(p, bf16, cluster));
+  return "";
 }
 
 }  // namespace hjepa_fast::cuda

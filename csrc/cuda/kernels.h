@@ -1,6 +1,8 @@
 // What the operators (ops.cpp, compiled without nvcc) call.
 #pragma once
 
+#include <string>
+
 #include "problem.h"
 
 namespace hjepa_fast::cuda {
@@ -11,11 +13,19 @@ struct Wish {
   int team, rows;
 };
 
-// Fills in how p is shared out on the current device, and whether that is in clusters.
-// Throws std::runtime_error, with what was asked for, if it cannot be.
-bool choose(Problem& p, bool bf16, const Wish& wish);
+enum class How { CLUSTERS, GRID, NOT };
 
-// Runs it on `stream`, a cudaStream_t, without waiting for it. Throws as `choose`.
-void launch(const Problem& p, bool bf16, bool cluster, void* stream);
+struct Choice {
+  How how;
+  std::string why_not;
+};
+
+// Fills in how p is shared out on the current device; or tells why it cannot be.
+Choice choose(Problem& p, bool bf16, const Wish& wish);
+
+// Runs it on `stream`, a cudaStream_t, without waiting for it. Returns "", or why the device does not take such a launch:
+// others share it, or it is none that this was compiled for. Throws std::runtime_error, with what was asked for, on any other
+// failure.
+std::string launch(const Problem& p, bool bf16, bool cluster, void* stream);
 
 }  // namespace hjepa_fast::cuda

@@ -19,6 +19,9 @@ constexpr int MAX_LAYERS = 8, MAX_SUB_STEPS = 32, MOST_ROWS = 8, MAX_THREADS = 2
 
 enum Kind : int { SOFTPLUS, TANH, SILU, GELU, GELU_TANH, SIN };
 
+// Whether a counter, which begins anew after its largest number, has come to `value`.
+HJEPA_BOTH constexpr bool reached(unsigned seen, unsigned value) { return int(seen - value) >= 0; }
+
 struct Activation {
   int kind;
   float beta, threshold;
@@ -41,20 +44,22 @@ struct Problem {
   i64 n_steps;
   float kick[MAX_SUB_STEPS], drift[MAX_SUB_STEPS];
   const float* dt;  // [1 or B, n_steps]
-  i64 dt_stride;
+  i64 dt_stride, dt_step;
   bool every_state;
   int tape_width;     // numbers of a sub-step and sample: none, h, or all a_l and g_l
   const float* a;     // [B, h]
   float *end, *sq, *sp, *energy, *tape;  // [B, h], [B, n_steps or 1, h] twice, [B, n_steps] or null, [B, n_steps, n_sub, *]
 
-  // back: cotangents [B, h] in and out, of dt [B, n_steps] out, of sq and sp after every step [B, n_steps, h] and of the
-  // energies [B, n_steps], or null; steps begin_step..end_step-1, the last one first, from a tape that starts at tape_begin
+  // back: cotangents [B, h] after the steps and before them, which may be the same; of dt [B, n_steps] out, of sq and sp after
+  // every step [B, n_steps, h] and of the energies [B, n_steps], or null; steps begin_step..end_step-1, the last one first,
+  // from a tape that starts at tape_begin
   bool back;
-  float *la, *lsq, *lsp, *gdt;
+  const float *la, *lsq, *lsp;
+  float *la_before, *lsq_before, *lsp_before, *gdt;
   const float *gsq, *gsp, *gE;
   i64 begin_step, end_step, tape_begin, tape_steps;
-  // [n_sub, steps, B, factors_width], or null: side by side la, dt delta, the output weights' gradient; of every layer but the
-  // last z and zd; of every one but the first e and r
+  // [n_sub, steps, B, factors_width], or null: side by side la, dt delta; of every layer but the last z, zd, and e of the
+  // next; r of every layer but the first; the output weights' gradient
   float* factors;
   int factors_width, step_factor, top_factor, z_factor[MAX_LAYERS], zd_factor[MAX_LAYERS], e_factor[MAX_LAYERS],
       r_factor[MAX_LAYERS];
@@ -68,7 +73,7 @@ struct Problem {
   // memory; or, of a team on a grid, one for every block and one for all, and these twice, in `exchange`
   int buffer_size, sums_at;
   float* exchange;
-  int* flags;  // [n_teams, team]: how often a block has come to the barrier
+  unsigned* flags;  // [n_teams, team]: how often a block has come to the barrier
   // places in shared memory, in floats
   int matrix_at[MAX_LAYERS];  // -1: read from global memory
   int bias_at[MAX_LAYERS], slope_at[MAX_LAYERS], out_at, a_at, sq_at, sp_at, e_at, wz_at, step_at, buffer_at, shared_size;
@@ -115,13 +120,13 @@ inline bool lay_out(Problem& p, int rows, int team, int n_teams, int n_threads, 
   };
   factor(0);
   p.step_factor = factor(0);
-  p.top_factor = factor(p.L - 1);
   for (int l = 0; l + 1 < p.L; ++l) {
     p.z_factor[l] = factor(l);
     p.zd_factor[l] = factor(l);
     p.e_factor[l + 1] = factor(l + 1);
-    p.r_factor[l + 1] = factor(l + 1);
   }
+  for (int l = 1; l < p.L; ++l) p.r_factor[l] = factor(l);
+  p.top_factor = factor(p.L - 1);
   p.factors_width = factors;
   p.sums_at = (std::max(rows * widest, received) + 3) / 4 * 4;
   p.buffer_size = p.sums_at + (team * rows + 3) / 4 * 4;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "device.h"
-#include "problem.h"
 
 namespace hjepa_fast::cuda {
 
@@ -48,8 +47,8 @@ struct Cluster {
 struct Grid {
   static constexpr bool CLUSTER = false;
   float *buffers, *local;
-  int* flags;
-  int buffer_size, size, rank, index, count, flip = 0, met = 0;
+  unsigned *flags, met = 0;
+  int buffer_size, size, rank, index, count, flip = 0;
 
   HJEPA_DEVICE explicit Grid(const Problem& p)
       : local(shared_memory() + p.buffer_at), buffer_size(p.buffer_size), size(p.team), rank(block() % p.team),

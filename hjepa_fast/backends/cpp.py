@@ -69,7 +69,7 @@ def available() -> bool:
 def why_not() -> str:
     """Why `available()` is false and how to get the extension, or ""."""
     return _problem and (
-        f"the C++ backend is missing: {_problem}. Install hjepa_fast from source with a C++20 compiler and ninja: "
+        f"the C++ backend is missing: {_problem}. Install hjepa_fast from source with a C++20 compiler: "
         "HJEPA_FAST_BUILD=1 pip install --no-build-isolation <source folder>"
     )
 

@@ -1,8 +1,10 @@
 """The hidden-space loop for few samples on NVIDIA GPUs: a rollout is one launch each way of a CUDA C++ kernel (`csrc/cuda`).
 
 A team of blocks holds K and F's weights in its shared memory and goes through all steps together: a cluster where the chip
-has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. What the kernels do not
-do (many samples, implicit and mixed sub-steps, a linear H, float64) is Triton's, or the PyTorch loop's where Triton is missing.
+has them (since Hopper) and the weights fit, else blocks all over the chip that meet in the L2 cache. A team takes up to eight
+samples at a time; where there are more than all teams take at once, each takes its turns. What the kernels do not do (many
+samples, implicit and mixed sub-steps, a linear H, float64), and what the device does not take (where others have some of it),
+is Triton's, or the PyTorch loop's where Triton is missing.
 
 The extension is optional; `available()` and `why_not()` tell whether it is there. Nothing waits for the device, and a call can
 be captured in a CUDA graph once the same call has run before, which loads the kernels.
@@ -10,6 +12,7 @@ be captured in a CUDA graph once the same call has run before, which loads the k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import warn
 from ..schemes import SubStep
 from . import torch as torch_backend
 from . import triton as triton_backend
@@ -32,8 +36,18 @@ run, run_back = torch_backend.run, torch_backend.run_back
 _KINDS = {"softplus": 0, "tanh": 1, "silu": 2, "gelu": 3, "gelu-tanh": 4, "sin": 5}
 _MAX_LAYERS, _MAX_SUB_STEPS = 8, 32
 
-MOST_SAMPLES = 64
-"""With more, the matrix units that Triton uses should win over shared memory; where they do has not been measured."""
+
+def _most_samples() -> int:
+    asked = os.environ.get("HJEPA_FAST_CUDA_SAMPLES") or "400"
+    if not asked.isdecimal():
+        raise ValueError(f"HJEPA_FAST_CUDA_SAMPLES must be a number of samples, 0 or more; found {asked!r}")
+    return int(asked)
+
+
+MOST_SAMPLES = _most_samples()
+"""With more, the matrix units that Triton uses should win over turns. By counting, not measured: 64 samples of the published
+network are a turn of a chip with room for eight clusters, and Triton's programs read as many weights for 16 samples as for one.
+HJEPA_FAST_CUDA_SAMPLES in the environment says otherwise; up to there `python -m bench.run --device cuda` times both."""
 _WIDEST = 4096
 
 _BOUND = 2**31
@@ -92,6 +106,19 @@ def _other() -> ModuleType:
     return triton_backend if triton_backend.available() else torch_backend
 
 
+_told: set[str] = set()
+
+
+def _instead(refused: str) -> ModuleType:
+    """The backend for what the device does not take; a warning says so, once for each reason."""
+    other = _other()
+    if refused not in _told:
+        name = other.__name__.rpartition(".")[2]
+        warn(f'the device does not take a launch of the CUDA kernel ({refused}); backend "{name}" runs instead')
+        _told.add(refused)
+    return other
+
+
 def _delegated(a: Tensor, tail: Tail, scheme: Sequence[SubStep], n_steps: int) -> bool:
     small = 0 < a.shape[0] <= MOST_SAMPLES and 0 < len(tail.weights) <= _MAX_LAYERS
     fits = small and all(0 < width <= _WIDEST for width in tail.widths) and 0 < len(scheme) <= _MAX_SUB_STEPS
@@ -115,7 +142,7 @@ def _common(K: Tensor, tail: Tail, dt: Tensor, scheme: Sequence[SubStep]) -> tup
     return (
         [_matrix(W, dtype) for W in (*tail.weights[:-1], K)],
         torch.cat((*tail.biases, tail.weights[-1][0])).float(),
-        dt.contiguous(),
+        dt,
         [c for stage in scheme for c in (stage.kick, stage.drift)],
         tail.widths,
         _KINDS[tail.activation.layers[0].name],
@@ -143,6 +170,8 @@ def forward(
     Products are IEEE float32; where the weights are bfloat16 or `torch.get_float32_matmul_precision()` is "medium", those and
     K are rounded to bfloat16. What is multiplied with them, sums and states are float32 always.
 
+    Where the device does not take the launch, another backend runs instead, with a warning.
+
     Raises
     ------
     RuntimeError
@@ -157,7 +186,9 @@ def forward(
     energy = a.new_empty(batch, n_steps if with_energy else 0)
     tape = a.new_empty(batch, n_steps, len(scheme), tape_width(tail.widths, memory))
     with torch.cuda.device_of(a):
-        _operators().forward(end, sq, sp, energy, tape, a.contiguous(), *_common(K, tail, dt, scheme))
+        refused = _operators().forward(end, sq, sp, energy, tape, a.contiguous(), *_common(K, tail, dt, scheme))
+    if refused:
+        return _instead(refused).forward(a, K, tail, dt, scheme, n_steps, every_state, with_energy, memory, solver)
     none = a.new_empty(batch, 0)
     return Rolled(end, sq, sp, energy, tape, none, none.int())
 
@@ -185,12 +216,13 @@ def backward(
     n_steps, n_sub, widths = tape.shape[1], len(scheme), tail.widths
     if _delegated(la, tail, scheme, n_steps):
         return _other().backward(la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver)
+    given = la, lsq, lsp, gsq, gsp, gE, tape, K, tail, dt, scheme, memory, sums, solver
     batch, none = la.shape[0], la.new_empty(0)
     if gsq.shape[1] < n_steps:
         lsq, lsp, gsq, gsp = lsq + gsq[:, -1], lsp + gsp[:, -1], none, none
-    la, lsq, lsp = (x.clone(memory_format=torch.contiguous_format) for x in (la, lsq, lsp))
     gdt = la.new_empty(batch, n_steps)
-    gsq, gsp, gE_, tape = (x.contiguous() for x in (gsq, gsp, none if gE is None else gE, tape))
+    la, lsq, lsp, gsq, gsp, gE_, tape = (x.contiguous() for x in (la, lsq, lsp, gsq, gsp, none if gE is None else gE, tape))
+    before = [torch.empty_like(la) for _ in range(3)]
     restored = memory == "recompute" and len(widths) > 1
     exact, common = tail.to(la.dtype), _common(K, tail, dt, scheme)
     width, places = _factors(widths)
@@ -204,9 +236,14 @@ def backward(
             saved, saved_begin = point.tape().unflatten(0, (batch, end - begin, n_sub)), begin
         factors = la.new_empty(n_sub * (end - begin) * batch if sums is not None else 0, width)
         with torch.cuda.device_of(la):
-            _operators().backward(
-                la, lsq, lsp, gdt, factors, gsq, gsp, gE_, saved, saved_begin, begin, end, *common
+            refused = _operators().backward(
+                *before, gdt, factors, la, lsq, lsp, gsq, gsp, gE_, saved, saved_begin, begin, end, *common
             )  # fmt: skip
+        if refused and end == n_steps:
+            return _instead(refused).backward(*given)
+        if refused:
+            raise RuntimeError(f"hjepa_fast: the device does not take a launch like one that it took before: {refused}")
+        la, lsq, lsp = before
         if sums is not None:
             _add_gradients(sums, factors, places, scheme)
     if sums is not None and gE is not None:
@@ -216,9 +253,10 @@ def backward(
 
 def _factors(widths: Sequence[int]) -> tuple[int, dict[str, slice]]:
     """What the kernel leaves side by side for the weights' gradients (csrc/cuda/problem.h): its width, and each one's place."""
-    names = [("la", 0), ("step", 0), ("top", len(widths) - 1)]
-    for j in range(len(widths) - 1):
-        names += [(f"z{j}", j), (f"zd{j}", j), (f"e{j}", j + 1), (f"r{j}", j + 1)]
+    names, last = [("la", 0), ("step", 0)], len(widths) - 1
+    for j in range(last):
+        names += [(f"z{j}", j), (f"zd{j}", j), (f"e{j}", j + 1)]
+    names += [*((f"r{j}", j + 1) for j in range(last)), ("top", last)]
     places, width = {}, 0
     for name, layer in names:
         places[name] = slice(width, width + widths[layer])
@@ -234,7 +272,9 @@ def _add_gradients(sums: Gradients, factors: Tensor, places: dict[str, slice], s
             sums.K.addmm_(la.T, step, alpha=-stage.kick)
         if stage.drift:
             sums.K.addmm_(step.T, la, alpha=stage.drift)
-    for j, (weight, bias) in enumerate(zip(sums.weights[:-1], sums.biases[:-1], strict=True)):
+    for j, weight in enumerate(sums.weights[:-1]):
         weight.addmm_(x[f"e{j}"].T, x[f"zd{j}"]).addmm_(x[f"r{j}"].T, x[f"z{j}"])
-        bias.add_(x[f"r{j}"].sum(0))
-    sums.weights[-1].add_(x["top"].sum(0))
+    totals = [*sums.biases[:-1], sums.weights[-1][0]]
+    # they stand at the end, side by side
+    shares = factors[:, factors.shape[1] - sum(len(total) for total in totals) :].sum(0)
+    torch._foreach_add_(totals, list(shares.split([len(total) for total in totals])))

@@ -17,6 +17,16 @@ class Solver(NamedTuple):
     max_evaluations: int
 
 
+def waits(x: Tensor) -> bool:
+    """Whether reading a number of x back waits for a device."""
+    return x.device.type != "cpu"
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be read back."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 _T = TypeVar("_T")
 _DEPTH = 3
 """Earlier differences that Anderson's method combines."""
@@ -29,6 +39,7 @@ def fixed_point(G: Callable[[Tensor], tuple[Tensor, _T]], x: Tensor, floor: floa
     """Solve x = G(x) for every row of x [B, h] by Anderson's method (Walker and Ni, SIAM J. Numer. Anal. 49, 1715, 2011).
 
     A row that has converged stays as it is, so that it does not depend on the others, and one that is not finite is left.
+    Whether all have is read back after every evaluation, but in the capture of a CUDA graph, where all evaluations are made.
 
     Parameters
     ----------
@@ -49,7 +60,7 @@ def fixed_point(G: Callable[[Tensor], tuple[Tensor, _T]], x: Tensor, floor: floa
         residual = r.abs().amax(1) / x.abs().amax(1).clamp_min(floor)
         evaluations += active
         active = active & (residual > solver.tolerance) & residual.isfinite()
-        if n == solver.max_evaluations or not active.any():
+        if n == solver.max_evaluations or not (capturing(x) or active.any()):
             break
         if before is not None:
             differences = [*differences, (x - before[0], r - before[1])][-_DEPTH:]

@@ -28,8 +28,7 @@ from .network import (
     Quadratic,
     Stack,
     TermSums,
-    adjoint,
-    evaluate,
+    energy_adjoint,
     pre_activations,
     tail_of,
     value_adjoint,
@@ -72,13 +71,16 @@ class Sweep:
     def __init__(self, problem: Problem, need_parameters: bool) -> None:
         # whether the loop is the first to write the sums of parameters' gradients, and writes them all
         self.fresh = bool(problem.n_steps) and problem.outline.loop_writes_sums
-        self.z0 = torch.zeros_like(problem.z0, memory_format=torch.contiguous_format)
-        self.dt = problem.z0.new_zeros(problem.z0.shape[0], problem.n_steps)
-        self.terms = [TermSums(term, problem.z0.dtype, self.fresh) for term in problem.terms] if need_parameters else None
-        self.residual = problem.z0.new_zeros(problem.z0.shape[0])
-        self.externals = [problem.z0.new_zeros(*self.dt.shape, e.shape[2]) for e in problem.externals]
+        self.z0 = torch.empty_like(problem.z0, memory_format=torch.contiguous_format)
+        self.dt = problem.z0.new_empty(problem.z0.shape[0], problem.n_steps)
+        self.terms = [TermSums(term, problem.z0.dtype) for term in problem.terms] if need_parameters else None
+        self.residual = problem.z0.new_empty(problem.z0.shape[0])
+        self.externals = [problem.z0.new_empty(*self.dt.shape, e.shape[2]) for e in problem.externals]
         self.loop: list[Tensor] = []
         """What the loop adds gradients of its matrices to."""
+        to_fill = [x for term in self.terms or () for x in term.to_fill(self.fresh)]
+        # in one launch on a GPU
+        torch._foreach_zero_([self.z0, self.dt, self.residual, *self.externals, *to_fill])
 
     def snapshot(self) -> list[Tensor]:
         return [x.clone() for x in self._all()]
@@ -167,22 +169,27 @@ class Loop(ABC):
         """Cotangents of the path's registers from those of states, G [B, n, 2d]; adds what goes elsewhere."""
         z0, product = self.problem.z0, self.backend.product
         found: list[Tensor] = [z0.new_empty(0)] * len(self.path)
+        rows = G.flatten(0, 1)
+        by_sums = not any(key[0] in ("Z", "C") for key in self.path)
+        if by_sums:
+            sums.z0 += G.sum(1)
         for half in "qp":
             own = half_of(G, half)
             if ("Z", half) in self.path:
                 found[self.path.index(("Z", half))] = own
                 continue
             C = self.coefficients(half)
-            if C < 0:
+            if C < 0 and not by_sums:
                 half_of(sums.z0, half).add_(own.sum(1))
-            else:
+            elif C >= 0:
                 found[C] = torch.einsum("bnd,bcd->bnc", own, z0.unflatten(1, (2, -1)))
                 sums.z0 += torch.einsum("bnc,bnd->bcd", path[C], own).flatten(1)
             for i, k, side in self.sums_in(half):
-                found[i] = product(own, self.half(k, side).T)
+                # of rows, whose halves are matrices as they are: of three dimensions they would be copied
+                found[i] = product(half_of(rows, half), self.half(k, side).T).unflatten(0, G.shape[:2])
                 gW = self.ofhalf_of(sums, k, side)
                 if gW is not None:
-                    gW.addmm_(path[i].flatten(0, 1).T, own.flatten(0, 1))
+                    gW.addmm_(path[i].flatten(0, 1).T, half_of(rows, half))
         return found
 
     @abstractmethod
@@ -403,8 +410,11 @@ class Kernel(Loop):
         return half_of(sums.loop[1], side) if sums.loop else None
 
     def start(self) -> list[Tensor]:
-        a = torch.addmm(self.b, self.problem.z0, self.W.T)
+        a = self.a_at_start()
         return [a, torch.zeros_like(a), torch.zeros_like(a)]
+
+    def a_at_start(self) -> Tensor:
+        return torch.addmm(self.b, self.problem.z0, self.W.T)
 
     def of_start(self, sums: Sweep, cotangents: Sequence[Tensor]) -> None:
         la = cotangents[0]
@@ -413,13 +423,26 @@ class Kernel(Loop):
             return
         gK, gW, gb = sums.loop[:3]
         gWq, gWp = gW.chunk(2, dim=1)
-        gWp += self.backend.product(gK, self.Wq)
-        gWq += self.backend.product(gK.T, self.Wp)
+        self._add_product(gWp, gK, self.Wq)
+        self._add_product(gWq, gK.T, self.Wp)
         gW.addmm_(la.T, self.problem.z0)
         gb += la.sum_to_size(gb.shape)
 
+    def _add_product(self, total: Tensor, x: Tensor, W: Tensor) -> None:
+        """total += x W, in one operation where the backend's products are PyTorch's."""
+        product = self.backend.product
+        if product is backends.of("torch").product:
+            total.addmm_(x, W)
+        else:
+            total += product(x, W)
+
     def new_sums(self, sums: Sweep) -> None:
-        if sums.terms is not None:
+        if sums.terms is None:
+            return
+        if self.single:
+            own = sums.terms[0]
+            sums.loop = [torch.zeros_like(self.K, memory_format=torch.contiguous_format), own.weights[0], own.biases[0]]
+        else:
             sums.loop = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (self.K, self.W, self.b)]
 
     def gradients(self, sums: Sweep) -> Gradients | None:
@@ -432,7 +455,7 @@ class Kernel(Loop):
         return Gradients(sums.loop[0], weights, biases)
 
     def of_matrices(self, sums: Sweep) -> None:
-        if sums.terms is None:
+        if sums.terms is None or self.single:
             return
         _, gW, gb = sums.loop
         sizes = self.outline.stacked_widths
@@ -451,13 +474,15 @@ class Kernel(Loop):
         states: Tensor | None = None,
         want_end: bool = True,
     ) -> Ran:
-        a, sq, sp = state or self.start()
+        a, *moved = state or [self.a_at_start()]
         problem = self.problem
         rolled = self.kernel.forward(
             a, self.K, self.F, problem.dt[:, begin:end], self.stages, end - begin, every, self.outline.with_energy, memory,
             problem.solver,
         )  # fmt: skip
-        path = [rolled.sq, rolled.sp] if not begin else [rolled.sq + sq[:, None], rolled.sp + sp[:, None]]
+        path = [rolled.sq, rolled.sp]
+        if begin:
+            path = [x + before[:, None] for x, before in zip(path, moved, strict=True)]
         energy = rolled.energy
         if self.outline.with_energy:
             energy = torch.cat((energy, energy_of(self.F.to(a.dtype), rolled.a)[:, None]), dim=1)
@@ -480,17 +505,20 @@ class Kernel(Loop):
         la, lsq, lsp = cotangents
         problem, gradients = self.problem, self.gradients(sums)
         if g_energy is not None and end == problem.n_steps:
-            F = self.F.to(la.dtype)
-            point, _, _ = evaluate(F, values[0])
-            la = la + adjoint(F, point, torch.zeros_like(la), g_energy[:, -1], gradients)
+            la = la + energy_adjoint(self.F.to(la.dtype), values[0], g_energy[:, -1], gradients)
         gsq, gsp = g_path or [la.new_zeros(la.shape[0], 1, la.shape[1])] * 2
         gE = None if g_energy is None else g_energy[:, :-1]
         tape = tape.unflatten(1, (end - begin, len(self.stages), -1))
-        la, lsq, lsp, sums.dt[:, begin:end], residual = self.kernel.backward(
+        la, lsq, lsp, gdt, residual = self.kernel.backward(
             la, lsq, lsp, gsq, gsp, gE, tape, self.K, self.F, problem.dt[:, begin:end], self.stages, memory, gradients,
             problem.solver,
         )  # fmt: skip
-        torch.maximum(sums.residual, residual, out=sums.residual)
+        if end - begin == problem.n_steps:
+            sums.dt = gdt
+        else:
+            sums.dt[:, begin:end] = gdt
+        if self.outline.implicit:
+            torch.maximum(sums.residual, residual, out=sums.residual)
         return [la, lsq, lsp]
 
     def rebuilt(self, state: Sequence[Tensor], begin: int, end: int, every: bool) -> tuple[list[Tensor], Ran]:

@@ -85,7 +85,8 @@ class Job(NamedTuple):
         if name == "Z":
             return half_of(z0, str(key[1]))
         if name == "C":
-            return z0.new_tensor([1.0, 0.0] if key[1] == "q" else [0.0, 1.0]).expand(len(z0), 2)
+            # made on the device: a copy of the host's numbers would wait for it
+            return torch.eye(2, dtype=z0.dtype, device=z0.device)[int(key[1] == "p")].expand(len(z0), 2)
         if name == "S":
             return z0.new_zeros(len(z0), width)
         n = self.program.networks.index(int(key[1]))

@@ -27,17 +27,18 @@ class Backwards:
         self.g_energy, self.g_states = g_energy, g_states
         if g_energy is not None and self.outline.from_states and g_states is not None and not self.outline.every_state:
             self.g_states = torch.cat((torch.zeros_like(g_states).expand(-1, self.n_steps, -1), g_states), dim=1)
-        self.cotangents = [problem.z0.new_zeros(len(problem.z0), width) for width in self.outline.state_widths()]
+        widths, batch = self.outline.state_widths(), len(problem.z0)
+        zeros = problem.z0.new_zeros(batch * sum(widths)).split([batch * width for width in widths])
+        self.cotangents = [x.view(batch, width) for x, width in zip(zeros, widths, strict=True)]
         self.layers: list[Tensor] = []
         """[B, n_steps + 1, h], the kept ones of `Outline.energy_widths`."""
 
     def run(self, tape: Tensor, kept: Tensor) -> None:
         loop, outline, n_steps = self.loop, self.outline, self.n_steps
-        start = loop.start()
         if outline.memory == "checkpoint":
             self.from_checkpoints(tape)
         elif outline.memory == "reversible":
-            self.by_reversal(start, tape)
+            self.by_reversal(loop.start(), tape)
         else:
             memory = "store" if outline.memory == "tiles" else outline.memory
             widths = [(n_steps + 1) * h for h in outline.energy_widths]
@@ -76,13 +77,13 @@ class Backwards:
     def values(self, kept: Tensor) -> list[Tensor]:
         """The state's registers at the end, as far as they are known from the path."""
         path = dict(zip(self.loop.path, self.path_of(kept), strict=False))
-        start = self.loop.start()
         if isinstance(self.loop, Kernel):
             if self.g_energy is None:
-                return start
+                return []
             sq, sp = (path[key][:, -1] for key in self.loop.path)
             K = self.loop.K
-            return [start[0] + sq @ K + sp @ K.T, sq, sp]
+            return [torch.addmm(torch.addmm(self.loop.a_at_start(), sq, K), sp, K.T), sq, sp]
+        start = self.loop.start()
         return [path[key][:, -1] if key in path else x for key, x in zip(self.loop.state, start, strict=True)]
 
     def segment(

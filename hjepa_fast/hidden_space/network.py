@@ -226,6 +226,25 @@ def adjoint(tail: Network, point: Point | Points, v: Tensor, gE: Tensor | None, 
     return r
 
 
+def energy_adjoint(tail: Network, a: Tensor, gE: Tensor, sums: Gradients | None) -> Tensor:
+    """Gradient of gE F(a): returns that of a, [B, h], and adds those of F's parameters to `sums` if given."""
+    if not isinstance(tail, Tail) or not tail.weights:
+        return adjoint(tail, evaluate(tail, a)[0], torch.zeros_like(a), gE, sums)
+    pre, values = [a], []
+    for layer, (weight, bias) in enumerate(zip(tail.weights, tail.biases, strict=True)):
+        if sums is not None or layer + 1 < len(tail.weights):
+            values.append(tail.activation.at(layer)(pre[-1]))
+        if layer + 1 < len(tail.weights):
+            pre.append(F.linear(values[-1], weight, bias))
+    e = gE[:, None]
+    for i in range(len(pre) - 1, -1, -1):
+        if sums is not None:
+            sums.weights[i].addmm_(e.T, values[i])
+            sums.biases[i].add_(e.sum(0))
+        e = tail.activation.at(i).pull(pre[i], e @ tail.weights[i])
+    return e
+
+
 def restore(tail: Network, saved: Tensor, memory: str) -> Point | Points:
     """The point of an evaluation from what is on the tape."""
     if isinstance(tail, Stack):
@@ -259,12 +278,15 @@ def tail_of(term: Term) -> Tail:
 class TermSums:
     """Sums of the gradients of a term's parameters."""
 
-    def __init__(self, term: Term, work: torch.dtype, fresh: bool = False) -> None:
-        # large ones that a loop writes are not filled with zeros first: that takes as long as a step of a small network
-        make = torch.empty_like if fresh else torch.zeros_like
-        self.weights = [make(w, dtype=work, memory_format=torch.contiguous_format) for w in term.weights]
-        self.biases = [torch.zeros_like(b, dtype=work) for b in term.biases]
-        self.stiffness = None if term.stiffness is None else torch.zeros_like(term.stiffness, dtype=work)
+    def __init__(self, term: Term, work: torch.dtype) -> None:
+        self.weights = [torch.empty_like(w, dtype=work, memory_format=torch.contiguous_format) for w in term.weights]
+        self.biases = [torch.empty_like(b, dtype=work) for b in term.biases]
+        self.stiffness = None if term.stiffness is None else torch.empty_like(term.stiffness, dtype=work)
+
+    def to_fill(self, fresh: bool) -> list[Tensor]:
+        """What must be zeros at the start: not large ones that a loop writes, as that takes as long as a step of a small
+        network."""
+        return [*([] if fresh else self.weights), *self.biases, *([] if self.stiffness is None else [self.stiffness])]
 
     def tail(self) -> Gradients:
         return Gradients(self.biases[0] if self.biases else torch.empty(0), self.weights[1:], self.biases[1:])

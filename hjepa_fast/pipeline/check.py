@@ -16,6 +16,7 @@ from .. import api, diagnostics
 from ..diagnostics import Report, Verdict
 from ..errors import LatentError, UsageError
 from ..integrators import SymplecticIntegrator
+from ..names import Backend, Integrator
 from . import checkpoints, files, zoo
 from .checkpoints import Checkpoint
 from .latents import read_latents
@@ -80,12 +81,12 @@ def check(
     checkpoint: Path,
     out: Path,
     *,
-    integrators: Sequence[str] | None = None,
+    integrators: Sequence[Integrator] | None = None,
     dt: float | None = None,
     n_steps: int = 1000,
     n_states: int = 8,
     latents: Path | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Check:
     """Measure what integrators keep of a trained model's dynamics, in float64; see `diagnostics.check`.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, HJEPAError, UsageError
 from ..integrators import DT_BOUNDS, Bounds, SymplecticIntegrator
 from ..models import LatentHNN
+from ..names import Integrator
 from . import files, untrusted, zoo
 from .config import TrainConfig, shown
 
@@ -190,7 +191,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def load_published(path: Path, integrator: str = "leapfrog", dt_bounds: Bounds | None = DT_BOUNDS) -> SymplecticIntegrator:
+def load_published(
+    path: Path, integrator: Integrator = "leapfrog", dt_bounds: Bounds | None = DT_BOUNDS
+) -> SymplecticIntegrator:
     """Load a checkpoint of the published notebook: a pickle with `integrator_state_dict` or `hnn_state_dict`.
 
     It is read with `weights_only=True`, so nothing in it is executed; what lies beside the state dicts (settings, numpy

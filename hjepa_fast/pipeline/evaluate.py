@@ -25,6 +25,7 @@ from ..diagnostics import Balance, energy_balance, energy_growth, symplecticity_
 from ..errors import ConvergenceError, UsageError
 from ..integrators import SymplecticIntegrator
 from ..models import SeparableHNN
+from ..names import Integrator
 from ..schemes import SCHEMES
 from . import distributed, zoo
 from .config import EvaluateConfig
@@ -37,7 +38,7 @@ EXAMPLE = 0
 """Index of the test window that trajectories are kept of."""
 EXTENDED_WINDOWS = 32
 """Extended rollouts start from no more test windows than this, evenly spread: they are long."""
-COMPARED = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
+COMPARED: tuple[Integrator, ...] = ("leapfrog", "euler", "implicit-leapfrog", "implicit-midpoint")
 """Integrators that the full model's network is rolled out with, the published one first."""
 HORIZONS = (100, 1000)
 """Steps over which errors against the true motion are reported, beside the windows' own."""
@@ -291,7 +292,7 @@ def _median(values: Tensor) -> float:
     return torch.where(values.isfinite(), values, math.inf).sort().values[len(values) // 2].item()
 
 
-def integrators_of(full: SymplecticIntegrator) -> tuple[str, ...]:
+def integrators_of(full: SymplecticIntegrator) -> tuple[Integrator, ...]:
     """The integrators that the full model's network is compared under: the published step first, and always its own."""
     return tuple(dict.fromkeys((*COMPARED, full.integrator)))
 
@@ -395,7 +396,7 @@ def hardware(device: torch.device | str) -> dict[str, Any]:
 class _Predictor:
     """Rolls a model out, or persistence, or a model's network with another integrator; counts implicit steps."""
 
-    def __init__(self, model: zoo.Model | None, integrator: str | None = None) -> None:
+    def __init__(self, model: zoo.Model | None, integrator: Integrator | None = None) -> None:
         self.model = model
         self.integrator = integrator or (model.integrator if isinstance(model, SymplecticIntegrator) else None)
         self.steps = self.solved = self.evaluations = 0
@@ -444,9 +445,11 @@ class _Predictor:
             z0 = states[:, -1]
         return torch.cat(parts, dim=1)
 
-    def _trajectory(self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, **options: Any) -> api.Rollout:
+    def _trajectory(
+        self, model: SymplecticIntegrator, z0: Tensor, n_steps: int, energy: bool = False, **options: Any
+    ) -> api.Rollout:
         assert self.integrator is not None
-        out = model.trajectory(z0, n_steps, integrator=self.integrator, unconverged="flag", **options)
+        out = model.trajectory(z0, n_steps, energy=energy, integrator=self.integrator, unconverged="flag", **options)
         if out.solve is not None:
             self.steps += out.solve.converged.numel()
             self.solved += int(out.solve.converged.sum())

@@ -177,7 +177,7 @@ def train_models(
             best = train(name, dataset, run.model(name), config.train, config.data, target, log)
         facts, title = checkpoints.load(best).facts, zoo.spec_in(name, config.train, dataset.control_dim).title
         if facts["history"]:  # the folder may be anybody's
-            say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4f} in epoch {facts['epoch']}")
+            say(f"{title}: best test MSE {facts['history'][-1]['test_mse']:.4g} in epoch {facts['epoch']}")
 
 
 def _say_what_compiles(config: Config, dataset: Dataset, device: torch.device, say: Say) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..diagnostics import energy_balance
 from ..errors import CheckpointError, ConvergenceError, HJEPAError, TrainingError, UsageError
 from ..integrators import SymplecticIntegrator, check_dt
 from ..matching import STEPS, step_residual
+from ..names import StepScheme
 from . import checkpoints, distributed, files, streaming, zoo
 from .checkpoints import Checkpoint
 from .config import DataConfig, TrainConfig
@@ -103,7 +104,8 @@ def matching_loss(model: zoo.Model, windows: Tensor, control: Tensor | None = No
     u = None if control is None else control.flatten(0, 1)
     if isinstance(model, SymplecticIntegrator) and model.sub_steps == 1 and model.integrator in STEPS:
         u = u if zoo.takes_control(model) else None
-        residual = step_residual(model.hnn, z0, z1, model.step_size, scheme=model.integrator, control=u, backend=model.backend)
+        scheme = cast(StepScheme, model.integrator)
+        residual = step_residual(model.hnn, z0, z1, model.step_size, scheme=scheme, control=u, backend=model.backend)
     else:
         residual = z1 - zoo.states(model, z0, 1, None if u is None else u[:, None])[:, 1]
     return residual.square().mean()

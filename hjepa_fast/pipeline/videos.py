@@ -566,7 +566,7 @@ def check_regular(path: Path) -> None:
 def _is_cover(container: Any, stream: Any) -> bool:
     disposition = getattr(stream, "disposition", None)
     if disposition is not None:
-        return bool(disposition & ATTACHED_PICTURE)
+        return bool(getattr(disposition, "value", disposition) & ATTACHED_PICTURE)  # PyAV 17 has a flag that is no int
     # PyAV 12 does not tell: next to sound, a stream of still pictures is a cover
     return bool(container.streams.audio) and stream.name in ("mjpeg", "png", "bmp", "gif", "webp")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..api import choose_backend
 from ..errors import UsageError
 from ..integrators import DT_BOUNDS, Bounds, EulerIntegrator, SymplecticIntegrator
 from ..models import GAIN, BaselineMLP, LatentHNN, SeparableHNN
+from ..names import Backend, Integrator
 from ..ports import PortHNN
 from ..schemes import SCHEMES
 from .config import OWN_INTEGRATOR, DataConfig, TrainConfig
@@ -31,7 +32,7 @@ class ModelSpec:
 
     title: str
     hamiltonian: str | None = None
-    integrator: str | None = None
+    integrator: Integrator | None = None
     energy_loss: bool = False
     residual: bool = False
     lacks: str | None = None
@@ -111,7 +112,7 @@ def spec_of(name: str, integrator: str = OWN_INTEGRATOR) -> ModelSpec:
     own = MODELS[name]
     if (name != FULL_MODEL and own.lacks is None) or integrator in (OWN_INTEGRATOR, own.integrator):
         return own
-    return dataclasses.replace(own, title=f"{own.title[:-1]}, {integrator})", integrator=integrator)
+    return dataclasses.replace(own, title=f"{own.title[:-1]}, {integrator})", integrator=cast(Integrator, integrator))
 
 
 def spec_in(name: str, config: TrainConfig, control_dim: int) -> ModelSpec:
@@ -200,7 +201,9 @@ def title(name: str, model: Model) -> str:
     return spec.title if port is None else with_port(spec, port.kind, False, port.control_dim).title
 
 
-def build(name: str, latent_dim: int, dt: float, seed: int, backend: str = "auto", integrator: str = OWN_INTEGRATOR) -> Model:
+def build(
+    name: str, latent_dim: int, dt: float, seed: int, backend: Backend = "auto", integrator: str = OWN_INTEGRATOR
+) -> Model:
     """A fresh model; models of one kind get the same initial weights from one seed.
 
     Raises
@@ -226,7 +229,7 @@ def check_backend(backend: str, device: torch.device | str) -> None:
 
 
 def assemble(
-    spec: ModelSpec, latent_dim: int, dt: float, seed: int, backend: str = "auto", dt_bounds: Bounds | None = DT_BOUNDS
+    spec: ModelSpec, latent_dim: int, dt: float, seed: int, backend: Backend = "auto", dt_bounds: Bounds | None = DT_BOUNDS
 ) -> Model:
     """A fresh model of a specification.
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .system import Form, Layers, System, factor, features, places, positive_derivatives
+from .system import Form, Layers, System, factor, features, picked, places, positive_derivatives
 
 
 class Ran(NamedTuple):
@@ -142,7 +142,7 @@ def kinetic(form: Form, y: Tensor | None, p: Tensor) -> Kinetic:
     L = factor(d, form.diagonal, y)
     w = _times(L.mT, p)
     u = _times(L, w)
-    of_L = (p[:, :, None] * w[:, None, :]).flatten(1)[:, places(d)]
+    of_L = picked((p[:, :, None] * w[:, None, :]).flatten(1), places(d))
     of_y = torch.cat((of_L[:, :d] * s1, of_L[:, d:]), dim=1)
     value = 0.5 * ((w * w).sum(-1) + form.epsilon * (p * p).sum(-1))
     return Kinetic(value, u + form.epsilon * p, of_y, (L, w, s1, s2, of_L))
@@ -169,7 +169,7 @@ def kinetic_tangent(form: Form, at: Kinetic, p: Tensor, y_tangent: Tensor | None
         u = u + _times(L_tangent, w)
     u = u + _times(L, w_tangent)
     both = p_tangent[:, :, None] * w[:, None, :] + p[:, :, None] * w_tangent[:, None, :]
-    of_L_tangent = both.flatten(1)[:, places(d)]
+    of_L_tangent = picked(both.flatten(1), places(d))
     of_diagonal = of_L_tangent[:, :d] * s1
     if y_tangent is not None:
         of_diagonal = of_diagonal + of_L[:, :d] * s2 * y_tangent[:, :d]
@@ -196,8 +196,8 @@ class Angles:
         """x'(q) times the tangent."""
         if not self.angles:
             return q_tangent
-        a = q_tangent[:, self.angles]
-        return torch.cat((q_tangent[:, self.others], -self.sin * a, self.cos * a), dim=1)
+        a = picked(q_tangent, self.angles)
+        return torch.cat((picked(q_tangent, self.others), -self.sin * a, self.cos * a), dim=1)
 
     def pull(self, of_x: Tensor) -> Tensor:
         """x'(q)^T times the cotangent."""
@@ -212,12 +212,12 @@ class Angles:
         if not self.angles:
             return found
         _, of_cos, of_sin = of_x.split(self.sizes, dim=1)
-        turned = -(self.cos * of_cos + self.sin * of_sin) * q_tangent[:, self.angles]
+        turned = -(self.cos * of_cos + self.sin * of_sin) * picked(q_tangent, self.angles)
         return found + self._joined(torch.zeros_like(of_x[:, : self.sizes[0]]), turned)
 
     def _joined(self, of_others: Tensor, of_angles: Tensor) -> Tensor:
         order = sorted(range(len(self.others) + len(self.angles)), key=lambda i: [*self.others, *self.angles][i])
-        return torch.cat((of_others, of_angles), dim=1)[:, order]
+        return picked(torch.cat((of_others, of_angles), dim=1), order)
 
 
 class Sums:

@@ -42,8 +42,12 @@ class Rolled(NamedTuple):
 def coefficients(stage: SubStep, like: Tensor) -> tuple[Tensor, Tensor]:
     """a and b of a sub-step, [2d]."""
     d = like.shape[1] // 2
-    a = like.new_tensor([stage.drift] * d + [stage.kick] * d)
-    return a, like.new_tensor([stage.implicit_drift] * d + [stage.implicit_kick] * d)
+
+    def both(of_q: float, of_p: float) -> Tensor:
+        # made on the device: a copy of the host's numbers would wait for it
+        return torch.cat((like.new_full((d,), of_q), like.new_full((d,), of_p)))
+
+    return both(stage.drift, stage.kick), both(stage.implicit_drift, stage.implicit_kick)
 
 
 def _field(stage: SubStep, mixes: bool, point: Point) -> tuple[Point, Tensor]:

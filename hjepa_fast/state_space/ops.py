@@ -190,7 +190,8 @@ def _backward(
     first = with_energies(start[:, None], 0, 1)
     if first is not None:
         later = later + first[:, 0]
-    check_adjoint(x.solver, worst, x.must_converge)
+    if any(stage.implicit for stage in x.scheme):
+        check_adjoint(x.solver, worst, x.must_converge)
     g_dt = torch.cat(gdt[::-1], dim=1) if gdt else steps.new_zeros(len(start), 0)
     found = [] if sums is None else [s.to(p.dtype) for s, p in zip(sums.tensors, parameters, strict=True)]
     return later.to(z0.dtype), found, g_dt.sum_to_size(dt.shape).to(dt.dtype) if n_steps else torch.zeros_like(dt)

@@ -12,6 +12,7 @@ with s = softplus or the identity.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .. import activations
 from ..activations import Activation, Activations
+from ..hidden_space.fixed_point import waits
 
 DIAGONALS = ("softplus", "raw")
 _SOFTPLUS = Activation("softplus")
@@ -140,13 +142,33 @@ class System(NamedTuple):
         return System.of(self.form, [t.to(dtype) for t in self.tensors])
 
 
+_MOST_RUNS = 64
+"""Slices that are taken for a list of places; for more the copy to the device should be the shorter wait."""
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(places: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where each run of consecutive places begins and ends."""
+    starts = [k for k, i in enumerate(places) if not k or i != places[k - 1] + 1]
+    return [(places[a], places[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(places)])]
+
+
+def picked(x: Tensor, places: Sequence[int]) -> Tensor:
+    """x[..., places]; on a device by slices, because the host would wait until a list of places is copied there."""
+    if not places:
+        return x[..., :0]
+    if waits(x) and len(_runs(tuple(places))) <= _MOST_RUNS:
+        return torch.cat([x[..., begin:end] for begin, end in _runs(tuple(places))], dim=-1)
+    return x[..., list(places)]
+
+
 def features(q: Tensor, angles: Sequence[int]) -> Tensor:
     """What the networks see of q: [..., d] to [..., d + number of angles]."""
     if not angles:
         return q
     others = [i for i in range(q.shape[-1]) if i not in angles]
-    of_angles = q[..., list(angles)]
-    return torch.cat((q[..., others], of_angles.cos(), of_angles.sin()), dim=-1)
+    of_angles = picked(q, angles)
+    return torch.cat((picked(q, others), of_angles.cos(), of_angles.sin()), dim=-1)
 
 
 def output(net: Layers, x: Tensor) -> Tensor:
@@ -177,7 +199,7 @@ def factor(d: int, diagonal: str, y: Tensor) -> Tensor:
     """The Cholesky factor L of entries y: [..., d (d + 1) / 2] to [..., d, d]."""
     values = torch.cat((positive(diagonal, y[..., :d]), y[..., d:], torch.zeros_like(y[..., :1])), dim=-1)
     where = {place: k for k, place in enumerate(places(d))}
-    return values[..., [where.get(i, y.shape[-1]) for i in range(d * d)]].unflatten(-1, (d, d))
+    return picked(values, [where.get(i, y.shape[-1]) for i in range(d * d)]).unflatten(-1, (d, d))
 
 
 def inverse_mass(mass: str, diagonal: str, epsilon: float, y: Tensor) -> Tensor:
