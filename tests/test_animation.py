@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hjepa_fast.cli import main
-from hjepa_fast.pipeline import animation, checkpoints, files, latents, stage
+from hjepa_fast.errors import LatentError
+from hjepa_fast.pipeline import animation, checkpoints, figures, files, latents, stage
 from hjepa_fast.pipeline.animation import Motion
 from hjepa_fast.pipeline.videos import Trajectories
 from synthetic import write_latents
@@ -51,6 +52,9 @@ def test_what_is_not_there_is_not_shown():
     frames = animation.render(alone)
     assert len(frames) == STEPS + 1
     assert frames[0].shape == (SIZE[1], SIZE[0], 3)
+    beside = np.stack(animation.render(motion(true=None, size=None, radii=())))
+    right = beside[:, 100:300, 500:750].reshape(STEPS + 1, -1, 3)
+    assert right[0].mean() < 20 < 235 < right[1].mean(), "a clip is seen beside latents that are no pixels"
     broken = motion().predicted.copy()
     broken[3] = np.nan
     assert len(animation.render(motion(predicted=broken, images=[]))) == STEPS + 1
@@ -74,6 +78,9 @@ def test_a_probe_reads_positions_that_are_linear_in_the_latents(tmp_path):
     assert found.r2 > 0.9999
     wanted = latents.clip_means(videos[0], truth(videos[0]))
     np.testing.assert_allclose(found(videos[0].latents.double().numpy()), wanted, atol=1e-2)
+    truths = [Trajectories(truth(v)[:, : 1 + (v.name != "video_004")], truth(v)[:, :1], np.ones(2)) for v in videos]
+    with pytest.raises(LatentError, match="ground truth of video_004 is of another number of bodies than that of video_000"):
+        latents.readout(videos, truths)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,10 @@ def pendulum(tmp_path_factory):
     options = ("--n-frames", 44, "--epochs", 1, "--models", "baseline", "--quiet", "--window", 4, "--batch-size", 8,
                "--extended-steps", 12, "--timing-runs", 1, "--timing-warmup", 0)  # fmt: skip
     scene = ("--scene", "pendulum", "--encoder", "state", "--n-videos", 5, "--size", 64, "--radius", 6)
-    assert main(list(map(str, ("reproduce", *scene, *options, "--out", out)))) == 0
+    save = figures.save
+    with pytest.MonkeyPatch.context() as patch:  # the other figures are those of every run, and take most of the time
+        patch.setattr(figures, "save", lambda figure, stem: save(figure, stem) if stem.name == "motion" else [])
+        assert main(list(map(str, ("reproduce", *scene, *options, "--out", out)))) == 0
     return out
 
 
@@ -121,4 +131,7 @@ def test_a_long_dream_skips_steps(pendulum, monkeypatch):
     states = sequence.latents[:9].clone()
     shown = stage.of(checkpoints.load(path), path, states, sequence, 0, "t", 0.1)
     assert (shown.every, len(shown.predicted), len(shown.true), len(shown.images)) == (3, 3, 3, 3)
+    monkeypatch.setattr(stage, "MOST_PIXELS", 16)
+    thin = stage.of(checkpoints.load(path), path, states, sequence, 0, "t", 0.1)
+    assert (thin.images[0].shape, thin.size) == ((16, 16, 3), (64, 64))
     torch.testing.assert_close(torch.from_numpy(shown.predicted), torch.from_numpy(shown.true), atol=1e-3, rtol=0)

@@ -231,7 +231,7 @@ class TestTrueMotion:
         assert table.startswith("**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20x).**\n")
         assert "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33x)." in table
         assert "| error, 4 steps (0.533 s) | error, 8 steps (1.07 s) | true energy's drift, 8 steps |" in table
-        assert "; recipe smooth; 1 epochs;" in table
+        assert "; 1 epochs; recipe smooth; 4-step" in table
         lines = [line for line in table.splitlines() if line.startswith("| ")]
         assert [line.split()[1] for line in lines[1:4]] == ["HNN", "Residual", "Persistence"]
         assert [cell.strip() for cell in lines[2].split("|")[2:7]] == ["0.2", "0.4", "0.99", "0 of 3", "-"]
