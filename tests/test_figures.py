@@ -69,6 +69,13 @@ class TestAxes:
         assert notes == []
         assert axis.get_ylim()[1] >= 16
 
+    def test_what_falls_is_in_view_as_well(self):
+        axis, notes = drawn([0, -1, -3], [0, 0.5, 1], [0, -1e9, -2e9])
+        assert notes == ["c2: off the axis from step 2, largest 2.0e+09"]
+        low, high = axis.get_ylim()
+        assert -4 < low < -3
+        assert 1 < high < 2
+
     def test_two_that_diverge_do_not_keep_each_other_in_view(self):
         axis, notes = drawn([1, 2, 3], [1, 3, 4], [1, 1, 2], [1, 9e5, 3e6], [1, 9e5, 4e6])
         assert len(notes) == 2

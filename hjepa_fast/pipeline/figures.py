@@ -321,11 +321,10 @@ def _dissipation(view: View) -> Figure | None:
     if not names:
         return None
     finding = findings.dissipation(view.summary["models"], view.summary["n_steps"])
-    figure, axes = view.figure(finding, 1, 2, f"models with friction or a control; {_SHADED}", sharey=True)
+    figure, axes = view.figure(finding, 1, 2, f"models with friction or a control; {_SHADED}")
     for axis, key, title in ((axes[0, 0], "change", "predictions"), (axes[0, 1], "change_true", "the true latents")):
-        for name in names:
-            change = arrays[f"{name}/{key}"]
-            view.band(axis, name, np.arange(change.shape[1]), change)
+        curves = [view.band(axis, name, np.arange(arrays[f"{name}/{key}"].shape[1]), arrays[f"{name}/{key}"]) for name in names]
+        in_view(axis, curves)
         axis.axhline(0, color=TRUE, lw=0.6)
         axis.set(xlabel=view.step, ylabel="H(z(t)) - H(z(0)) (units of H)")
         axis.set_title(f"along {title}, {view.summary['n_steps']} steps")

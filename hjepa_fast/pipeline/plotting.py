@@ -200,7 +200,7 @@ def legend(figure: Figure, columns: int = 5) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one model: values [T] that are not negative at x [T], where not finite means that it diverged."""
+    """What is drawn of one model: values [T] at x [T], where not finite means that it diverged."""
 
     x: np.ndarray
     values: np.ndarray
@@ -234,7 +234,7 @@ def band(
 def in_view(axis: Axes, curves: Sequence[Curve], what: str = "step", scale: str = "linear", always: float = 0.0) -> None:
     """Set the vertical axis so that no diverging curve rules it, and write of each that leaves it where it does.
 
-    The axis reaches `always`, where a curve does; from there, or from the middle one of the curves' largest values (the lower
+    The axis reaches `always`, where a curve does; from there, or from the middle one of the curves' largest sizes (the lower
     of two), it goes up to the next as long as that is at most `ROOM` times as high. It is logarithmic, if
     `scale` says "log", where positive values differ by more than ten times.
     """
@@ -251,9 +251,11 @@ def in_view(axis: Axes, curves: Sequence[Curve], what: str = "step", scale: str 
             span = max(math.log10(inside[-1] / least), 0.5)
             axis.set_ylim(least / 10 ** (0.06 * span), inside[-1] * 10 ** (room * span))
         else:
-            axis.set_ylim(0, inside[-1] * (1 + room))
+            seen = np.concatenate([[0.0], *(curve.values[np.abs(curve.values) <= inside[-1]] for curve in curves)])
+            span = float(np.ptp(seen))
+            axis.set_ylim(seen.min() - (0.06 * span if seen.min() < 0 else 0.0), seen.max() + room * span)
     for row, gone in enumerate(leaving):
-        outside = ~(gone.values <= (inside[-1] if inside else limit) * (1 + 1e-9))
+        outside = ~(np.abs(gone.values) <= (inside[-1] if inside else limit) * (1 + 1e-9))
         top, first = _top(gone.values), gone.x[np.argmax(outside)]
         largest = f", largest {top:.1e}" if np.isfinite(gone.values).all() else ", then diverges"
         _note(axis, row, f"{gone.label}: off the axis from {what} {first:g}{largest}", gone.color)
@@ -279,8 +281,8 @@ def reach(tops: Sequence[float], scale: str, always: float = 0.0) -> float:
 
 
 def _top(values: np.ndarray) -> float:
-    """The largest finite value; 0 without any."""
-    finite = values[np.isfinite(values)]
+    """The largest size of a finite value; 0 without any."""
+    finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.size else 0.0
 
 
