@@ -357,7 +357,8 @@ def test_backends_tell_what_auto_takes_for_given_states(monkeypatch):
         on_gpu = torch.empty(5, 4, device="cuda")
     monkeypatch.setattr(cpp, "available", lambda: True)
     for there, choice in ((True, "triton"), (False, "torch")):
-        monkeypatch.setattr(triton, "available", lambda there=there: there)
+        for module in (triton, triton.launch):
+            monkeypatch.setattr(module, "available", lambda there=there: there)
         found = hf.available_backends(on_gpu)
         assert found["auto"] == choice
         assert (found["triton"] == "available") is there
