@@ -102,8 +102,8 @@ CHEAP = dataclasses.replace(ROLLOUT, name="cheap", rivals=("eager", "baseline"))
 FAST = Effort(rounds=2, seconds=0.0)
 
 
-def fast(case, builders, effort=FAST):
-    return measure_case(case, builders, CPU, effort)
+def fast(case, builders, effort=FAST, keep_going=False):
+    return measure_case(case, builders, CPU, effort, keep_going=keep_going)
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def quick_measure(monkeypatch):
     measured = []
     monkeypatch.setattr(api, "available_backends", lambda: {"torch": "available"})
 
-    def spy(case, builders, device, effort, tell):
+    def spy(case, builders, device, effort, tell, keep_going):
         measured.append(case.name)
-        entry = fast(case, builders, dataclasses.replace(effort, rounds=2, seconds=0.0))
+        entry = fast(case, builders, dataclasses.replace(effort, rounds=2, seconds=0.0), keep_going)
         return entry | {"asked": {**entry["asked"], "rounds": effort.rounds, "seconds": effort.seconds}}
 
     monkeypatch.setattr("bench.measure.BLOCK_SECONDS", 0.0)
@@ -403,6 +403,43 @@ def test_a_pattern_without_a_case_says_what_there_is(capsys):
     with pytest.raises(SystemExit):
         run.main(["--only", "nonsense"])
     assert "rollout-b1-t15" in capsys.readouterr().err
+
+
+def test_several_patterns_may_be_asked_for(checkout, quick_measure, monkeypatch):
+    monkeypatch.setattr(cases, "FULL", (*cases.QUICK, dataclasses.replace(CHEAP, name="other")))
+    assert main("--only", "other", "cheap-f*", "other") == 0
+    assert quick_measure == ["other", "cheap-final"]
+    with pytest.raises(SystemExit):
+        main("--only", "other", "nonsense")
+
+
+@pytest.mark.parametrize("fault", ["fails", "is wrong"])
+def test_a_run_can_go_on_without_one_of_ours(fault, checkout, quick_measure, monkeypatch, capsys):
+    def broken(problem):
+        if fault == "fails":
+            raise RuntimeError("no such kernel\nand more")
+        right = entrants(problem.case, CPU)[0]["torch"](problem)
+        return dataclasses.replace(right, name="triton", run=lambda: [x + 1 for x in right.run()])
+
+    def both(case, *_):
+        return {**entrants(case, CPU)[0], "triton": broken}, {}
+
+    monkeypatch.setattr(run, "entrants", both)
+    if fault == "fails":
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            main()
+    else:
+        assert main() == 1  # nothing was timed
+    quick_measure.clear()
+    for _ in range(2):  # the second time, too: perhaps it no longer fails
+        assert main("--keep-going") == 1
+    assert quick_measure == ["cheap", "cheap-final"] * 2
+    (path,) = stored(checkout)
+    for entry in report.read(path)["cases"].values():
+        assert {"torch", "eager"} <= entry["contestants"].keys()
+        wanted = "failed: RuntimeError: no such kernel" if fault == "fails" else "failed: wrong: error "
+        assert entry["left_out"]["triton"].startswith(wanted)
+    assert "ours failed: cheap: triton; cheap-final: triton" in capsys.readouterr().err
 
 
 @pytest.fixture
