@@ -288,7 +288,10 @@ def test_fsdp_needs_a_process_group():
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc, which only Linux has")
 def test_a_lost_process_is_started_again_and_training_goes_on(tmp_path):
     write_latents(tmp_path / "latents")
-    config, data = dataclasses.replace(CONFIG, epochs=25, friction="none"), dataclasses.replace(DATA, split_seed=1)
+    config, data = (
+        dataclasses.replace(CONFIG, epochs=25, friction="none", matching=0.0),
+        dataclasses.replace(DATA, split_seed=1),
+    )
     options = ["--window", "5", "--split-seed", "1", "--epochs", "25", "--batch-size", "7", "--models", "baseline"]
     command = [
         sys.executable,
