@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 .PHONY: help setup demo test bench bench-gpu gpu-day check-memory fuzz docs lint wheel check-dist clean
 
 help:
-	@echo "make demo    install, then in minutes a pendulum's true states and collisions by the offline encoder (OUT=$(OUT))"
+	@echo "make demo    install, then in minutes the true states of an orbit and collisions by the offline encoder (OUT=$(OUT))"
 	@echo "make test    install, then every test, by JOBS=$(JOBS) processes: about eight minutes on two cores"
 	@echo "make bench   install JAX too, then time every backend beside its rivals (five quiet minutes; BENCH=options)"
 	@echo "make bench-gpu   the same on the CUDA device, and its matrix rate, against CUDA-graphed rivals"

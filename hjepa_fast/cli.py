@@ -334,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = _command(
         commands,
         "demo",
-        "in minutes: models on a pendulum's true states, then on collisions as the offline encoder sees them",
+        "in minutes: models on the true states of two bodies in orbit, then on collisions as the offline encoder sees them",
         _demo,
     )
     command.add_argument(

@@ -209,9 +209,9 @@ def test_the_demo_is_of_settings_that_can_be(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(runs, "reproduce", lambda config, out, *rest: seen.append((config, out, rest)) or {})
     found = runs.demo(tmp_path, "cpu", False, print)
-    assert [folder.root for folder, _ in found] == [tmp_path / name for name in ("pendulum", "collisions")]
+    assert [folder.root for folder, _ in found] == [tmp_path / name for name in ("orbit", "collisions")]
     for config, out, (videos, names, *_) in seen:
         assert videos is None
         runs.check_settings(config, names)
         check_numbers(config.train)
-        assert config.encode.encoder == {"pendulum": "state", "collisions": "offline"}[out.name]
+        assert config.encode.encoder == {"orbit": "state", "collisions": "offline"}[out.name]

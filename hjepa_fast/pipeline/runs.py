@@ -43,16 +43,16 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 """Settings of `--quick`: the whole pipeline in less than two minutes on two cores. Too short to mean anything."""
 
-DEMO_VIDEOS, DEMO_EPOCHS = 50, 60
+DEMO_SCENE, DEMO_VIDEOS, DEMO_EPOCHS = "orbit", 50, 60
 DEMO_MODELS = ("hnn", "hnn-separable", "baseline", "baseline-residual")
-"""Of the demo on a pendulum's true states."""
+"""Of the demo on the true states of a smooth scene."""
 DEMO_OFFLINE_VIDEOS, DEMO_OFFLINE_EPOCHS = 20, 10
 DEMO_OFFLINE_MODELS = ("hnn", "baseline", "baseline-residual")
 """Of the demo on collisions as the offline encoder sees them."""
 DEMO: dict[str, tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = {
-    "pendulum": (
+    DEMO_SCENE: (
         {
-            "videos": {"scene": "pendulum", "n_videos": DEMO_VIDEOS, "background": "gradient"},
+            "videos": {"scene": DEMO_SCENE, "n_videos": DEMO_VIDEOS, "background": "gradient"},
             "encode": {"encoder": STATE_ENCODER},
             "train": RECIPES["smooth"]["train"] | {"epochs": DEMO_EPOCHS},
             "evaluate": {"timing_runs": 20},
