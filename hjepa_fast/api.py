@@ -97,7 +97,8 @@ def rollout(
     condition : Tensor [..., c], optional
         An input of H (`condition_dim`) that holds throughout. Leading sizes of z0, control and condition are broadcast.
     backend : str
-        "auto" (the fastest that is there, see `available_backends`), "cpp", "triton", "cuda", "torch", or "reference" (nested
+        "auto" (the fastest that is there, see `available_backends`; if that is plain PyTorch because something that can be
+        installed is missing, one warning in a process says what), "cpp", "triton", "cuda", "torch", or "reference" (nested
         autograd, of any module; it knows no `memory`). Whatever the backend, tangents (forward mode) and second derivatives
         run in PyTorch operations, on the states themselves, and not in graphs of torch.compile.
         "triton" runs a rollout as one kernel each way, and leaves "rk4", "tao" and float64 to PyTorch operations; "cuda"

@@ -522,8 +522,7 @@ def _encode(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from .pipeline import tensorboard
     from .pipeline.encoders import resolve_device
-    from .pipeline.runs import check_settings, train_models
-    from .pipeline.windows import read
+    from .pipeline.runs import check_settings, read_windows, train_models
 
     run, config = Run(options.out), config_of(options)
     names = chosen(options.models, config.train, config.data)
@@ -533,7 +532,7 @@ def _train(options: argparse.Namespace) -> None:
     resolve_device(options.device)
     latents = place(options.latents)
     distributed.on_first(lambda: files.refuse_if_locked(latents))
-    dataset = read(latents, config.data, options.videos)
+    dataset = read_windows(latents, config, options.videos, not options.quiet)
     with distributed.by_first(run.locked()):
         distributed.on_first(lambda: run.start(config, options.videos, latents, names))
         train_models(run, names, dataset, config, options.device, not options.quiet, _say, options.tensorboard)

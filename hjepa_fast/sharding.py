@@ -14,7 +14,8 @@ def replicated_scalars(module: nn.Module, group: dist.ProcessGroup | None = None
         fully_shard(model, ignored_params=hf.replicated_scalars(model))
 
     Every process keeps them whole, under their own names in the state dict. Their gradients are averaged over the processes in
-    the backward pass, as FSDP averages those that it shards. As with those, processes must start from the same values.
+    the backward pass, as FSDP averages those that it shards. As with those, processes must start from the same values. FSDP
+    moves them to no device: the module must be on its own before.
 
     Parameters
     ----------

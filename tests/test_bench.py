@@ -1092,3 +1092,86 @@ def test_the_zoo_is_checked_and_shown(checkout, quick_measure, monkeypatch, caps
     monkeypatch.setattr("bench.zoo.Torchdyn.fused", lambda self, *_, **__: 2 * self.textbook(*self.batch(100, 1)))
     assert main("--zoo", "--again", "--commit-results") == 1
     assert "torch is wrong in zoo-torchdyn" in capsys.readouterr().err
+
+
+def timed(name, kind, batch, times, **changes):
+    """An entry in which contestants take so many milliseconds a step."""
+    case = dataclasses.replace(Case(name, kind, batch), **changes)
+    facts = {
+        contestant: {"median_s": ms * case.n_steps / 1000, "ours": contestant.partition(":")[0] in api.BACKENDS}
+        for contestant, ms in times.items()
+    }
+    return {"case": dataclasses.asdict(case), "contestants": facts}
+
+
+def test_plots_keep_hamiltonians_apart():
+    """At batch 32 there are a general and a separable H, a network of other widths and one under other integrators."""
+    general, separable = {"cpp": 1.0, "eager": 3.0}, {"cpp": 8.0, "eager": 32.0}
+    results = of_cells(
+        timed("a", "rollout", 1, general),
+        timed("b", "rollout", 32, {"cpp": 2.0, "eager": 5.0}),
+        timed("c", "rollout", 32, separable, separable=True),
+        timed("d", "rollout", 1, separable, separable=True),
+        timed("e", "rollout", 32, {"cpp": 99.0}, hidden_dims=(8, 8)),
+        timed("f", "rollout", 32, {"cpp": 77.0}, integrators=("leapfrog", "rk4")),
+        timed("g", "rollout", 32, {"cpp": 66.0}, dtype="bfloat16"),
+        timed("h", "training", 32, general),
+    )
+    drawn = report.plots(results)
+    assert set(drawn) == {"rollout-batch", "rollout-batch-separable"}
+    assert drawn["rollout-batch"].curves == {"cpp": [(1, 1.0), (32, 2.0)], "eager": [(1, 3.0), (32, 5.0)]}
+    assert drawn["rollout-batch-separable"].curves == {"cpp": [(1, 8.0), (32, 8.0)], "eager": [(1, 32.0), (32, 32.0)]}
+    assert "T(p) + V(q)" in drawn["rollout-batch-separable"].about
+    assert drawn["rollout-batch"].finding == (
+        "Ours is the fastest at every batch size: the best rival that computes gradients of H takes 2.5 to 3 times as long"
+    )
+
+
+def test_a_plot_says_where_ours_is_not_the_fastest():
+    slow, fast = {"cpp": 2.0, "eager": 1.0, "baseline": 0.1}, {"cpp": 1.0, "eager": 4.0}
+    losing = of_cells(timed("a", "rollout", 1, slow), timed("b", "rollout", 32, fast))
+    text = report.plots(losing)["rollout-batch"].finding
+    assert text.startswith("Ours is the fastest at 1 of 2 batch sizes: ")
+    assert text.endswith("takes 0.5 to 4 times as long")
+    lost = of_cells(*(timed(str(batch), "rollout", batch, {"cpp": 2.0, "eager": 1.0}) for batch in (1, 8)))
+    assert report.plots(lost)["rollout-batch"].finding.startswith("Ours is the fastest nowhere: ")
+
+
+def test_plots_of_latent_sizes_and_memory():
+    sizes = [
+        timed(f"{d}-{n}", "rollout", 32, {"cpp": ms, "eager": d / 64.0}, latent_dim=d, n_steps=n, states="final")
+        for d, ms in ((64, 1.0), (256, 0.5)) for n in cases.SLOPE_STEPS
+    ]  # fmt: skip
+    kept = [timed(f"m{n}", "training", 2, {"cpp": 1, "cpp:checkpoint": 1, "cpp:rk4": 1, "cpp:rk4:checkpoint": 1}, n_steps=n,
+                  memory=("store", "checkpoint"), integrators=("leapfrog", "rk4")) for n in (10, 20)]  # fmt: skip
+    for entry in kept:
+        for i, fact in enumerate(entry["contestants"].values()):
+            fact["kept_bytes"] = 2048 * entry["case"]["n_steps"] / 4**i
+    drawn = report.plots(of_cells(*sizes, *kept))
+    assert set(drawn) == {"latent-size", "memory", "memory-rk4"}
+    assert drawn["latent-size"].finding.endswith("this many times as long: cpp 0.5, eager 4")
+    assert dict(drawn["latent-size"].curves["eager"]) == {64: pytest.approx(1), 256: pytest.approx(4)}
+    assert drawn["memory"].curves["cpp"] == [(10, 10.0), (20, 20.0)]
+    assert set(drawn["memory-rk4"].curves) == {"cpp", "cpp:checkpoint"}
+    assert drawn["memory"].finding == "Over 20 steps cpp keeps 4 times as much for the backward pass as cpp:checkpoint"
+
+
+def test_no_colour_of_a_plot_is_used_twice(tmp_path):
+    assert len(set(report.CONTESTANTS.values())) == len(report.CONTESTANTS)
+    for path in sorted((Path(report.__file__).parent / "results").glob("*.json")):
+        for plot in report.plots(report.read(path)).values():
+            colors = report.colors_of(plot.curves)
+            assert colors.keys() == plot.curves.keys()
+            assert len(set(colors.values())) == len(colors)
+            assert all(colors[name] == report.CONTESTANTS[name] for name in colors if name in report.CONTESTANTS)
+    many = report.colors_of([f"rival-{i}" for i in range(30)])
+    assert len(many) == len(set(many.values())) < 30
+    plot = report.Plot("batch size", "ms", "f", {f"rival-{i}": [(1, 1.0 + i), (2, 2.0)] for i in range(30)}, "about")
+    report._draw(tmp_path / "x.png", plot, "environment")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_committed_plots_are_those_of_the_committed_results():
+    folder = Path(report.__file__).parent / "results"
+    wanted = {f"{path.stem}-{name}.png" for path in folder.glob("*.json") for name in report.plots(report.read(path))}
+    assert {path.name for path in folder.glob("*.png")} == wanted

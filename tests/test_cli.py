@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hjepa_fast.cli import build_parser, config_of, main
-from hjepa_fast.pipeline import checkpoints, controls, figures, files
+from hjepa_fast.pipeline import animation, checkpoints, controls, figures, files, stage
 from hjepa_fast.pipeline.config import WORLDS, Config, DataConfig, TrainConfig, VideoConfig
 from hjepa_fast.pipeline.videos import find_videos, write_video
 from hjepa_fast.pipeline.zoo import chosen
@@ -121,7 +121,38 @@ def test_dream_from_a_latent_and_from_the_video_agree(reproduced, tmp_path):
     torch.testing.assert_close(first["states"], second["states"], rtol=1e-4, atol=1e-4)
     stored, _ = files.load_tensors(latents, "latents")
     torch.testing.assert_close(first["states"][0], stored["latents"][2], rtol=1e-5, atol=1e-5)
-    assert {path.name for path in tmp_path.iterdir()} >= {"a.b.png", "a.b.pdf", "c.png", "c.pdf"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"a.b.png", "a.b.pdf", "a.b.mp4", "a.b.gif", "c.png", "c.pdf"}
+
+
+def test_a_dream_moves_as_the_probe_of_its_run_reads_it(reproduced, tmp_path, monkeypatch):
+    """Positions by a regression fitted without the dream's own video, beside the true clip for as long as that is."""
+    seen, fitted, readout = [], [], stage.readout
+    monkeypatch.setattr(animation, "write", lambda stem, motion: seen.append(motion) or [])
+    monkeypatch.setattr(stage, "readout", lambda items, truths: fitted.append(items) or readout(items, truths))
+    checkpoint = reproduced / "models" / "baseline" / "best.safetensors"
+    source = ("--latents", reproduced / "latents" / "video_003.safetensors", "--index", 1, "--steps", 8)
+    assert run("dream", checkpoint, *source, "--out", tmp_path / "d") == 0
+    assert [item.name for item in fitted[0]] == [f"video_00{i}" for i in (0, 1, 2, 4)]
+    (shown,) = seen
+    assert shown.predicted.shape == (9, 2, 2)
+    assert "linear probe" in shown.about
+    # 44 frames hold 8 clips of 16, the dream starts at the second, and each is seen by the frame in its middle
+    assert (shown.true.shape, len(shown.images), shown.size, shown.seconds) == (
+        (7, 2, 2),
+        8,
+        (64.0, 64.0),
+        pytest.approx(4 / 30),
+    )
+    truth = files.load_tensors(reproduced / "videos" / "video_003.safetensors", "truth")[0]["positions"].numpy()
+    np.testing.assert_allclose(shown.true[2].ravel(), truth[12:28].mean(axis=0).ravel())
+
+    assert run("dream", checkpoint, *source, "--no-animation", "--out", tmp_path / "e") == 0
+    assert len(seen) == 1
+    moved = tmp_path / "best.safetensors"  # in no run: nothing is known of other videos
+    moved.write_bytes(checkpoint.read_bytes())
+    assert run("dream", moved, *source, "--out", tmp_path / "f") == 0
+    assert (seen[-1].size, seen[-1].images, seen[-1].predicted.shape) == (None, [], (9, 1, 2))
+    assert "no ground truth" in seen[-1].about
 
 
 def test_dream_refuses_what_does_not_fit(reproduced, tmp_path, capsys):

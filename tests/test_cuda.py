@@ -584,12 +584,56 @@ def test_captured_in_a_cuda_graph(variant, monkeypatch):
 @on_gpu
 def test_what_a_gpu_does_not_take_runs_elsewhere(monkeypatch):
     monkeypatch.setattr(cuda_backend, "_told", set())
-    on_variants(monkeypatch, GRID, 10**4, 1)
+    on_variants(monkeypatch, GRID, 1000, 1)
     case = Case(1, (33, 20))
     expected = case.to(torch.float32).to(torch.float64).forward(torch_backend)
     with pytest.warns(UserWarning, match="the device does not take a launch of the CUDA kernel"):
         found = to_gpu(case).forward(cuda_backend)
     assert error([x.cpu() for x in found], expected) < 3e-6
+
+
+def on_gpus(device: str, **options) -> list[torch.Tensor]:
+    """States, energies and gradients of a training step in float32."""
+    hnn, z0 = make_hnn(64, (48, 40, 24)).float().to(device), make_states(5, 64).float().to(device).requires_grad_()
+    dt = torch.full((6,), 0.1, device=device, requires_grad=True)
+    return [x.detach() for x in gradients(hnn, z0, dt, 6, **options)]
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", ["auto", "cuda", "triton"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
+def test_a_training_step_on_a_gpu(memory, backend):
+    hnn, z0 = make_hnn(64, (48, 40, 24)).float().double(), make_states(5, 64).float().double().requires_grad_()
+    dt = torch.full((6,), 0.1).double().requires_grad_()
+    found = [x.cpu().double() for x in on_gpus("cuda", backend=backend, memory=memory)]
+    assert_all_close(found, gradients(hnn, z0, dt, 6), rtol=1e-3, atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"integrator": "implicit-midpoint", "unconverged": "flag"}, {"memory": "checkpoint"}], ids=str
+)
+def test_nothing_waits_on_a_gpu(options):
+    """PyTorch tells of every call that does; the first one compiles and copies what later ones have."""
+    on_gpus("cuda", **options)
+    hnn, z0 = make_hnn(64, (48, 40, 24)).float().cuda(), make_states(5, 64).float().cuda().requires_grad_()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = hf.rollout(hnn, z0, 0.1, 6, energy=True, **options)
+            torch.autograd.grad((out.states.sum(), out.energy.sum()), [z0, *hnn.parameters()])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu_that_is_not_the_current_one(backend):
+    expected, found = on_gpus("cuda:0", backend=backend), on_gpus("cuda:1", backend=backend)
+    assert all(x.device.index == 1 for x in found)
+    assert torch.cuda.current_device() == 0
+    assert_all_close([x.cpu() for x in found], [x.cpu() for x in expected], rtol=1e-5, atol=1e-5)
 
 
 @on_gpu

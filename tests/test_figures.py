@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa_fast.pipeline import figures, findings, plotting, zoo
+from hjepa_fast.errors import HJEPAError
+from hjepa_fast.pipeline import figures, findings, plotting, schemas, zoo
 from hjepa_fast.pipeline.plotting import COLORS, INTEGRATOR_COLORS, OTHER_INTEGRATOR, PALETTE, SIZE, TRUE, own_style
 from hjepa_fast.pipeline.tables import summary_table
 
@@ -68,6 +69,13 @@ class TestAxes:
         assert notes == []
         assert axis.get_ylim()[1] >= 16
 
+    def test_what_falls_is_in_view_as_well(self):
+        axis, notes = drawn([0, -1, -3], [0, 0.5, 1], [0, -1e9, -2e9])
+        assert notes == ["c2: off the axis from step 2, largest 2.0e+09"]
+        low, high = axis.get_ylim()
+        assert -4 < low < -3
+        assert 1 < high < 2
+
     def test_two_that_diverge_do_not_keep_each_other_in_view(self):
         axis, notes = drawn([1, 2, 3], [1, 3, 4], [1, 1, 2], [1, 9e5, 3e6], [1, 9e5, 4e6])
         assert len(notes) == 2
@@ -96,8 +104,16 @@ class TestAxes:
 
     def test_a_band_counts_what_diverges_as_largest(self):
         values = torch.tensor([[1.0, 1.0], [2.0, math.nan], [3.0, math.inf]])
-        band = own_style(lambda: plotting.band(plotting.new_figure("")[1][0, 0], np.arange(2), values, PALETTE[0], ""))()
-        assert band.values.tolist() == [2.0, math.inf]
+        for mean, expected in ((False, [2.0, math.inf]), (True, [2.0, math.inf])):
+            band = own_style(
+                lambda m=mean: plotting.band(plotting.new_figure("")[1][0, 0], np.arange(2), values, PALETTE[0], "", mean=m)
+            )()
+            assert band.values.tolist() == expected
+        one = torch.tensor([[1.0], [1.0], [math.nan]])
+        bands = [
+            plotting.band(plotting.new_figure("")[1][0, 0], np.arange(1), one, PALETTE[0], "", mean=m) for m in (True, False)
+        ]
+        assert [band.values.tolist() for band in bands] == [[math.inf], [1.0]]
 
 
 def row(name, title=None, **facts):
@@ -112,9 +128,9 @@ class TestFindings:
             return findings.prediction([row("hnn", mse_relative=hnn), row("baseline", mse_relative=mlp)], 15)
 
         assert said(0.1, 0.4) == (
-            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4 times as much)"
+            "Least error over 15 steps, by the data's variance: HNN (full), 0.1; best MLP: Baseline MLP, 0.4 (4x)"
         )
-        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2 times as much)" in said(0.8, 0.4)
+        assert "Baseline MLP, 0.4; best Hamiltonian model: HNN (full), 0.8 (2x)" in said(0.8, 0.4)
         assert "the data's mean" not in said(0.8, 0.4)
         assert said(1.2, 1.0).endswith("None is nearer than the data's mean (1)")
         assert said(None, 0.4).endswith("Baseline MLP, 0.4; every Hamiltonian model diverges")
@@ -131,7 +147,7 @@ class TestFindings:
             rows, 1000
         )
         rows[2]["drift_extended_mean"] = 0.01
-        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20 times as much)" in findings.energy(rows, 1000)
+        assert ": Baseline MLP, 0.01; best Hamiltonian model: HNN (full), 0.2 (20x)" in findings.energy(rows, 1000)
         for item in rows:
             item["drift_extended_mean"] = None
         assert findings.energy(rows, 9) == "Energy drift over 9 steps: no model has one that stays finite"
@@ -210,7 +226,8 @@ def summary_of(errors, drifts, lost=(0, 0, 0)):
     return {
         "encoder": "state", "split": "video", "standardized": True, "n_train": 3, "n_test": 3, "latent_dim": 2, "n_steps": 4,
         "extended_steps": 8, "extended_windows": 3, "epochs": 1, "probe": None, "integrators": [], "models": models,
-        "hardware": {"device": "x", "threads": 1, "torch": "2"}, "step": {"frames": 4, "fps": 30.0, "seconds": 4 / 30},
+        "hardware": {"device": "x", "threads": 1, "torch": "2"}, "recipe": "smooth",
+        "step": {"frames": 4, "fps": 30.0, "seconds": 4 / 30},
         "motion": {"horizons": [4, 8], "conservative": True, "energy_scale": 2.0},
     }  # fmt: skip
 
@@ -218,14 +235,10 @@ def summary_of(errors, drifts, lost=(0, 0, 0)):
 class TestTrueMotion:
     def test_the_table_says_what_was_found(self):
         table = summary_table(summary_of((0.02, 0.4, 2.0), (0.03, 0.99, 0.0)))
-        assert table.startswith(
-            "**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20 times as much).**\n"
-        )
-        assert (
-            "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33 times as much)."
-            in table
-        )
+        assert table.startswith("**Least error over 8 steps: HNN (full), 0.02; best MLP: Residual MLP, 0.4 (20x).**\n")
+        assert "**Least drift of the true energy over 8 steps: HNN (full), 0.03; best MLP: Residual MLP, 0.99 (33x)." in table
         assert "| error, 4 steps (0.533 s) | error, 8 steps (1.07 s) | true energy's drift, 8 steps |" in table
+        assert "; 1 epochs; recipe smooth; 4-step" in table
         lines = [line for line in table.splitlines() if line.startswith("| ")]
         assert [line.split()[1] for line in lines[1:4]] == ["HNN", "Residual", "Persistence"]
         assert [cell.strip() for cell in lines[2].split("|")[2:7]] == ["0.2", "0.4", "0.99", "0 of 3", "-"]
@@ -233,7 +246,7 @@ class TestTrueMotion:
     def test_and_the_opposite(self):
         table = summary_table(summary_of((0.4, 0.02, 0.001), (None, 0.1, 0.0), (3, 0, 0)))
         assert table.startswith(
-            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20 times as much).**\n"
+            "**Least error over 8 steps: Residual MLP, 0.02; best Hamiltonian model: HNN (full), 0.4 (20x).**\n"
         )
         assert "over 8 steps: Residual MLP, 0.1; every Hamiltonian model diverges.**" in table
         assert "| diverged" in table
@@ -249,20 +262,40 @@ class TestTrueMotion:
         assert summary_table(summary).startswith("| model")
 
     @staticmethod
-    def drawn(hnn_error, mlp_error):
+    def evaluated(hnn_error, mlp_error):
         summary = summary_of((hnn_error, mlp_error, 2.0), (0.03, 0.99, 0.0), (0, 2, 0))
         angle = torch.arange(9) * 0.5
         circle = torch.stack([angle.cos(), angle.sin()], dim=1)
-        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9)}
+        arrays = {"true/motion": circle, "true/motion_energy": torch.ones(3, 9), "true/example": circle[:5]}
         for name, size in (("hnn", 1.01), ("baseline-residual", 1e12), ("persistence", 1.0)):
             arrays |= {
                 f"{name}/motion": circle * torch.linspace(1, size, 9)[:, None],
-                f"{name}/motion_error": torch.linspace(0, size, 9).expand(3, 9),
-                f"{name}/motion_energy": torch.linspace(1, size, 9).expand(3, 9),
+                f"{name}/motion_error": torch.linspace(0, size, 9).repeat(3, 1),
+                f"{name}/motion_energy": torch.linspace(1, size, 9).repeat(3, 1),
+                f"{name}/example": circle[:5],
+                f"{name}/step_mse": torch.ones(3, 4),
             }
+        return summary, arrays
+
+    def drawn(self, hnn_error, mlp_error):
+        summary, arrays = self.evaluated(hnn_error, mlp_error)
         rows = {item["name"]: item for item in summary["models"]}
         view = figures.View(summary, rows, arrays, figures.step_label(summary["step"]))
         return own_style(figures._motion)(view)
+
+    def test_files_that_do_not_fit_are_refused(self):
+        summary, arrays = self.evaluated(0.02, 0.4)
+        schemas.check(schemas.Summary, summary, "x")
+        schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="expected floating-point numbers .* in 'hnn/motion_error'"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3)}, COLORS, "x")
+        with pytest.raises(HJEPAError, match=r"arrays of motion_energy differ in shape: \[3, 9\] and \[3, 8\]"):
+            schemas.check_arrays(summary, arrays | {"hnn/motion_error": torch.ones(3, 8)}, COLORS, "x")
+        del summary["models"][1]["motion"]["lost"]["8"]
+        with pytest.raises(HJEPAError, match="does not say how 'baseline-residual' compares with the true motion"):
+            schemas.check_arrays(summary, arrays, COLORS, "x")
+        with pytest.raises(HJEPAError, match="x: motion.horizons"):
+            schemas.check(schemas.Summary, summary | {"motion": {"horizons": []}}, "x")
 
     def test_the_picture(self, tmp_path):
         figure = self.drawn(0.02, 0.4)
@@ -277,7 +310,7 @@ class TestTrueMotion:
         assert sum("Residual MLP: off the axis from step 1" in note for note in notes) == 2
         assert any(note.startswith("Residual MLP: out of view from step") for note in notes)
         assert not any("HNN (full)" in note for note in notes)
-        assert any("left the motion: Residual MLP 2 of 3" in text.get_text() for text in figure.texts)
+        assert any("left the motion: Residual MLP 2 of 3" in text.get_text().replace("\n", " ") for text in figure.texts)
         for axis in figure.axes:
             assert "(" in axis.get_xlabel(), "a unit"
             assert axis.get_legend() is None, "legends lie off the data"

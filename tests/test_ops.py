@@ -342,9 +342,10 @@ def test_backends_tell_what_auto_takes_for_given_states(monkeypatch):
     """And nothing else: what runs, and what is refused, is the same."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from hjepa_fast.backends import cpp, triton
+    from hjepa_fast.backends import cpp, cuda, triton
 
     z0 = make_states(2, 3, 4)
+    monkeypatch.setattr(cuda, "available", lambda: False)  # where it is, "auto" takes it
     for built, choice in ((True, "cpp"), (False, "torch")):
         monkeypatch.setattr(cpp, "available", lambda built=built: built)
         found = hf.available_backends(z0)

@@ -168,7 +168,7 @@ class TestTraining:
     def test_dreams(self, name, dataset, tmp_path):
         best = train.train(name, dataset, tmp_path / "run", CONFIG, DATA)
         latents = tmp_path / "latents" / "video_000.safetensors"
-        result = dream(best, tmp_path / "dream", latents=latents, n_steps=4)
+        result = dream(best, tmp_path / "dream", latents=latents, n_steps=4, animate=False)
         assert result.text.startswith(zoo.MODELS[name].title)
         assert "could not be solved" not in result.text
         tensors, _ = files.load_tensors(tmp_path / "dream.safetensors", "dream")
@@ -180,7 +180,7 @@ class TestTraining:
         steep = curved(zoo.build("hnn-implicit", 6, 2.0, 0), 30)
         steep_path = tmp_path / "steep.safetensors"
         checkpoints.save(steep_path, dataclasses.replace(checkpoint, model=steep.state_dict()))
-        result = dream(steep_path, tmp_path / "dream", latents=latents, n_steps=60)
+        result = dream(steep_path, tmp_path / "dream", latents=latents, n_steps=60, animate=False)
         assert re.search(r"; \d+ implicit steps could not be solved, for which dt 2 is too large$", result.text)
         best = train.train("baseline", dataset, tmp_path / "baseline", CONFIG, DATA)
         checkpoint = checkpoints.load(best)

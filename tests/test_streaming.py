@@ -56,7 +56,10 @@ def all_of(windows):
 @pytest.mark.parametrize("held", [2**28, 16 * 6 * 4 * 7])
 def test_streamed_windows_are_those_in_memory(folder, stream, standardize, held, monkeypatch):
     expected = read(folder, dataclasses.replace(DATA, standardize=standardize))
-    data = read(folder, dataclasses.replace(DATA, standardize=standardize, stream=stream))
+    seen = []
+    config = dataclasses.replace(DATA, standardize=standardize, stream=stream)
+    data = read(folder, config, progress=lambda *counts: seen.append(counts))
+    assert seen == [(n, 5) for n in range(1, 6)]
     monkeypatch.setattr(streaming, "HELD", held)
     streamed = data.train.to("cpu")  # which reads by blocks of this size
     assert streamed.shape == expected.train.shape

@@ -411,7 +411,8 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
 def test_launches_of_a_rollout(monkeypatch):
     """Forward the loop's own kernel and one that packs; backward those, and the products that the parameters' gradients are."""
     monkeypatch.setattr(tune, "blocks", SMALL)
-    case = on_device(Case(3, (7, 5), n_steps=2))
+    case = on_device(Case(3, (7, 5), n_steps=1))
+    case.forward(triton_backend)  # compiles
     launches = Launches(monkeypatch)
     with launches:
         out = case.forward(triton_backend)
@@ -891,6 +892,7 @@ def test_shapes_that_are_timed_are_compiled_at_a_time(hopper, monkeypatch):
     for name in kernels.__all__:
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernel, "_do_compile", functools.partial(type(kernel)._do_compile, kernel))
+        assert len(kernel.device_caches[0][0]) == 0  # that sets `compile`, too
         monkeypatch.setattr(kernel, "compile", compile_here)
     guard = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or guard(x))

@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import HJEPAError
+
 
 class Solver(NamedTuple):
     """When the equations of implicit sub-steps count as solved."""
@@ -25,6 +27,18 @@ def waits(x: Tensor) -> bool:
 def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be read back."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_in_capture(x: Tensor, what: str, instead: str) -> None:
+    """What must read x back cannot be captured in a CUDA graph.
+
+    Raises
+    ------
+    HJEPAError
+        One is being captured.
+    """
+    if capturing(x):
+        raise HJEPAError(f"{what} reads from the device, which nothing may while a CUDA graph is captured; use {instead}")
 
 
 _T = TypeVar("_T")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import warn
 from . import outline as outlines
+from .fixed_point import refuse_in_capture
 from .loops import Kernel, Problem, Sweep, of_energy_of_states
 from .outline import segment_length
 
@@ -146,6 +147,7 @@ class Backwards:
                 before, run = self.loop.rebuilt(state, begin, end, self.outline.every_path)
                 self.segment(begin, end, state, run.path, run.tape, "store")
                 state = before
+            refuse_in_capture(self.problem.z0, 'memory="reversible"', '"checkpoint"')
             error = self.distance(state, anchors[index])
             limit = _LOST * torch.finfo(self.problem.z0.dtype).eps
             if error > limit:

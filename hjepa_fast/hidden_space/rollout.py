@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceError, warn
 from . import tao
-from .fixed_point import Solver, waits
+from .fixed_point import Solver, refuse_in_capture, waits
 from .loops import Kernel, Problem, Ran, Sweep, energy_of_states, of_energy_of_states
 from .machine import half_of
 from .memory import Backwards
@@ -144,6 +144,7 @@ def check_converged(solver: Solver, z0: Tensor, residual: Tensor) -> None:
     ------
     ConvergenceError
     """
+    refuse_in_capture(residual, 'unconverged="raise"', '"flag"')
     failed = ~(residual <= solver.tolerance) & z0.isfinite().all(dim=1, keepdim=True)
     if not failed.any():
         return
@@ -207,6 +208,7 @@ def check_adjoint(solver: Solver, residual: Tensor, must_converge: bool) -> None
     """
     if not must_converge and waits(residual):
         return
+    refuse_in_capture(residual, 'unconverged="raise"', '"flag"')
     failed = residual > solver.tolerance
     if not failed.any():
         return

@@ -39,7 +39,7 @@ class Motion:
     true : float [m, bodies, 2] or None
         Where they really are, for as many frames as are known.
     images : sequence of uint8 [H, W, 3]
-        Those of the true clip, for as many as there are.
+        Those of the true clip, for as many as there are; of any size, they fill the frame.
     size : (float, float) or None
         Width and height of the frame in pixels; None where x and y are no pixels, but components of latents.
     radii : sequence of float
@@ -107,7 +107,8 @@ def render(motion: Motion) -> list[np.ndarray]:
     figure.set_dpi(DPI)
     left, right = figure.subplots(1, 2)
     for axis, title in ((left, motion.predicted_title), (right, motion.true_title)):
-        _frame(axis, motion)
+        if axis is left or not motion.images:
+            _frame(axis, motion)
         axis.set_title(title)
     moving: list[_Bodies | _Clip] = [_Bodies(left, motion, motion.predicted), _Clip(right, motion)]
     if motion.true is not None:
@@ -177,7 +178,11 @@ class _Clip:
 
     def __init__(self, axis: Axes, motion: Motion) -> None:
         self.motion = motion
-        self.image: Any = axis.imshow(motion.images[0]) if motion.images else None
+        self.image: Any = None
+        if motion.images:
+            width, height = motion.size or motion.images[0].shape[1::-1]
+            self.image = axis.imshow(motion.images[0], extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+            axis.set(xlabel="x (pixels)", ylabel="y (pixels)")
         self.bodies = _Bodies(axis, motion, motion.true) if motion.true is not None and not motion.images else None
         self.word = axis.text(0.5, 0.5, "", transform=axis.transAxes, ha="center", va="center", fontsize=9, zorder=9)
         self.length = len(motion.images) or (0 if motion.true is None else len(motion.true))

@@ -163,9 +163,9 @@ class View:
         """The models that have an array of this name."""
         return [name for name in self.rows if f"{name}/{key}" in self.arrays and name != PERSISTENCE]
 
-    def band(self, axis: Axes, name: str, x: np.ndarray, values: Tensor, shaded: bool = True) -> Curve:
-        """A model's median and percentiles in its colour."""
-        return band(axis, x, values, COLORS[name], self.rows[name]["title"], style_of(name), shaded)
+    def band(self, axis: Axes, name: str, x: np.ndarray, values: Tensor, **options: bool) -> Curve:
+        """A model's mean and percentiles in its colour; options as those of `plotting.band`."""
+        return band(axis, x, values, COLORS[name], self.rows[name]["title"], style_of(name), **options)
 
 
 def step_label(step: Mapping[str, Any]) -> str:
@@ -207,7 +207,7 @@ def _caption(summary: dict[str, Any]) -> str:
 
 USUAL = 10.0
 """What relative errors and drifts are drawn up to, however small those of other models are."""
-_SHADED = "lines: median over test windows, shaded: 10th to 90th percentile; dashed: models without a Hamiltonian; "
+_SHADED = "lines: mean over test windows, shaded: 10th to 90th percentile; dashed: models without a Hamiltonian; "
 
 
 def _drift_of(rows: Mapping[str, Any]) -> tuple[str, str]:
@@ -279,8 +279,8 @@ def _motion(view: View) -> Figure | None:
         error, found = arrays[f"{name}/motion_error"].double(), arrays[f"{name}/motion_energy"].double()
         drift = (found - (found[:, :1] if summary["motion"]["conservative"] else energy)).abs() / scale
         x = np.arange(1, len(true))
-        errors.append(view.band(axes["d"], name, x, error[:, 1:], name in best))
-        drifts.append(view.band(axes["e"], name, x, drift[:, 1:], name in best))
+        errors.append(view.band(axes["d"], name, x, error[:, 1:], shaded=name in best, mean=False))
+        drifts.append(view.band(axes["e"], name, x, drift[:, 1:], shaded=name in best, mean=False))
     for axis, curves, title in (
         (axes["d"], errors, "squared error / variance"),
         (axes["e"], drifts, "true energy's error / |E|"),
@@ -302,7 +302,7 @@ def _energy(view: View) -> Figure | None:
     full = view.rows.get(zoo.FULL_MODEL)
     if full is not None and full["energy_std"]:
         H = view.arrays[f"{zoo.FULL_MODEL}/energy_true"].double()
-        true = (H[:, 1:] - H[:, :1]).abs().quantile(0.5, dim=0) / full["energy_std"]
+        true = (H[:, 1:] - H[:, :1]).abs().mean(dim=0) / full["energy_std"]
         curves.append(
             curve(axes[0, 0], np.arange(1, H.shape[1]), true.numpy(), TRUE, "full model's H along the true latents", ":")
         )
@@ -321,11 +321,10 @@ def _dissipation(view: View) -> Figure | None:
     if not names:
         return None
     finding = findings.dissipation(view.summary["models"], view.summary["n_steps"])
-    figure, axes = view.figure(finding, 1, 2, f"models with friction or a control; {_SHADED}", sharey=True)
+    figure, axes = view.figure(finding, 1, 2, f"models with friction or a control; {_SHADED}")
     for axis, key, title in ((axes[0, 0], "change", "predictions"), (axes[0, 1], "change_true", "the true latents")):
-        for name in names:
-            change = arrays[f"{name}/{key}"]
-            view.band(axis, name, np.arange(change.shape[1]), change)
+        curves = [view.band(axis, name, np.arange(arrays[f"{name}/{key}"].shape[1]), arrays[f"{name}/{key}"]) for name in names]
+        in_view(axis, curves)
         axis.axhline(0, color=TRUE, lw=0.6)
         axis.set(xlabel=view.step, ylabel="H(z(t)) - H(z(0)) (units of H)")
         axis.set_title(f"along {title}, {view.summary['n_steps']} steps")
@@ -341,7 +340,7 @@ def _drift_by_integrator(view: View) -> Figure | None:
     trained = next(row["integrator"] for row in compared if row["trained"])
     about = (
         f"the full model's network, trained with {trained}, {alone}its dt; float64; {summary['extended_windows']} windows; "
-        "lines: median, shaded: 10th to 90th percentile; "
+        "lines: mean, shaded: 10th to 90th percentile; "
     )
     figure, axes = view.figure(findings.integrators(compared, summary["extended_steps"]), about=about)
     curves = []
@@ -402,11 +401,11 @@ def _comparison(run: Run, view: View) -> Figure:
     variance, curves = _variance(rows), []
     for name in names:
         errors = arrays[f"{name}/step_mse"].double() / variance
-        curves.append(view.band(axes[0, 0], name, np.arange(1, errors.shape[1] + 1), errors, name != PERSISTENCE))
+        curves.append(view.band(axes[0, 0], name, np.arange(1, errors.shape[1] + 1), errors, shaded=name != PERSISTENCE))
     axes[0, 0].axhline(1, color=TRUE, lw=0.6, ls=":")
     axes[0, 0].set(xlabel=view.step, ylabel="MSE / variance of the data")
     axes[0, 0].set_title("error (dotted: the data's mean)")
-    in_view(axes[0, 0], curves)
+    in_view(axes[0, 0], curves, scale="log", always=USUAL)
     true = arrays["true/example"][:, :2].numpy()
     axes[0, 1].plot(*true.T, ".-", color=TRUE, label="true", lw=1.2)
     others = []
@@ -470,6 +469,8 @@ def _dots(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, units: Sequen
     inside = [mean for mean in means if mean <= limit] or [1.0]
     if scale == "log":
         axis.set_xscale("log")
+    else:
+        axis.locator_params(axis="x", nbins=5)
     left, right = (0.0, 1.5 * max(inside)) if scale == "linear" else (min(inside) / 3, max(inside) * 3)
     axis.set_xlim(left, right or 1.0)
     for place, (row, unit, (mean, std)) in enumerate(zip(rows, units, numbers, strict=True)):

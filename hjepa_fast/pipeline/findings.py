@@ -15,11 +15,11 @@ HAMILTONIAN, OTHER = "Hamiltonian model", "MLP"
 """Kinds of models; those without a Hamiltonian are all perceptrons."""
 
 
-def shown(value: float) -> str:
-    """Three digits at most; powers of ten only where a plain number would be long."""
+def shown(value: float, digits: int = 3) -> str:
+    """So many digits at most; powers of ten only where a plain number would be long."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-        text = f"{value:,.{digits}f}"
+        places = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:,.{places}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:.1e}"
 
@@ -41,8 +41,8 @@ def least(rows: Sequence[Row], value: Value) -> tuple[Row, float] | None:
     return min(found, key=lambda pair: pair[1], default=None)
 
 
-def ranked(rows: Sequence[Row], value: Value, unit: str = "") -> str | None:
-    """ "A, 0.1; best MLP: B, 0.3 (3 times as much)"; None if no trained model has a value.
+def ranked(rows: Sequence[Row], value: Value) -> str | None:
+    """ "A, 0.1; best MLP: B, 0.3 (3x)"; None if no trained model has a value.
 
     The second part is of the kind of models that the best one is not of, with or without a Hamiltonian, if there are any.
     """
@@ -52,7 +52,7 @@ def ranked(rows: Sequence[Row], value: Value, unit: str = "") -> str | None:
         return None
     winner, x = first
     others = [row for row in rows if has_hamiltonian(row) != has_hamiltonian(winner)]
-    text = f"{winner['title']}, {shown(x)}{unit}"
+    text = f"{winner['title']}, {shown(x, 2)}"
     if not others:
         return text
     kind = OTHER if has_hamiltonian(winner) else HAMILTONIAN
@@ -61,8 +61,8 @@ def ranked(rows: Sequence[Row], value: Value, unit: str = "") -> str | None:
         return f"{text}; every {kind} diverges"
     ratio = second[1] / x if x > 0 else math.inf
     much = f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
-    times = f" ({much} times as much)" if 1.05 <= ratio < 1e4 else ""
-    return f"{text}; best {kind}: {second[0]['title']}, {shown(second[1])}{times}"
+    times = f" ({much}x)" if 1.05 <= ratio < 1e4 else ""
+    return f"{text}; best {kind}: {second[0]['title']}, {shown(second[1], 2)}{times}"
 
 
 def relative_drift(row: Row, key: str = "drift_extended_mean") -> float | None:

@@ -460,6 +460,8 @@ def readout(
             raise LatentError(
                 f"ground truth of {video.name} has {len(truth.positions)} frames, its video {video.metadata['n_frames']}"
             )
+        if truth.positions.shape != (len(truth.positions), *trajectories[0].positions.shape[1:]):
+            raise LatentError(f"ground truth of {video.name} is of another number of bodies than that of {latents[0].name}")
     order = np.random.default_rng(seed).permutation(len(latents))
     test, validation, rest = np.split(order, [n_test, n_test + n_validation])
     features = [video.latents.double().numpy() for video in latents]

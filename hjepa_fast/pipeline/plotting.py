@@ -61,7 +61,7 @@ _STYLE = {
     "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
-_TITLE, _ABOUT, _LEGEND = 110, 165, 0.033
+_TITLE, _ABOUT, _LEGEND = 110, 180, 0.033
 """Characters in a line of a title and of what stands below, and the height of a row of the legend, of the figure's."""
 
 
@@ -200,7 +200,7 @@ def legend(figure: Figure, columns: int = 5) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one model: values [T] that are not negative at x [T], where not finite means that it diverged."""
+    """What is drawn of one model: values [T] at x [T], where not finite means that it diverged."""
 
     x: np.ndarray
     values: np.ndarray
@@ -215,23 +215,26 @@ def curve(axis: Axes, x: np.ndarray, values: np.ndarray, color: str, label: str,
     return Curve(np.asarray(x), np.asarray(values, dtype=float), color, label)
 
 
-def band(axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-", shaded: bool = True) -> Curve:
-    """Draw median and 10th to 90th percentile over the first dimension of values [n, T].
+def band(
+    axis: Axes, x: np.ndarray, values: Tensor, color: str, label: str, style: str = "-", shaded: bool = True, mean: bool = True
+) -> Curve:
+    """Draw mean, or median, and 10th to 90th percentile over the first dimension of values [n, T].
 
-    What is not finite counts as larger than everything else, so that a curve leaves the axis where half of the rows diverge.
+    What is not finite counts as larger than everything else, so that a mean leaves the axis where one row diverges, and a
+    median where half of them do.
     """
     values = values.double()
     values = torch.where(values.isfinite() & (values.abs() < LARGEST), values, math.inf).sort(dim=0).values
     low, middle, high = (values[round(q * (len(values) - 1))].numpy() for q in (0.1, 0.5, 0.9))
     if shaded:
         axis.fill_between(x, np.minimum(low, LARGEST), np.minimum(high, LARGEST), color=color, alpha=0.13, lw=0)
-    return curve(axis, x, middle, color, label, style)
+    return curve(axis, x, values.mean(dim=0).numpy() if mean else middle, color, label, style)
 
 
 def in_view(axis: Axes, curves: Sequence[Curve], what: str = "step", scale: str = "linear", always: float = 0.0) -> None:
     """Set the vertical axis so that no diverging curve rules it, and write of each that leaves it where it does.
 
-    The axis reaches `always`, where a curve does; from there, or from the middle one of the curves' largest values (the lower
+    The axis reaches `always`, where a curve does; from there, or from the middle one of the curves' largest sizes (the lower
     of two), it goes up to the next as long as that is at most `ROOM` times as high. It is logarithmic, if
     `scale` says "log", where positive values differ by more than ten times.
     """
@@ -248,9 +251,11 @@ def in_view(axis: Axes, curves: Sequence[Curve], what: str = "step", scale: str 
             span = max(math.log10(inside[-1] / least), 0.5)
             axis.set_ylim(least / 10 ** (0.06 * span), inside[-1] * 10 ** (room * span))
         else:
-            axis.set_ylim(0, inside[-1] * (1 + room))
+            seen = np.concatenate([[0.0], *(curve.values[np.abs(curve.values) <= inside[-1]] for curve in curves)])
+            span = float(np.ptp(seen))
+            axis.set_ylim(seen.min() - (0.06 * span if seen.min() < 0 else 0.0), seen.max() + room * span)
     for row, gone in enumerate(leaving):
-        outside = ~(gone.values <= (inside[-1] if inside else limit) * (1 + 1e-9))
+        outside = ~(np.abs(gone.values) <= (inside[-1] if inside else limit) * (1 + 1e-9))
         top, first = _top(gone.values), gone.x[np.argmax(outside)]
         largest = f", largest {top:.1e}" if np.isfinite(gone.values).all() else ", then diverges"
         _note(axis, row, f"{gone.label}: off the axis from {what} {first:g}{largest}", gone.color)
@@ -276,8 +281,8 @@ def reach(tops: Sequence[float], scale: str, always: float = 0.0) -> float:
 
 
 def _top(values: np.ndarray) -> float:
-    """The largest finite value; 0 without any."""
-    finite = values[np.isfinite(values)]
+    """The largest size of a finite value; 0 without any."""
+    finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.size else 0.0
 
 

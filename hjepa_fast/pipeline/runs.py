@@ -89,6 +89,13 @@ def encode(videos: Path, latents: Place, config: Config, device: str, show: bool
         return encode_videos(paths, latents, config.encode, device, progress.callback, fetch=fetch)
 
 
+def read_windows(latents: Place, config: Config, videos: Path | None, show: bool) -> Dataset:
+    """The windows of a folder of latents as a configuration wants them; see `windows.read`."""
+    streamed = config.data.stream != "off"
+    with Progress("reading latents", 0, unit="file", enabled=show and streamed) as progress:
+        return read(latents, config.data, videos, progress.callback)
+
+
 def probe_latents(videos: Path, latents: Place, most: int | None = None) -> dict[str, Any] | None:
     """How much of the balls' true motion a linear map reads from the latents; None without ground truth or if they are it.
 
@@ -213,7 +220,7 @@ def _evaluate(run: Run, device: str, show: bool) -> dict[str, Any]:
     if not trained:
         raise HJEPAError(f"{run.root} has no trained model: run 'hjepa-fast train' first")
     distributed.on_first(lambda: files.refuse_if_locked(latents))
-    dataset = read(latents, config.data, videos)
+    dataset = read_windows(latents, config, videos, show)
     resolved = resolve_device(device)
     models, standings = {}, {}
     for name, path in trained.items():
@@ -352,7 +359,7 @@ def _reproduce(
             distributed.on_first(lambda: make_videos(videos, config, show))
     with part(f"stage {made + 1} of {n_stages}"):
         encode(videos, latents, config, device, show, fetch)
-    dataset = read(latents, config.data, videos)
+    dataset = read_windows(latents, config, videos, show)
     say(f"{len(dataset.train)} training and {len(dataset.test)} test windows, split by {config.data.split}")
     with part(f"stage {made + 2} of {n_stages}"):
         train_models(run, names, dataset, config, device, show, say, curves)

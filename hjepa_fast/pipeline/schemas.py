@@ -242,8 +242,11 @@ def check_arrays(summary: dict[str, Any], arrays: dict[str, Tensor], known: Coll
     if summary.get("motion"):
         wanted += ["true/motion", "true/motion_energy"]
         wanted += [f"{name}/{key}" for name in names for key in ("motion", "motion_error", "motion_energy")]
-        if without := [row["name"] for row in summary["models"] if not row.get("motion")]:
-            raise HJEPAError(f"{source}: the summary has a true motion and does not say how {shown(without[0])} compares")
+        steps = {str(step) for step in summary["motion"]["horizons"]}
+        for row in summary["models"]:
+            found = row.get("motion") or {"error": {}, "lost": {}}
+            if not steps <= found["error"].keys() & found["lost"].keys():
+                raise HJEPAError(f"{source}: the summary does not say how {shown(row['name'])} compares with the true motion")
     for name in wanted:
         found = arrays.get(name)
         if found is None or found.ndim != 2 or not found.numel() or not found.is_floating_point():

@@ -21,6 +21,8 @@ from .videos import Trajectories, VideoReader, find_videos, load_ground_truth
 
 MOST_FRAMES = 240
 """Of an animation; a longer rollout is shown at every so manieth step."""
+MOST_PIXELS = 640
+"""Of a side of the true clip's frames, as they are held."""
 
 
 def of(
@@ -50,16 +52,15 @@ def of(
     clip = video if video is not None else _video_of(sequence, checkpoint)
     true = None if clip is None else _ground_truth(clip, sequence)
     known = None if true is None else clip_means(sequence, true.positions)[index : index + n_steps + 1 : every]
-    images = [] if clip is None else _images(clip, sequence, index, n_steps, every)
+    images, size = ([], None) if clip is None else _images(clip, sequence, index, n_steps, every)
     encoding = loaded.facts["encoding"] or {}
     scene = truth.of(encoding, loaded.mean, loaded.std, str(checkpoint))
     if scene is not None:
         predicted = scene.positions((shown - loaded.mean) / loaded.std).numpy()
         exact = _exact(scene, (sequence.latents[index:] - loaded.mean) / loaded.std, n_steps)[::every]
-        size = (float(scene.size), float(scene.size))
         return Motion(
-            predicted, scene.positions(exact).numpy(), images, size, scene.radii, title, "", "dream, by the true states",
-            "the true clip", seconds, every,
+            predicted, scene.positions(exact).numpy(), images, (scene.size, scene.size), scene.radii, title, "",
+            "dream, by the true states", "the true clip", seconds, every,
         )  # fmt: skip
     probe = None if true is None or not images else _probe(sequence, checkpoint)
     if probe is None or true is None or known is None:
@@ -73,7 +74,6 @@ def of(
     about = (
         f"positions: means over a clip by a linear probe, R\u00b2 {probe.r2:.2f} on held-out videos, fitted without this one"
     )
-    size = (float(images[0].shape[1]), float(images[0].shape[0]))
     return Motion(
         predicted, known.reshape(len(known), -1, 2), images, size, true.radii.tolist(), title, about, "dream, read by a probe",
         "the true clip", seconds, every,
@@ -131,21 +131,29 @@ def _probe(sequence: Latents, checkpoint: Path) -> Readout | None:
         return None
 
 
-def _images(video: Path, sequence: Latents, index: int, n_steps: int, every: int) -> list[np.ndarray]:
-    """The frame in the middle of every so manieth step's clip, for as long as the video goes on."""
+def _images(
+    video: Path, sequence: Latents, index: int, n_steps: int, every: int
+) -> tuple[list[np.ndarray], tuple[int, int] | None]:
+    """The frame in the middle of every so manieth step's clip, for as long as the video goes on, and the width and height.
+
+    Large frames lose rows and columns: no more than `MOST_PIXELS` are left of a side.
+    """
     provenance = sequence.metadata["provenance"]
     stride, middle = provenance.get("clip_stride"), provenance["clip_frames"] // 2
     if stride is None:
-        return []
+        return [], None
     first = int(sequence.start_frame[index]) + middle
     wanted = range(first, first + stride * n_steps + 1, stride * every)
     found: list[np.ndarray] = []
+    size = None
     try:
         for number, image in enumerate(VideoReader(video)):
             if number in wanted:
-                found.append(image)
+                size = image.shape[1], image.shape[0]
+                thinned = -(-max(size) // MOST_PIXELS)
+                found.append(image[::thinned, ::thinned].copy())
             if number >= wanted[-1]:
                 break
     except HJEPAError:
         pass  # what was read before is shown
-    return found
+    return found, size

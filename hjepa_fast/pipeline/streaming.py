@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HJEPAError, LatentError
-from . import files, latents, schemas
+from . import files, latents
 from .places import Place, Remote
 
 HELD = 2**28
@@ -78,6 +78,8 @@ def open_latents(folder: Place) -> list[Rows]:
 
 
 def _open(path: Place) -> Rows:
+    from . import schemas
+
     try:
         header = files.read_header(path, "latent file")
         entry = header.tensors["latents"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,12 +186,21 @@ def _usable(std: Tensor) -> Tensor:
     return torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
 
 
-def read(folder: Place, config: DataConfig, videos: Path | None = None) -> Dataset:
+def read(
+    folder: Place, config: DataConfig, videos: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> Dataset:
     """The windows of a folder of latents, all in memory or streamed, as the settings say; see `prepare`.
 
     Streamed, they are the same windows, split alike and, but for rounding, standardised alike; files are read once before
     training, which processes that work together share out. Of the test windows at most `streaming.HELD` bytes are used, evenly
     spread over all, and a warning says how many.
+
+    Parameters
+    ----------
+    videos : Path, optional
+        See `prepare`.
+    progress : callable, optional
+        Called as progress(files_read, files) where latents are streamed.
 
     Raises
     ------
@@ -211,7 +220,16 @@ def read(folder: Place, config: DataConfig, videos: Path | None = None) -> Datas
     if encoding.get("scene") is not None:
         raise UsageError(f"stream {config.stream} is of encoders' latents, found the true states of a scene: give --stream off")
     held_out = set(_held_out(len(found), config).tolist())
-    scans = distributed.shared_out(found, functools.partial(streaming.scan, window=config.window))
+    counter = distributed.Counter()
+
+    def scan(rows: streaming.Rows) -> streaming.Scan:
+        result = streaming.scan(rows, config.window)
+        done = counter.add(1)
+        if progress is not None:
+            progress(done, len(found))
+        return result
+
+    scans = distributed.shared_out(found, scan)
     train = [rows for i, rows in enumerate(found) if i not in held_out]
     moments = functools.reduce(operator.add, (scan.moments for i, scan in enumerate(scans) if i not in held_out))
     mean, std, centre = torch.zeros(found[0].d), torch.ones(found[0].d), moments.mean.float()

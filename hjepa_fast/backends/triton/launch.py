@@ -143,7 +143,8 @@ def forward(
         )  # fmt: skip
 
     choice = tune.choose("forward", precision, tail.widths, a, prepare)
-    first = (tuple(scheme), choice, precision, tuple(tail.widths), tail.activation, every_state, with_energy, memory, a.device)
+    own = tail.activation.layers[0]
+    first = (tuple(scheme), choice, precision, tuple(tail.widths), own, every_state, with_energy, memory, a.device)
     if first not in _begun and not tune.compiling.get() and not tune.capturing(a.device):
         _begun.add(first)
         jobs: list[tuple[Blocks, Callable[[], object]]] = [(choice, lambda: prepare(choice)())]

@@ -13,7 +13,8 @@ import triton.language as tl
 def product(x_ptr, matrix_ptr, STRIDE: tl.constexpr, K: tl.constexpr, WORK: tl.constexpr, C: tl.constexpr):
     """x M^T for x [ROWS, K] of row stride STRIDE and the COLUMNS rows of M [., K] at `matrix_ptr`.
 
-    M is read along its rows because that is the only order in which Hopper's matrix units take TF32.
+    M is read along its rows because that is the only order in which Hopper's matrix units take TF32. Of "tf32x3" the three
+    products of a tile start from zero, and Triton adds them to `acc` in float32: the units cut off what they add up.
     """
     ROWS: tl.constexpr = C.ROWS
     COLUMNS: tl.constexpr = C.COLUMNS
