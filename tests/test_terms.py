@@ -370,12 +370,13 @@ def test_what_was_read_holds_until_something_changes(change, monkeypatch):
 
 def test_gpu_kernels_leave_the_activations_that_they_lack_to_pytorch():
     from hjepa_fast.activations import Activation, Mixed
-    from hjepa_fast.backends import cuda, triton
+    from hjepa_fast.backends import cuda
+    from hjepa_fast.backends.triton import launch
     from hjepa_fast.hidden_space.network import Tail
     from hjepa_fast.schemes import SubStep
 
     a, scheme = torch.ones(2, 3), (SubStep(0.5, 0.0), SubStep(0.0, 1.0))
-    for backend in (cuda, triton):
+    for backend in (cuda, launch):
         for activation, left in (
             (Activation("tanh"), False),
             (Activation("sigmoid"), True),
