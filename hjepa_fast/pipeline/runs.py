@@ -43,7 +43,7 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 """Settings of `--quick`: the whole pipeline in less than two minutes on two cores. Too short to mean anything."""
 
-DEMO_SCENE, DEMO_VIDEOS, DEMO_EPOCHS = "orbit", 50, 60
+DEMO_SCENE, DEMO_VIDEOS, DEMO_EPOCHS = "orbit", 80, 100
 DEMO_MODELS = ("hnn", "hnn-separable", "baseline", "baseline-residual")
 """Of the demo on the true states of a smooth scene."""
 DEMO_OFFLINE_VIDEOS, DEMO_OFFLINE_EPOCHS = 20, 10
