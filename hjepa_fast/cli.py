@@ -624,10 +624,12 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from .pipeline.findings import motion
     from .pipeline.runs import demo
 
-    for run, _ in demo(options.out, options.device, not options.quiet, _say):
-        _say(f"figures: {run.figures}")
+    for run, summary in demo(options.out, options.device, not options.quiet, _say):
+        found = f"{motion(summary)}\n" if "motion" in summary else ""
+        _say(f"\n{found}table: {run.table}\nfigures: {run.figures}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

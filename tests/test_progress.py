@@ -16,6 +16,7 @@ from hjepa_fast.errors import MissingDependencyError
 from hjepa_fast.pipeline import checkpoints, progress, runs, tensorboard, train
 from hjepa_fast.pipeline.config import Config, TrainConfig
 from hjepa_fast.pipeline.progress import Outlook, Progress, clock, part
+from hjepa_fast.pipeline.run_folder import Run
 from hjepa_fast.pipeline.train import check_numbers, epoch_work
 from hjepa_fast.waiting import is_command
 from synthetic import write_latents
@@ -215,3 +216,18 @@ def test_the_demo_is_of_settings_that_can_be(monkeypatch, tmp_path):
         runs.check_settings(config, names)
         check_numbers(config.train)
         assert config.encode.encoder == {"orbit": "state", "collisions": "offline"}[out.name]
+
+
+def test_the_demo_ends_with_what_it_found(monkeypatch, tmp_path, capsys):
+    def row(name, title, error, drift):
+        return {"name": name, "title": title, "motion": {"error": {"100": error}, "energy_drift": drift}}
+
+    true = {"motion": {"horizons": [15, 100, 1000]}, "models": [row("hnn", "HNN", 0.1, 0.01), row("baseline", "MLP", 0.2, 0.5)]}
+    found = [(Run(tmp_path / "orbit"), true), (Run(tmp_path / "collisions"), {})]
+    monkeypatch.setattr(runs, "demo", lambda *_: found)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "Least error over 100 steps: HNN, 0.1; best MLP: MLP, 0.2 (2x)." in said
+    assert "Least drift of the true energy over 1,000 steps: HNN, 0.01; best MLP: MLP, 0.5 (50x)." in said
+    assert said.count("Least") == 2  # of the collisions there is no true motion to compare with
+    assert f"table: {tmp_path / 'collisions' / 'summary.md'}" in said
