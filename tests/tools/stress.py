@@ -51,7 +51,7 @@ def strided(rng: random.Random, x: Tensor) -> Tensor:
     if x.ndim > 1:
         options.append(lambda: x.mT.contiguous().mT)
         options.append(lambda: x[:1].expand_as(x) if x.shape[0] else x)
-    return rng.choice(options)()
+    return rng.choice(options)() if x.ndim else x
 
 
 @dataclass
