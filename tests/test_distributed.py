@@ -25,7 +25,7 @@ from hjepa_fast.pipeline.videos import write_video
 from hjepa_fast.pipeline.windows import prepare, read
 from synthetic import write_latents
 
-av = pytest.importorskip("av")
+av = pytest.importorskip("av", reason="the extra dev, which brings av, is not installed")
 
 DATA = DataConfig(window=5)
 CONFIG = TrainConfig(epochs=3, batch_size=7, friction="conformal", matching=0.4)

@@ -20,7 +20,7 @@ from hjepa_fast.pipeline.config import PUBLISHED_ENCODER
 from hjepa_fast.pipeline.encoders import encoder_provenance, load_encoder, resolve_device
 from hjepa_fast.pipeline.offline_encoder.make import make
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra dev, which brings transformers, is not installed")
 
 
 def tiny_config():

@@ -87,11 +87,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("integrator", [name for name in SCHEMES if not SCHEMES[name].implicit])
+EXPLICIT = [name for name in SCHEMES if not SCHEMES[name].implicit]
+# of a mechanical system Tao's method is nested autograd
+FUSED = [(name, network) for name in EXPLICIT for network in NETWORKS if (name, network) != ("tao", "mechanical")]
+
+
+@pytest.mark.parametrize(("integrator", "network"), FUSED)
 def test_explicit_rollouts_read_nothing_back(integrator, network):
-    if network == "mechanical" and integrator == "tao":
-        pytest.skip("Tao's method has no fused loop there")
     for memory in ("store", "checkpoint"):
         assert watched(NETWORKS[network](), integrator=integrator, memory=memory).reads == []
 

@@ -29,8 +29,8 @@ from hjepa_fast.pipeline.preprocess import preprocess
 from hjepa_fast.pipeline.progress import Progress
 from hjepa_fast.pipeline.videos import Trajectories, read_video, write_video
 
-transformers = pytest.importorskip("transformers")
-av = pytest.importorskip("av")
+transformers = pytest.importorskip("transformers", reason="the extra dev, which brings transformers, is not installed")
+av = pytest.importorskip("av", reason="the extra dev, which brings av, is not installed")
 
 CONFIG = EncodeConfig(encoder="unused", clip_frames=4, clip_stride=2, encode_batch=3)
 

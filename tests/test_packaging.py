@@ -99,7 +99,7 @@ hf.SymplecticIntegrator(hnn, integrator="verlet")
 
 def test_a_type_checker_sees_an_editable_installation(tmp_path):
     """mypy follows a .pth file, and no finder; the types that it reads there tell right from wrong calls."""
-    api = pytest.importorskip("mypy.api")
+    api = pytest.importorskip("mypy.api", reason="the extra dev, which brings mypy.api, is not installed")
     copy_of_sources(tmp_path / "source", ("setup.py", "pyproject.toml", "README.md", "LICENSE", "hjepa_fast/"))
     environment, user = tmp_path / "environment", tmp_path / "user.py"
     venv.create(environment, symlinks=True)
@@ -157,7 +157,9 @@ def test_the_version_is_one():
 
 def test_what_make_installs_is_within_the_ranges():
     """constraints.txt pins every package that pyproject.toml names, to a version that it allows."""
-    requirements = pytest.importorskip("packaging.requirements")
+    requirements = pytest.importorskip(
+        "packaging.requirements", reason="the extra dev, which brings packaging.requirements, is not installed"
+    )
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     project = PROJECT["project"]

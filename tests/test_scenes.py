@@ -26,7 +26,7 @@ from hjepa_fast.pipeline.videos import generate, load_ground_truth, read_video, 
 from hjepa_fast.pipeline.windows import prepare
 from synthetic import write_one
 
-pytest.importorskip("av")
+pytest.importorskip("av", reason="the extra dev, which brings av, is not installed")
 
 NAMES = ("pendulum", "springs", "orbit")
 

@@ -20,7 +20,7 @@ from hjepa_fast.pipeline.config import DataConfig, TrainConfig
 from hjepa_fast.pipeline.windows import read
 from synthetic import write_latents, write_one
 
-fsspec = pytest.importorskip("fsspec")
+fsspec = pytest.importorskip("fsspec", reason="the extra dev, which brings fsspec, is not installed")
 
 DATA = DataConfig(window=5)
 STREAMED = dataclasses.replace(DATA, stream="windows")
@@ -192,7 +192,7 @@ def test_latent_files_are_written_behind_an_address(tmp_path):
 
 
 def test_videos_are_encoded_behind_an_address(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the extra dev, which brings transformers, is not installed")
     video = pytest.importorskip("hjepa_fast.pipeline.videos", reason="needs av")
     video.write_video(tmp_path / "videos" / "v.mp4", np.zeros((20, 64, 64, 3), dtype=np.uint8), fps=25)
     options = ["--encoder", "offline", "--quiet", "--device", "cpu"]

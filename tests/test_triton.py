@@ -763,7 +763,7 @@ def test_compiles_for_gpus_that_are_not_here(direction, capability, precision, s
 @pytest.fixture
 def hopper(monkeypatch):
     """Kernels are called as on a GPU, up to the launch: a function that names what each launch asks the compiler for."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the extra dev, which brings triton, is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 

@@ -652,7 +652,7 @@ class TestEncoders:
 
     @pytest.fixture
     def fetched(self, monkeypatch):
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="the extra dev, which brings transformers, is not installed")
         names = []
 
         def download(name, revision):
@@ -712,7 +712,7 @@ class TestEncoders:
         ],
     )
     def test_settings_of_an_encoder_without_measure_are_refused(self, tmp_path, change, message):
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="the extra dev, which brings transformers, is not installed")
         for file in encoder_files.offline_encoder.FOLDER.iterdir():
             if file.suffix in (".json", ".safetensors"):
                 (tmp_path / file.name).write_bytes(file.read_bytes())

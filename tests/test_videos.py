@@ -20,7 +20,7 @@ from hjepa_fast.errors import HJEPAError, MissingDependencyError, UsageError, Vi
 from hjepa_fast.pipeline import controls, files, videos
 from hjepa_fast.pipeline.config import VideoConfig
 
-av = pytest.importorskip("av")
+av = pytest.importorskip("av", reason="the extra dev, which brings av, is not installed")
 
 SMALL = VideoConfig(n_videos=3, n_frames=12, size=96, radius=(10.0,), fps=25, video_seed=7)
 MIXED = VideoConfig(n_frames=250, n_balls=4, radius=(12.0, 18.0, 24.0, 10.0), size=320)
@@ -485,7 +485,7 @@ def test_other_matrices_are_refused(tmp_path: Path, matrix: tuple[int, ...]) -> 
 @pytest.mark.parametrize("orientation", [1, 2, 4, 6])
 def test_orientation_of_jpeg_frames_is_not_guessed(tmp_path: Path, orientation: int) -> None:
     """PyAV 18 cannot list what comes with such frames; a later version may apply the orientation."""
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="the extra dev, which brings PIL.Image, is not installed")
     exif, jpeg = image.Exif(), io.BytesIO()
     exif[0x112] = orientation
     image.fromarray(moving_square(1, 64, 96)[0]).save(jpeg, "jpeg", exif=exif)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ _WEIGHTS = [math.prod(n * n / (n * n - m * m) for m in _SUBSTEPS if m != n) for 
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(ABC):
     """What moves in a video and by which law; `of` makes the one that a configuration asks for.
 
     Coordinates and momenta are float64 arrays [..., n]. In the plane, q is (x_1, y_1, x_2, y_2, ...) from the middle of the
@@ -81,13 +82,13 @@ class Scene:
         """x and y of the middle of the frame in pixels; pixel (0, 0) has its centre at the origin."""
         return (self.size - 1) / 2
 
+    @abstractmethod
     def potential(self, q: np.ndarray) -> np.ndarray:
         """V(q), [..., n] to [...]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self, q: np.ndarray) -> np.ndarray:
         """-dV/dq, [..., n]."""
-        raise NotImplementedError
 
     def positions(self, q: np.ndarray) -> np.ndarray:
         """Centres of the balls in pixels, [..., n] to [..., balls, 2]."""
@@ -97,9 +98,9 @@ class Scene:
         """Of the balls' centres in pixels per frame, [..., balls, 2]."""
         return (p / self.masses).reshape(*q.shape[:-1], len(self.radii), 2)
 
+    @abstractmethod
     def start(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A random state q, p, each [n]; its motion may leave what `fits` allows."""
-        raise NotImplementedError
 
     def fits(self, q: np.ndarray) -> bool:
         """Whether a path [T, n] can be shown: the balls stay inside the frame."""
@@ -121,9 +122,9 @@ class Scene:
             if not rate <= FASTEST:
                 raise UsageError(f"{name} is {rate:.3g} per frame, expected at most {FASTEST:g}")
 
+    @abstractmethod
     def rates(self) -> dict[str, float]:
         """The largest angular frequencies that the scene can have, radians per frame."""
-        raise NotImplementedError
 
     @functools.cached_property
     def pieces(self) -> int:
