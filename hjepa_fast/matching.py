@@ -94,6 +94,10 @@ def step_residual(
         euler               the same with grad H at z0
         leapfrog            z1 - (kick, drift, kick from z0), see `hjepa_fast.rollout`
 
+    Of a `PortHNN` all but leapfrog take the field with friction and force in it. Its rollouts with splitting="symmetric" have
+    halves of both around the step instead, so that on steps of theirs this residual is as small as either one's own error
+    (dt^3 for implicit-midpoint, dt^2 for symplectic-euler and euler), but not zero.
+
     Parameters
     ----------
     hnn : nn.Module

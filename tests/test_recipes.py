@@ -102,6 +102,16 @@ class TestLosses:
         torch.testing.assert_close(found[1][0], (torch.stack(steps, 1) - windows[:, 1:]).square().mean().detach())
         assert abs(found[0][0] - found[0][1]) > 1e-3
 
+    @pytest.mark.parametrize("friction", ["none", "conformal", "rayleigh"])
+    @pytest.mark.parametrize("integrator", ["implicit-midpoint", "symplectic-euler", "leapfrog", "implicit-leapfrog"])
+    @pytest.mark.parametrize("control_dim", [0, 2])
+    def test_a_models_own_steps_match(self, friction, integrator, control_dim):
+        model = model_of("hnn", dataclasses.replace(SMALL, friction=friction, integrator=integrator), control_dim)
+        control = torch.randn(3, 4, control_dim, dtype=torch.float64) if control_dim else None
+        with torch.no_grad():
+            windows = zoo.states(model, torch.randn(3, 6, dtype=torch.float64), 4, control)
+            assert train.matching_loss(model, windows, control) < 1e-24
+
     def test_short_rollouts_start_first_or_one_after_the_other(self):
         windows, control = torch.arange(16.0).reshape(1, 8, 2), torch.arange(7.0).reshape(1, 7, 1)
         first, u = train.cut(windows, control, 3, "first")

@@ -98,14 +98,15 @@ def cut(windows: Tensor, control: Tensor | None, n_steps: int, starts: str) -> t
 def matching_loss(model: zoo.Model, windows: Tensor, control: Tensor | None = None) -> Tensor:
     """Mean squared residual of the model's step between all consecutive states of windows [B, window, d].
 
-    Of a step that has one, it is `hjepa_fast.step_residual`, which needs no solve; of any other, a rollout of one step.
+    Of a step that has one, it is `hjepa_fast.step_residual`, which needs no solve; of any other, a rollout of one step. So too
+    with friction or a control: a rollout has halves of them around the step, the residual has them in the field.
     """
     z0, z1 = (x.flatten(0, 1) for x in (windows[:, :-1], windows[:, 1:]))
     u = None if control is None else control.flatten(0, 1)
-    if isinstance(model, SymplecticIntegrator) and model.sub_steps == 1 and model.integrator in STEPS:
-        u = u if zoo.takes_control(model) else None
+    port = zoo.port_of(model)
+    if isinstance(model, SymplecticIntegrator) and port is None and model.sub_steps == 1 and model.integrator in STEPS:
         scheme = cast(StepScheme, model.integrator)
-        residual = step_residual(model.hnn, z0, z1, model.step_size, scheme=scheme, control=u, backend=model.backend)
+        residual = step_residual(model.hnn, z0, z1, model.step_size, scheme=scheme, backend=model.backend)
     else:
         residual = z1 - zoo.states(model, z0, 1, None if u is None else u[:, None])[:, 1]
     return residual.square().mean()
